@@ -1,0 +1,1 @@
+"""Train and judge image classifiers under rotations and translations."""

@@ -1,0 +1,167 @@
+"""All judging of views: the worst one of a training batch, the verdicts of an evaluation, the survivors of the grid.
+
+B images, V views, S side, K classes, N views in one forward pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from fast_spatial.scoring import Judge
+from kernels.spatial import GRID_IDENTITY, GRID_VIEWS, SpatialLimits, grid, matrices
+from kernels.warp import warp
+
+
+def judge_views(judge: Judge, views_BVSSC: Tensor, chunk: int = 0, *, pad: bool = False) -> Tensor:
+    """Logits float32 [B, V, K] of all views of a batch, in forward passes of `chunk` views (0: one pass).
+
+    With `pad`, every pass has exactly `chunk` views, so that a verdict cannot depend on how many were left over.
+    """
+    B, V, *shape = views_BVSSC.shape
+    views_NSSC = views_BVSSC.reshape(B * V, *shape)
+    if chunk == 0:
+        return judge(views_NSSC).view(B, V, -1)
+    logits = []
+    for part in views_NSSC.split(chunk):
+        missing = chunk - len(part) if pad else 0
+        padded = torch.cat([part, part.new_zeros(missing, *shape)]) if missing else part
+        logits.append(judge(padded)[: len(part)])
+    return torch.cat(logits).view(B, V, -1)
+
+
+def losses_of(logits_BVK: Tensor, labels_B: Tensor) -> Tensor:
+    """Plain cross-entropy of every view, float32 [B, V]; not a number counts as the worst there is."""
+    B, V, K = logits_BVK.shape
+    labels_N = labels_B[:, None].expand(B, V).reshape(-1)
+    losses = cross_entropy(logits_BVK.reshape(B * V, K), labels_N, reduction="none").view(B, V)
+    return losses.nan_to_num(nan=float("inf"), posinf=float("inf"))
+
+
+def worst_view(losses_BV: Tensor) -> Tensor:
+    """The view of highest loss of each image, int64 [B]; the first one on ties."""
+    V = losses_BV.shape[1]
+    candidates = torch.arange(V, device=losses_BV.device).expand_as(losses_BV)
+    highest = losses_BV.amax(dim=1, keepdim=True)
+    return torch.where(losses_BV == highest, candidates, V).amin(dim=1)
+
+
+def take_views(views_BVSSC: Tensor, choice_B: Tensor) -> Tensor:
+    """One view of each image, uint8 [B, S, S, 3]."""
+    return views_BVSSC[torch.arange(len(choice_B), device=views_BVSSC.device), choice_B]
+
+
+class Verdicts(NamedTuple):
+    """What the candidates of a batch come to: booleans [B] for correct, and the natural view's numbers.
+
+    Views are the untouched image, then the random ones: `natural` is view 0, `random` is view 1, `worst` is the view of
+    highest loss among all, `all_views` is correct on every one.
+    """
+
+    natural: Tensor
+    random: Tensor
+    worst: Tensor
+    all_views: Tensor
+    natural_loss: Tensor
+    natural_top5: Tensor
+    natural_margin: Tensor
+
+
+def verdicts(logits_BVK: Tensor, labels_B: Tensor) -> Verdicts:
+    """The verdicts of a batch from the logits, float32 [B, V, K], of its views."""
+    correct_BV = logits_BVK.argmax(dim=2) == labels_B[:, None]
+    losses_BV = losses_of(logits_BVK, labels_B)
+    worst = correct_BV.gather(1, worst_view(losses_BV)[:, None])[:, 0]
+    top = logits_BVK[:, 0].topk(min(5, logits_BVK.shape[2]), dim=1)
+    return Verdicts(
+        natural=correct_BV[:, 0],
+        random=correct_BV[:, min(1, correct_BV.shape[1] - 1)],
+        worst=worst,
+        all_views=correct_BV.all(dim=1),
+        natural_loss=losses_BV[:, 0],
+        natural_top5=(top.indices == labels_B[:, None]).any(dim=1),
+        natural_margin=top.values[:, 0] - top.values[:, 1],
+    )
+
+
+@dataclass
+class _Survivor:
+    image: Tensor
+    label: int
+    index: int
+    order: NDArray[np.int64]
+    tried: int = 0
+
+
+class GridSurvivors:
+    """The exhaustive attack on a stream of images, pooled so that every forward pass is full and of one shape.
+
+    Give it images whose natural view is correct (the untouched image is a point of the grid); `take_verdicts` says of
+    each whether it survived all 775 views. Views that break many images are tried first; what was learnt changes the
+    cost, never the answer.
+
+    Args:
+        judge: views to logits.
+        limits: of the grid.
+        side: of the images.
+        batch: views in one forward pass.
+    """
+
+    # Few, so that a broken image has few more views in the pass that breaks it; several, since packing an image costs.
+    _VIEWS_PER_TURN = 4
+
+    def __init__(self, judge: Judge, limits: SpatialLimits, side: int, batch: int) -> None:
+        self._judge, self._batch = judge, batch
+        params = grid(limits)
+        self._matrices = torch.from_numpy(matrices(params, side))
+        extent = np.abs(params) / np.maximum(np.abs(params).max(axis=0), 1e-12)
+        self._broke = np.sqrt((extent**2).sum(axis=1) / 3)  # a prior worth one image: far views first
+        self._met = np.ones(GRID_VIEWS)
+        self._pool: list[_Survivor] = []
+        self._settled: list[tuple[int, bool]] = []
+        self.views_judged = 0
+
+    @property
+    def pending(self) -> int:
+        """Images whose verdict is still open."""
+        return len(self._pool)
+
+    def take_verdicts(self) -> list[tuple[int, bool]]:
+        """(index, survived all 775 views) of the images settled since the last call."""
+        settled, self._settled = self._settled, []
+        return settled
+
+    def add(self, images_BSSC: Tensor, labels: list[int], indices: list[int]) -> None:
+        """Take in images, and judge while there are enough for full forward passes."""
+        for image, label, index in zip(images_BSSC, labels, indices):
+            order = np.argsort(-self._broke / self._met, kind="stable")
+            self._pool.append(_Survivor(image, label, index, order[order != GRID_IDENTITY]))
+        while len(self._pool) * self._VIEWS_PER_TURN >= self._batch:
+            self.turn()
+
+    def turn(self) -> None:
+        """One forward pass: the same number of views for each of the first images of the pool."""
+        playing = self._pool[: max(1, self._batch // self._VIEWS_PER_TURN)]
+        turn = max(1, self._batch // len(playing))
+        chosen = [s.order[np.minimum(np.arange(s.tried, s.tried + turn), GRID_VIEWS - 2)] for s in playing]
+        images_BSSC = torch.stack([s.image for s in playing])
+        matrices_BV23 = self._matrices[np.stack(chosen)].to(images_BSSC.device)
+        logits_BVK = judge_views(self._judge, warp(images_BSSC, matrices_BV23), self._batch, pad=True)
+        labels_B = torch.tensor([s.label for s in playing], device=logits_BVK.device)
+        wrong_BV = (logits_BVK.argmax(dim=2) != labels_B[:, None]).cpu().numpy()
+        self.views_judged += wrong_BV.size
+        finished = set()
+        for survivor, views, wrong in zip(playing, chosen, wrong_BV):
+            np.add.at(self._broke, views, wrong)
+            np.add.at(self._met, views, 1)
+            survivor.tried += turn
+            if wrong.any() or survivor.tried >= GRID_VIEWS - 1:
+                self._settled.append((survivor.index, not wrong.any()))
+                finished.add(id(survivor))
+        self._pool = [s for s in self._pool if id(s) not in finished]

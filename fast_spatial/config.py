@@ -1,0 +1,287 @@
+"""What can be asked for: the modes, the recipe and every option, as flat frozen dataclasses.
+
+Imports no torch, so that help and errors about options are instant. Raw strings from the command line become typed
+values here and nowhere else; a bad one is a ValueError that names the flag, the value and what is allowed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from kernels.sampling import view_limits
+from kernels.spatial import SpatialLimits
+
+DIGITS = "digits"
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How a model is trained: the crop and the views the pipeline emits. Nothing branches on the mode after this.
+
+    Attributes:
+        center: Resize(256) and CenterCrop(224) instead of RandomResizedCrop.
+        untouched: whether the first view is the untouched image.
+        warps: the number of randomly warped views; None means the `--views` option.
+    """
+
+    center: bool
+    untouched: bool
+    warps: int | None
+
+
+MODES = {
+    "nocrop": Mode(center=True, untouched=True, warps=0),
+    "standard": Mode(center=False, untouched=True, warps=0),
+    "random": Mode(center=False, untouched=False, warps=1),
+    "worst10": Mode(center=False, untouched=True, warps=None),
+}
+
+# Top-1 accuracy in percent, ResNet-18 on ImageNet, judged at 30 degrees / 24 px: (mode, degrees) to natural, random,
+# worst-of-10 and grid, from "Exploring the Landscape of Spatial Robustness" (degrees 0: trained without warps).
+PUBLISHED = {
+    ("standard", 0.0): (71.3, 60.6, 39.9, 20.9),
+    ("nocrop", 0.0): (65.4, 54.1, 30.5, 11.8),
+    ("random", 30.0): (68.9, 68.0, 54.6, 38.1),
+    ("random", 40.0): (68.3, 67.7, 54.9, 38.8),
+    ("worst10", 30.0): (69.1, 68.0, 59.4, 48.1),
+    ("worst10", 40.0): (68.6, 67.2, 59.3, 48.4),
+}
+
+# What `--data digits` changes in the defaults; any flag overrides it.
+DIGITS_PRESET: dict[str, Any] = {
+    "side": 32,
+    "epochs": 12,
+    "global_batch_size": 64,
+    "lr": 0.05,
+    "milestones": (8, 11),
+    "crop_scale": (0.6, 1.0),
+    "flip_prob": 0.0,
+    "eval_every": 4,
+}
+
+DTYPES = ("auto", "bfloat16", "float16", "float32", "tf32")
+# Fields that may change between the parts of one run: where and how it runs, not what it computes.
+_NOT_IDENTITY = "not_identity"
+
+
+def option(default: Any, help: str, *, choices: tuple[str, ...] = (), identity: bool = True) -> Any:
+    """A dataclass field that is an option of the command line; `identity` marks what decides a run's numbers."""
+    return field(default=default, metadata={"help": help, "choices": choices, _NOT_IDENTITY: not identity})
+
+
+@dataclass(frozen=True)
+class LaunchOptions:
+    """How processes are started."""
+
+    nproc_per_node: int = option(0, "processes on this node; 0: one per GPU, or one without a GPU", identity=False)
+    nnodes: str = option("1", "number of nodes, or MIN:MAX, as torchrun takes it", identity=False)
+    node_rank: int = option(0, "this node's rank, with static rendezvous", identity=False)
+    rdzv_backend: str = option("c10d", "rendezvous backend of torchrun", identity=False)
+    rdzv_endpoint: str = option("", "HOST:PORT of the rendezvous; needed for several nodes", identity=False)
+    rdzv_id: str = option("fast_spatial", "name of the job at the rendezvous", identity=False)
+    max_restarts: int = option(0, "how often torchrun restarts all processes after one failed", identity=False)
+    in_process: bool = option(False, "run in this process, without torchrun, for a debugger", identity=False)
+    stall_minutes: float = option(
+        20.0, "no progress for so long: every process prints its stacks and the run ends", identity=False
+    )
+    workers: int = option(0, "decoding threads per process; 0: this process's share of the CPUs", identity=False)
+
+
+@dataclass(frozen=True)
+class TrainConfig(LaunchOptions):
+    """Train one model. The defaults are the reference recipe (110 epochs of ImageNet, ResNet-18)."""
+
+    data: str = option("", "folder with train/ and val/ (a folder per class), or digits", identity=True)
+    out: str = option("", "folder of this run: checkpoints, logs; created, or continued if it is the same run", identity=False)
+    mode: str = option("", "how to train", choices=tuple(MODES))
+    degrees: float = option(30.0, "largest rotation of random and worst10, either way")
+    translate_px: float | None = option(None, "largest translation, pixels at side 224; default 24 for 30 degrees, 32 for 40")
+    views: int = option(10, "random views that compete in worst10, besides the untouched image")
+    epochs: int = option(110, "passes over the training images")
+    global_batch_size: int = option(256, "images per step over all processes")
+    lr: float = option(0.1, "learning rate at the start")
+    milestones: tuple[int, ...] = option((30, 60, 85, 95, 105), "epochs at whose start the learning rate drops")
+    gamma: float = option(0.1, "factor of each drop")
+    momentum: float = option(0.9, "momentum of SGD")
+    weight_decay: float = option(1e-4, "weight decay of every parameter")
+    optimizer: str = option("sgd", "torch's fused SGD, or FusedSGD of NVIDIA's apex", choices=("sgd", "apex"))
+    arch: str = option("resnet18", "a torchvision classifier")
+    side: int = option(224, "side of the training and evaluation views, pixels")
+    crop_scale: tuple[float, float] = option((0.08, 1.0), "area of RandomResizedCrop, share of the image: MIN,MAX")
+    crop_ratio: tuple[float, float] = option((3 / 4, 4 / 3), "aspect ratio of RandomResizedCrop: MIN,MAX")
+    flip_prob: float = option(0.5, "probability of a horizontal flip")
+    jitter: tuple[float, float, float] = option((0.1, 0.1, 0.1), "brightness, contrast, saturation of ColorJitter")
+    lighting: float = option(0.05, "standard deviation of the PCA lighting")
+    bn_group: int = option(0, "BatchNorm over groups of so many images (the reference: 32); 0: each process's batch")
+    dtype: str = option("auto", "arithmetic of training; auto: bfloat16, or float16, on a GPU, float32 on a CPU", choices=DTYPES)
+    accumulate: int = option(1, "split each process's batch into so many parts, for small GPUs")
+    score_chunk: int = option(0, "views judged in one forward pass; 0: all of a batch, if memory allows", identity=False)
+    seed: int = option(0, "seed of the weights and of every draw of the stream")
+    classes: int = option(0, "pilot run: only the first so many classes; 0: all")
+    max_train_images: int = option(0, "pilot run: only so many training images; 0: all")
+    deterministic: bool = option(False, "repeatable to the bit on one kind of machine, slower on GPUs")
+    eval_every: int = option(1, "evaluate after every so many epochs, and after the last; 0: only after the last", identity=False)
+    log_every: int = option(20, "steps between updates of the progress bar and TensorBoard", identity=False)
+    profile: int = option(0, "trace so many steps after the tenth into OUT/profile.json, for a trace viewer", identity=False)
+
+    def __post_init__(self) -> None:
+        _needed(self, "data", "mode", "out")
+        _choice(self, "mode", "dtype", "optimizer")
+        self.limits  # noqa: B018  (validates degrees and translation)
+        _at_least(self, 1, "epochs", "global_batch_size", "accumulate", "views", "log_every", "side")
+        _at_least(self, 0, "lr", "momentum", "weight_decay", "lighting", "bn_group", "score_chunk", "classes")
+        _at_least(self, 0, "max_train_images", "eval_every", "workers", "nproc_per_node", "seed", "profile", "gamma")
+        if list(self.milestones) != sorted(set(self.milestones)):
+            raise ValueError(f"--milestones {_show(self.milestones)}: they must increase")
+        for name, low, high in (("crop_scale", 0.0, 1.0), ("crop_ratio", 0.0, 100.0)):
+            first, last = getattr(self, name)
+            if not low < first <= last <= high:
+                raise ValueError(f"{flag(name)} {_show((first, last))}: expected {low:g} < MIN <= MAX <= {high:g}")
+        if not 0 <= self.flip_prob <= 1:
+            raise ValueError(f"--flip-prob {self.flip_prob:g}: a probability lies between 0 and 1")
+        if min(self.jitter) < 0 or max(self.jitter) > 1:
+            raise ValueError(f"--jitter {_show(self.jitter)}: each must lie between 0 and 1")
+
+    @property
+    def limits(self) -> SpatialLimits:
+        """The limits of the training attack."""
+        return SpatialLimits.from_px(self.degrees, self.translate_px)
+
+    def view_limits(self) -> Any:
+        """Each training view's limits, float64 [V, 2]."""
+        mode = MODES[self.mode]
+        warps = self.views if mode.warps is None else mode.warps
+        return view_limits(
+            warps, untouched_first=mode.untouched, degrees=self.limits.degrees, translate=self.limits.translate
+        )
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(LaunchOptions):
+    """Judge a checkpoint on natural, random, worst-of-10 and exhaustive (775-view) attacks, in one pass."""
+
+    checkpoint: str = option("", "ours, the original code's, or a plain state dict (.pt or .safetensors)")
+    data: str = option("", "folder with val/ (a folder per class), or digits")
+    json: str = option("", "write the summary and every image's verdicts to this file", identity=False)
+    degrees: float = option(30.0, "largest rotation, either way")
+    translate_px: float | None = option(None, "largest translation, pixels at side 224; default 24 for 30 degrees, 32 for 40")
+    views: int = option(10, "random views of worst-of-10")
+    grid: bool = option(True, "also the exhaustive grid of 31 x 5 x 5 views")
+    side: int = option(0, "side of the views, pixels; 0: the checkpoint's, or 224")
+    arch: str = option("", "a torchvision classifier; default the checkpoint's, or resnet18")
+    dtype: str = option("float32", "arithmetic of the verdicts", choices=("float32", "tf32", "bfloat16", "float16"))
+    seed: int = option(0, "another seed draws other random views; every run uses the same unless told otherwise")
+    max_images: int = option(0, "judge only so many images (the result is partial); 0: all", identity=False)
+    grid_images: str = option("", "file of paths (as in the JSON, one a line): only these meet the grid (partial)")
+    allow_partial_classes: bool = option(False, "the folder may hold fewer classes than the model has outputs")
+    batch_size_per_process: int = option(128, "images loaded at a time; never changes a verdict", identity=False)
+    judge_batch: int = option(0, "views in one forward pass; 0: 1024 on a GPU, 256 on a CPU")
+
+    def __post_init__(self) -> None:
+        _needed(self, "checkpoint", "data")
+        _choice(self, "dtype")
+        self.limits  # noqa: B018
+        _at_least(self, 1, "views", "batch_size_per_process")
+        _at_least(self, 0, "side", "seed", "max_images", "judge_batch", "workers", "nproc_per_node")
+
+    @property
+    def limits(self) -> SpatialLimits:
+        """The limits of the attacks."""
+        return SpatialLimits.from_px(self.degrees, self.translate_px)
+
+
+Config = TypeVar("Config")
+
+
+def flag(name: str) -> str:
+    """A field's flag: global_batch_size is --global-batch-size."""
+    return "--" + name.replace("_", "-")
+
+
+def parse(kind: type[Config], raw: dict[str, str], preset: dict[str, Any] | None = None) -> Config:
+    """Build a configuration from raw strings by field name; the preset replaces defaults, never what was given.
+
+    Raises:
+        ValueError: naming the flag, the value and what is allowed.
+    """
+    hints = typing.get_type_hints(kind)
+    given = {name: _convert(name, text, hints[name]) for name, text in raw.items()}
+    return kind(**{**(preset or {}), **given})
+
+
+def identity(config: Any) -> dict[str, Any]:
+    """The fields that decide a run's numbers; two parts of one run must agree on them."""
+    return {
+        f.name: _plain(getattr(config, f.name))
+        for f in dataclasses.fields(config)
+        if not f.metadata.get(_NOT_IDENTITY, False)
+    }
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """All fields as JSON values."""
+    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+
+
+def from_json(kind: type[Config], values: dict[str, Any]) -> Config:
+    """The inverse of `to_json`; fields this version does not know are left out."""
+    known = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known})
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _convert(name: str, text: str, hint: Any) -> Any:
+    kind = hint
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        kind = next(a for a in typing.get_args(hint) if a is not type(None))
+    if typing.get_origin(kind) is tuple:
+        of = typing.get_args(kind)
+        parts = [p for p in text.split(",") if p.strip()]
+        if of[-1] is not Ellipsis and len(parts) != len(of):
+            raise ValueError(f"{flag(name)} {text}: expected {len(of)} numbers separated by commas")
+        return tuple(_convert(name, part.strip(), of[0]) for part in parts)
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError(f"{flag(name)} {text}: expected true or false")
+        return text.lower() == "true"
+    if kind in (int, float):
+        try:
+            value = kind(text)
+        except ValueError:
+            what = "a whole number" if kind is int else "a number"
+            raise ValueError(f"{flag(name)} {text}: expected {what}") from None
+        if value != value or value in (float("inf"), float("-inf")):
+            raise ValueError(f"{flag(name)} {text}: expected a finite number")
+        return value
+    return text
+
+
+def _needed(config: Any, *names: str) -> None:
+    missing = [flag(name) for name in names if not getattr(config, name)]
+    if missing:
+        raise ValueError(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} needed")
+
+
+def _choice(config: Any, *names: str) -> None:
+    fields = {f.name: f for f in dataclasses.fields(config)}
+    for name in names:
+        choices = fields[name].metadata["choices"]
+        if getattr(config, name) not in choices:
+            raise ValueError(f"{flag(name)} {getattr(config, name)}: choose one of {', '.join(choices)}")
+
+
+def _at_least(config: Any, low: int, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < low:
+            raise ValueError(f"{flag(name)} {getattr(config, name)}: it must be at least {low}")
+
+
+def _show(values: tuple[Any, ...]) -> str:
+    return ",".join(f"{v:g}" for v in values)

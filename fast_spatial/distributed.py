@@ -1,0 +1,92 @@
+"""Processes: who this one is, what they share, and what happens when one stops moving."""
+
+from __future__ import annotations
+
+import datetime
+import faulthandler
+import os
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: GLOBAL rank, rank on its node, number of processes, device."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+
+def start(stall_minutes: float) -> World:
+    """Join the processes that torchrun started (or be the only one).
+
+    The collectives' own time-out is longer than the watchdog's, so that stacks are printed before anything is torn down.
+    """
+    rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    if world_size > 1:
+        timeout = datetime.timedelta(minutes=4 * stall_minutes + 1)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    return World(rank, local_rank, world_size, device)
+
+
+def stop() -> None:
+    """Leave the group and stand the watchdog down."""
+    faulthandler.cancel_dump_traceback_later()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def progress(minutes: float) -> None:
+    """Say that this process moves; if it does not say so again in time, it prints all its stacks and exits.
+
+    Processes that wait for one that hangs stop moving too, so every rank shows where it was.
+    """
+    faulthandler.dump_traceback_later(minutes * 60, exit=True, file=sys.stderr)
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The sum of a tensor over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def gather(value: Any) -> list[Any]:
+    """Every process's object, in the order of ranks, on rank 0; an empty list elsewhere."""
+    if not dist.is_initialized():
+        return [value]
+    gathered: list[Any] = [None] * dist.get_world_size() if dist.get_rank() == 0 else []
+    dist.gather_object(value, gathered if dist.get_rank() == 0 else None)
+    return gathered
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def average_buffers(model: nn.Module) -> None:
+    """Average BatchNorm's running statistics over all processes, in one flat all-reduce."""
+    if not dist.is_initialized():
+        return
+    buffers = [b for b in model.buffers() if b.is_floating_point()]
+    if not buffers:
+        return
+    flat = torch.cat([b.reshape(-1) for b in buffers])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    torch._foreach_copy_(buffers, [part.view_as(b) for part, b in zip(flat.split([b.numel() for b in buffers]), buffers)])

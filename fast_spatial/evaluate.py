@@ -1,0 +1,370 @@
+"""Judging a model on natural, random, worst-of-10 and exhaustive attacks, in one pass over the images.
+
+From Python, for any module that takes images in [0, 1]: see `evaluate`. From the command line: `launch.py evaluate`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fast_spatial import checkpoint, distributed
+from fast_spatial.attack import GridSurvivors, judge_views, verdicts
+from fast_spatial.config import EvaluateConfig, to_json
+from fast_spatial.data import data_folder
+from fast_spatial.distributed import World
+from fast_spatial.model import Classifier
+from fast_spatial.runlog import Bar, say
+from fast_spatial.scoring import Judge, Scorer, module_judge
+from fast_spatial.train import seed_everything, training_dtype
+from kernels.sampling import EVALUATION, augmentation_settings, draw_matrices, pack_key, view_limits
+from kernels.spatial import GRID_VIEWS, SpatialLimits
+from kernels.warp import warp
+from pipelines.dataset import ImageIndex, read_index
+from pipelines.loader import Batch, Loader
+
+
+@dataclass(frozen=True)
+class ImageVerdict:
+    """What one image survived; `grid` is None where the image did not meet the grid.
+
+    `natural_margin` is the gap between the two largest logits of the untouched image: near 0, arithmetic decides.
+    """
+
+    index: int
+    label: int
+    natural: bool
+    random: bool
+    worst10: bool
+    worst10_any: bool
+    grid: bool | None
+    natural_margin: float
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Top-1 accuracy in percent under each attack, over `num_images` distinct images.
+
+    `worst10` counts the view of highest loss among the untouched image and the random ones, `worst10_any` is right on
+    all of them, `grid` on all 775 views of the grid. `partial` marks a result that was limited on purpose.
+    """
+
+    natural_top1_pct: float
+    random_top1_pct: float
+    worst10_top1_pct: float
+    worst10_any_top1_pct: float
+    grid_top1_pct: float | None
+    num_images: int
+    grid_num_images: int
+    degrees: float
+    translate_px: float
+    views: int
+    partial: bool
+
+
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    degrees: float = 30.0,
+    translate_px: float | None = None,
+    views: int = 10,
+    grid: bool = True,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    judge_batch: int = 0,
+) -> Summary:
+    """Judge any classifier on any images.
+
+    Args:
+        model: takes images, float32 [B, 3, S, S] in [0, 1] (its normalization lives inside), and returns logits [B, K].
+            It is copied, so its mode, gradients and statistics stay as they are.
+        batches: pairs of images, float [B, 3, S, S] in [0, 1], and labels, int64 [B]. Views are made of the images as
+            8-bit pixels.
+        degrees: largest rotation, either way.
+        translate_px: largest translation in pixels at side 224; by default 24 for 30 degrees, 32 for 40.
+        views: random views of worst-of-10.
+        grid: whether to run the exhaustive attack.
+        dtype: arithmetic of the verdicts.
+        seed: of the random views, which depend on it and on each image's position alone.
+        judge_batch: views in one forward pass; 0 for 1024 on a GPU and 256 on a CPU.
+
+    Raises:
+        ValueError: on images outside [0, 1], not square, or none at all.
+    """
+    limits = SpatialLimits.from_px(degrees, translate_px)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    limits_V2 = view_limits(views, untouched_first=True, degrees=limits.degrees, translate=limits.translate)
+    found = list(
+        judge_batches(
+            module_judge(model, dtype),
+            _views_of(batches, limits_V2, pack_key(EVALUATION, seed), device),
+            limits,
+            judge_batch=judge_batch or default_judge_batch(device),
+            wants_grid=(lambda index: True) if grid else None,
+        )
+    )
+    return summarize(found, limits, views, partial=False)
+
+
+def judge_batches(
+    judge: Judge,
+    batches: Iterable[Batch],
+    limits: SpatialLimits,
+    *,
+    judge_batch: int,
+    wants_grid: Callable[[int], bool] | None,
+    moved: Callable[[], None] = lambda: None,
+) -> Iterator[ImageVerdict]:
+    """The verdicts of batches whose views are the untouched image and random ones; in any order.
+
+    Args:
+        judge_batch: views in every forward pass: one fixed shape, whatever the batches' sizes.
+        wants_grid: whether an image, by index, is to meet the grid; None for no grid at all.
+        moved: called after every batch.
+    """
+    survivors: GridSurvivors | None = None
+    waiting: dict[int, ImageVerdict] = {}
+    for batch in batches:
+        found = verdicts(judge_views(judge, batch.views, judge_batch, pad=True), batch.labels)
+        columns = zip(
+            batch.index.tolist(),
+            batch.labels.tolist(),
+            *(t.tolist() for t in (found.natural, found.random, found.worst, found.all_views, found.natural_margin)),
+        )
+        for_grid = []
+        for row, (index, label, natural, random, worst, all_views, margin) in enumerate(columns):
+            meets = wants_grid is not None and wants_grid(index)
+            verdict = ImageVerdict(index, label, natural, random, worst, all_views, False if meets else None, margin)
+            if meets and natural:
+                waiting[index] = verdict
+                for_grid.append(row)
+            else:
+                yield verdict
+        if for_grid:
+            if survivors is None:
+                survivors = GridSurvivors(judge, limits, batch.views.shape[2], judge_batch)
+            images = batch.views[for_grid, 0]
+            survivors.add(images, batch.labels[for_grid].tolist(), batch.index[for_grid].tolist())
+            yield from _settled(survivors, waiting)
+        moved()
+    if survivors is not None:
+        while survivors.pending:
+            survivors.turn()
+            moved()
+        yield from _settled(survivors, waiting)
+    assert not waiting
+
+
+def _settled(survivors: GridSurvivors, waiting: dict[int, ImageVerdict]) -> Iterator[ImageVerdict]:
+    for index, survived in survivors.take_verdicts():
+        yield dataclasses.replace(waiting.pop(index), grid=survived)
+
+
+def summarize(found: list[ImageVerdict], limits: SpatialLimits, views: int, *, partial: bool) -> Summary:
+    """Percentages over distinct images.
+
+    Raises:
+        ValueError: if there are none, or an image was judged twice.
+    """
+    if not found:
+        raise ValueError("there is nothing to report: no image was judged")
+    if len({v.index for v in found}) != len(found):
+        raise ValueError("an image was judged more than once; the percentages would be wrong")
+    on_grid = [v for v in found if v.grid is not None]
+
+    def pct(values: list[bool | None]) -> float:
+        return 100 * sum(map(bool, values)) / len(values)
+
+    return Summary(
+        natural_top1_pct=pct([v.natural for v in found]),
+        random_top1_pct=pct([v.random for v in found]),
+        worst10_top1_pct=pct([v.worst10 for v in found]),
+        worst10_any_top1_pct=pct([v.worst10_any for v in found]),
+        grid_top1_pct=pct([v.grid for v in on_grid]) if on_grid else None,
+        num_images=len(found),
+        grid_num_images=len(on_grid),
+        degrees=limits.degrees,
+        translate_px=limits.translate_px,
+        views=views,
+        partial=partial,
+    )
+
+
+def default_judge_batch(device: torch.device) -> int:
+    """Views in one forward pass."""
+    return 1024 if device.type == "cuda" else 256
+
+
+def _views_of(
+    batches: Iterable[tuple[Tensor, Tensor]], limits_V2: np.ndarray[Any, Any], key: int, device: torch.device
+) -> Iterator[Batch]:
+    """Views of a user's images."""
+    seen = 0
+    for images, labels in batches:
+        B, S = images.shape[0], images.shape[-1]
+        if images.shape != (B, 3, S, S) or not images.is_floating_point():
+            raise ValueError(f"images are {images.dtype} {tuple(images.shape)}: expected float [B, 3, S, S] in [0, 1]")
+        if images.min() < 0 or images.max() > 1:
+            raise ValueError("images reach outside [0, 1]; give pixels, and put the normalization into the model")
+        pixels_BSSC = images.to(device).permute(0, 2, 3, 1).mul(255).round().to(torch.uint8).contiguous()
+        indices = np.arange(seen, seen + B)
+        seen += B
+        matrices_BV23 = torch.from_numpy(draw_matrices(key, 0, indices, limits_V2, S)).to(device)
+        yield Batch(warp(pixels_BSSC, matrices_BV23), labels.to(device), torch.from_numpy(indices))
+
+
+def prepare(config: EvaluateConfig) -> tuple[Classifier, ImageIndex, set[int] | None, int]:
+    """What an evaluation needs, validated: model, images, the positions that meet the grid (None: all) and the side.
+
+    Raises:
+        ValueError: on a checkpoint that does not fit the architecture or the folder's classes.
+    """
+    path = Path(config.checkpoint)
+    weights = checkpoint.read_weights(path)
+    model = checkpoint.build_classifier(path, weights, config.arch)
+    images = read_index(data_folder(config.data), "val")
+    if weights.classes is not None and images.classes != weights.classes:
+        images = _relabel(images, weights.classes, path, config)
+    elif len(images.classes) != weights.num_classes and not config.allow_partial_classes:
+        raise ValueError(
+            f"--data {config.data}: it has {len(images.classes)} classes, the model {weights.num_classes} outputs\n"
+            f"if the folders are the model's first outputs, in order, add --allow-partial-classes"
+        )
+    if len(images.classes) > weights.num_classes:
+        raise ValueError(
+            f"--data {config.data}: it has {len(images.classes)} classes, more than the model's {weights.num_classes} outputs"
+        )
+    if config.max_images:
+        images = images.random_subset(config.max_images)
+    on_grid = None
+    if config.grid_images:
+        on_grid = _positions_of(Path(config.grid_images), images)
+    return model.eval(), images, on_grid, config.side or weights.side or 224
+
+
+def _relabel(images: ImageIndex, classes: tuple[str, ...], path: Path, config: EvaluateConfig) -> ImageIndex:
+    """Labels by class name, for a folder that holds only some of the model's classes."""
+    unknown = [name for name in images.classes if name not in classes]
+    if unknown:
+        raise ValueError(
+            f"--data {config.data}: its class {unknown[0]} is none of the {len(classes)} that {path} was trained on"
+        )
+    if not config.allow_partial_classes:
+        raise ValueError(
+            f"--data {config.data}: it has {len(images.classes)} of the {len(classes)} classes that {path} was trained on\n"
+            f"to judge on these alone, add --allow-partial-classes"
+        )
+    positions = np.array([classes.index(name) for name in images.classes])
+    return dataclasses.replace(images, labels=positions[images.labels])
+
+
+def _positions_of(listing: Path, images: ImageIndex) -> set[int]:
+    if not listing.is_file():
+        raise ValueError(f"--grid-images {listing}: there is no such file; give one path a line, as in the JSON")
+    wanted = {line.strip() for line in listing.read_text(encoding="utf-8").splitlines() if line.strip()}
+    where = {images.relative_path(position): position for position in range(len(images))}
+    missing = sorted(wanted - where.keys())
+    if missing:
+        raise ValueError(
+            f"--grid-images {listing}: {missing[0]} is not among the images; paths look like {next(iter(where))}"
+        )
+    return {where[name] for name in wanted}
+
+
+def evaluate_checkpoint(config: EvaluateConfig, world: World) -> None:
+    """Judge a checkpoint with all processes; rank 0 prints the table and writes the JSON."""
+    seed_everything(0, deterministic=False)
+    dtype = training_dtype(config.dtype, world.device)
+    model, images, on_grid, side = prepare(config)
+    limits = config.limits
+    loader = Loader(
+        images,
+        limits=view_limits(
+            config.views, untouched_first=True, degrees=limits.degrees, translate=limits.translate
+        ),
+        settings=augmentation_settings(center=True),
+        side=side,
+        global_batch_size=config.batch_size_per_process * world.world_size,
+        key=pack_key(EVALUATION, config.seed),
+        train=False,
+        rank=world.rank,
+        world_size=world.world_size,
+        threads=config.workers or None,
+        device=world.device,
+    )
+    bar = Bar(
+        loader.epoch(0),
+        total=loader.steps_per_epoch,
+        images_per_batch=config.batch_size_per_process * world.world_size,
+        title="evaluate",
+        show=world.rank == 0,
+    )
+    wants_grid = None
+    if config.grid:
+        wants_grid = (lambda index: True) if on_grid is None else on_grid.__contains__
+    judge_batch = config.judge_batch or default_judge_batch(world.device)
+    mine = []
+    for verdict in judge_batches(
+        Scorer(model.to(world.device), dtype),
+        bar,
+        limits,
+        judge_batch=judge_batch,
+        wants_grid=wants_grid,
+        moved=lambda: distributed.progress(config.stall_minutes),
+    ):
+        mine.append(verdict)
+    distributed.progress(4 * config.stall_minutes)  # others may have more survivors
+    found = sorted((v for part in distributed.gather(mine) for v in part), key=lambda v: v.index)
+    if world.rank == 0:
+        if [v.index for v in found] != list(range(len(images))):
+            raise RuntimeError(f"{len(found)} verdicts for {len(images)} images: an image was missed or judged twice")
+        partial = bool(config.max_images) or on_grid is not None
+        summary = summarize(found, limits, config.views, partial=partial)
+        say(summary_table(summary))
+        if config.json:
+            write_json(Path(config.json), config, summary, found, images)
+    distributed.barrier()
+
+
+def summary_table(summary: Summary) -> str:
+    """The table an evaluation prints."""
+    rows = [
+        ("natural", summary.natural_top1_pct, ""),
+        ("random view", summary.random_top1_pct, ""),
+        (f"worst of {summary.views}", summary.worst10_top1_pct, "view of highest loss, the untouched image included"),
+        (f"any of {summary.views}", summary.worst10_any_top1_pct, "right on every one of these views"),
+    ]
+    if summary.grid_top1_pct is not None:
+        few = f", {summary.grid_num_images} images" if summary.grid_num_images != summary.num_images else ""
+        rows.append((f"grid of {GRID_VIEWS}", summary.grid_top1_pct, "right on every view" + few))
+    head = (
+        f"top-1 accuracy on {summary.num_images} images, up to {summary.degrees:g} degrees and "
+        f"{summary.translate_px:g} px (at side 224)" + (", PARTIAL" if summary.partial else "")
+    )
+    return "\n".join([head, *(f"  {name:<14}{value:6.1f} %   {note}".rstrip() for name, value, note in rows)])
+
+
+def write_json(
+    path: Path, config: EvaluateConfig, summary: Summary, found: list[ImageVerdict], images: ImageIndex
+) -> None:
+    """Write the summary and every image's verdicts, atomically."""
+    rows = []
+    for verdict in found:
+        values = dataclasses.asdict(verdict)
+        values.pop("index")
+        rows.append({"path": images.relative_path(verdict.index), **values})
+    content = {"summary": dataclasses.asdict(summary), "config": to_json(config), "images": rows}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,83 @@
+"""Models: torchvision's classifiers behind their normalization, and BatchNorm over groups."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn.functional import batch_norm
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# Their training forward returns more than one tensor.
+_MANY_OUTPUTS = ("googlenet", "inception_v3")
+
+
+def known_archs() -> list[str]:
+    """The architectures that can be trained: torchvision's classifiers whose forward returns one tensor."""
+    return [a for a in torchvision.models.list_models(module=torchvision.models) if a not in _MANY_OUTPUTS]
+
+
+class Classifier(nn.Module):
+    """Logits [N, K] of images, float [N, 3, S, S] in [0, 1]: the normalization lives in here."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self, net: nn.Module, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
+    ) -> None:
+        super().__init__()
+        self.net = net
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Images in [0, 1] to what the network takes."""
+        return (images - self.mean) / self.std
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.net(self.normalize(images))
+        return logits
+
+
+def build(arch: str, num_classes: int) -> nn.Module:
+    """A torchvision classifier with fresh weights, channels_last.
+
+    Raises:
+        ValueError: on an architecture torchvision does not have, or one that cannot be trained here.
+    """
+    if arch not in known_archs():
+        why = "its training forward returns several tensors" if arch in _MANY_OUTPUTS else "torchvision has no such model"
+        raise ValueError(f"--arch {arch}: {why}; choose one of {', '.join(known_archs()[:6])}, ... (resnet18 by default)")
+    net: nn.Module = torchvision.models.get_model(arch, weights=None, num_classes=num_classes)
+    return net.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+def to_unit(views: Tensor) -> Tensor:
+    """uint8 [N, S, S, 3] to float32 [N, 3, S, S] in [0, 1], channels_last without moving a byte more than needed."""
+    return views.permute(0, 3, 1, 2).to(torch.float32).div_(255)
+
+
+class GroupedBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm over groups of images, as 8-GPU DataParallel had it: running statistics from the first group."""
+
+    group_size = 0
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or len(input) <= self.group_size:
+            return super().forward(input)
+        first, *others = input.split(self.group_size)
+        outputs = [super().forward(first)]
+        for group in others:
+            outputs.append(batch_norm(group, None, None, self.weight, self.bias, True, 0.0, self.eps))
+        return torch.cat(outputs)
+
+
+def group_batch_norm(net: nn.Module, group_size: int) -> None:
+    """Make every BatchNorm2d of a network normalize over groups of `group_size` images while training."""
+    for module in net.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = GroupedBatchNorm2d
+            module.group_size = group_size  # type: ignore[assignment]

@@ -1,0 +1,49 @@
+"""The optimizer and its learning rate."""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+from torch import nn
+
+from fast_spatial.config import TrainConfig
+
+
+def lr_at(config: TrainConfig, epoch: int) -> float:
+    """The learning rate of an epoch: it drops by `gamma` at the start of every milestone."""
+    return config.lr * config.gamma ** sum(epoch >= milestone for milestone in config.milestones)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """SGD over every parameter, fused into one kernel."""
+    settings = {"lr": config.lr, "momentum": config.momentum, "weight_decay": config.weight_decay}
+    if config.optimizer == "apex":
+        optimizer: torch.optim.Optimizer = find_apex_sgd()(model.parameters(), **settings)
+        return optimizer
+    return torch.optim.SGD(model.parameters(), **settings, fused=True)  # type: ignore[arg-type]
+
+
+def find_apex_sgd() -> type[torch.optim.Optimizer]:
+    """NVIDIA apex's FusedSGD.
+
+    Raises:
+        ValueError: if apex is missing, or is another package of that name (the one that `pip install apex` brings).
+    """
+    try:
+        importlib.import_module("amp_C")  # the compiled kernels: only NVIDIA's apex has them
+        found = importlib.import_module("apex.optimizers").FusedSGD
+    except (ImportError, AttributeError):
+        raise ValueError(
+            "--optimizer apex: NVIDIA's apex with its CUDA kernels is not installed (`pip install apex` is another "
+            "package)\nuse --optimizer sgd, or the image built with --build-arg APEX=1"
+        ) from None
+    if not torch.cuda.is_available():
+        raise ValueError("--optimizer apex: apex's FusedSGD needs a GPU, and none is visible\nuse --optimizer sgd")
+    return found  # type: ignore[no-any-return]

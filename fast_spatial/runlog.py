@@ -1,0 +1,110 @@
+"""What a run says: a progress bar, one JSON record per epoch and evaluation, TensorBoard scalars; on rank 0 alone."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+Item = TypeVar("Item")
+
+
+class Bar:
+    """Iterates over batches with a progress bar (none unless this is rank 0 on a terminal) and measures the data wait."""
+
+    def __init__(self, batches: Iterable[Any], *, total: int, images_per_batch: int, title: str, show: bool) -> None:
+        self._batches, self._images_per_batch = batches, images_per_batch
+        self._bar = tqdm(total=total, desc=title, unit="batch", disable=None if show else True, leave=False)
+        self.wait_sec = 0.0
+        self.steps = 0
+        self._start = time.perf_counter()
+
+    def __iter__(self) -> Iterator[Any]:
+        iterator = iter(self._batches)
+        while True:
+            asked = time.perf_counter()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                break
+            self.wait_sec += time.perf_counter() - asked
+            yield batch
+            self.steps += 1
+            self._bar.update()
+        self._bar.close()
+
+    @property
+    def images_per_sec(self) -> float:
+        """Images of all processes per second since the start."""
+        return self.steps * self._images_per_batch / max(time.perf_counter() - self._start, 1e-9)
+
+    @property
+    def data_wait_pct(self) -> float:
+        """Share of the time spent waiting for the loader."""
+        return 100 * self.wait_sec / max(time.perf_counter() - self._start, 1e-9)
+
+    def show(self, **values: float) -> None:
+        """Show numbers beside the bar."""
+        if not self._bar.disable:
+            shown = {name: f"{value:.4g}" for name, value in values.items()}
+            rates = {"img/s": f"{self.images_per_sec:.0f}", "data wait": f"{self.data_wait_pct:.0f}%"}
+            self._bar.set_postfix(rates | shown)
+
+
+class RunLog:
+    """`log.jsonl` and TensorBoard scalars of a run's folder; silent on other ranks than 0."""
+
+    def __init__(self, out: Path, *, rank: int, gpus: int, elapsed_sec: float = 0.0) -> None:
+        self._active, self._gpus = rank == 0, gpus
+        self._start = time.time() - elapsed_sec
+        if self._active:
+            from torch.utils.tensorboard import SummaryWriter
+
+            out.mkdir(parents=True, exist_ok=True)
+            self._file = open(out / "log.jsonl", "a", encoding="utf-8")
+            self._board = SummaryWriter(str(out / "tensorboard"))
+
+    @property
+    def elapsed_sec(self) -> float:
+        """Seconds in use, earlier parts of the run included."""
+        return time.time() - self._start
+
+    @property
+    def gpu_hours(self) -> float:
+        """GPUs times hours in use."""
+        return self.elapsed_sec / 3600 * self._gpus
+
+    def record(self, event: str, step: int, **values: Any) -> None:
+        """Write one record, its numbers as scalars, and a line for people."""
+        if not self._active:
+            return
+        line = {"event": event, **values, "elapsed_sec": round(self.elapsed_sec, 2), "gpu_hours": round(self.gpu_hours, 5)}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        self.scalars(event, step, **values)
+        shown = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items() if v is not None)
+        say(f"{event}: " + ", ".join(shown))
+
+    def scalars(self, group: str, step: int, **values: Any) -> None:
+        """TensorBoard scalars alone."""
+        if self._active:
+            for name, value in values.items():
+                if isinstance(value, (int, float)) and not isinstance(value, bool):
+                    self._board.add_scalar(f"{group}/{name}", value, step)
+
+    def close(self) -> None:
+        """Flush and close the files."""
+        if self._active:
+            self._file.close()
+            self._board.close()
+
+
+def say(text: str) -> None:
+    """A line for people, above any progress bar."""
+    tqdm.write(text, file=sys.stdout)
+    sys.stdout.flush()

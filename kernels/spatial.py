@@ -1,0 +1,97 @@
+"""The one convention of spatial transforms: limits, matrices, and the exhaustive grid.
+
+For a square image of side S with pixel indices x to the right and y down, the centre is c = (S - 1) / 2. A rotation by
+the angle a and a translation t = (tx, ty), given as a fraction of the side, take the *source* of a target pixel to
+
+    source = R(a) (target - c) + c + (S - 1) t        R(a) = [[cos a, -sin a], [sin a, cos a]]
+
+so a matrix here maps target pixels to source pixels, which is what a warp needs: a positive angle turns the content
+counter-clockwise on the screen (+90 degrees is `rot90(image, 1)`), and a positive tx moves it to the left. Everything
+outside the image is black. This is the transform of "Exploring the Landscape of Spatial Robustness" (Engstrom et al.,
+2019) under `grid_sample(align_corners=True)`, the meaning `grid_sample` had when its results were published.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+# Published limits are given in pixels at this side; elsewhere "nominal px".
+NOMINAL_SIDE = 224
+GRID_ANGLES, GRID_SHIFTS = 31, 5
+GRID_VIEWS = GRID_ANGLES * GRID_SHIFTS * GRID_SHIFTS
+
+
+@dataclass(frozen=True)
+class SpatialLimits:
+    """How far an attack may rotate (degrees, either way) and translate (fraction of the side, either way, per axis)."""
+
+    degrees: float
+    translate: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.degrees <= 180:
+            raise ValueError(f"degrees is {self.degrees:g}: rotations reach from 0 to 180 degrees")
+        if not 0 <= self.translate <= 1:
+            raise ValueError(f"translate is {self.translate:g} of the side: translations reach from 0 to 1")
+
+    @classmethod
+    def from_px(cls, degrees: float, translate_px: float | None = None) -> SpatialLimits:
+        """Limits from degrees and nominal pixels; without pixels, the published pairing (30 with 24 px, 40 with 32)."""
+        if translate_px is None:
+            return cls(degrees, (degrees / 10) / 28)
+        return cls(degrees, translate_px / NOMINAL_SIDE)
+
+    @property
+    def translate_px(self) -> float:
+        """The translation limit in nominal pixels (pixels at side 224)."""
+        return self.translate * NOMINAL_SIDE
+
+
+@njit(cache=True, nogil=True)
+def write_matrix(out_23, angle_deg, tx, ty, side, flip):  # type: ignore[no-untyped-def]
+    """Write the 2x3 target-to-source matrix of one view; `flip` mirrors the source horizontally, before the warp."""
+    c = (side - 1) / 2.0
+    if angle_deg == 0.0:  # the identity must be exact
+        cos, sin = 1.0, 0.0
+    else:
+        cos, sin = math.cos(math.radians(angle_deg)), math.sin(math.radians(angle_deg))
+    out_23[0, 0], out_23[0, 1], out_23[0, 2] = cos, -sin, c - cos * c + sin * c + (side - 1) * tx
+    out_23[1, 0], out_23[1, 1], out_23[1, 2] = sin, cos, c - sin * c - cos * c + (side - 1) * ty
+    if flip:
+        out_23[0, 0], out_23[0, 1], out_23[0, 2] = -out_23[0, 0], -out_23[0, 1], (side - 1) - out_23[0, 2]
+
+
+@njit(cache=True, nogil=True)
+def _write_matrices(out_N23, params_N3, side):  # type: ignore[no-untyped-def]
+    for n in range(out_N23.shape[0]):
+        write_matrix(out_N23[n], params_N3[n, 0], params_N3[n, 1], params_N3[n, 2], side, False)
+
+
+def matrices(params: NDArray[np.float64], side: int) -> NDArray[np.float32]:
+    """Target-to-source matrices, float32 [..., 2, 3], of (degrees, tx, ty) rows, float [..., 3], at a side in pixels."""
+    params = np.asarray(params, np.float64)
+    if params.shape[-1:] != (3,):
+        raise ValueError(f"params has shape {params.shape}: the last axis must be (degrees, tx, ty)")
+    flat = np.ascontiguousarray(params.reshape(-1, 3))
+    out = np.empty((len(flat), 2, 3), np.float64)
+    _write_matrices(out, flat, side)
+    return out.reshape(*params.shape[:-1], 2, 3).astype(np.float32)
+
+
+def grid(limits: SpatialLimits) -> NDArray[np.float64]:
+    """The exhaustive attack's 31 x 5 x 5 grid: float64 [775, 3] rows of (degrees, tx, ty), end points included.
+
+    The untouched image is row `GRID_IDENTITY`.
+    """
+    angles = np.linspace(-limits.degrees, limits.degrees, GRID_ANGLES)
+    shifts = np.linspace(-limits.translate, limits.translate, GRID_SHIFTS)
+    angles[GRID_ANGLES // 2] = shifts[GRID_SHIFTS // 2] = 0.0
+    return np.stack(np.meshgrid(angles, shifts, shifts, indexing="ij"), axis=-1).reshape(-1, 3)
+
+
+GRID_IDENTITY = GRID_VIEWS // 2

@@ -1,0 +1,92 @@
+"""Warping a batch: `warp` picks the backend, `warp_reference` is the plain torch it is held against."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import grid_sample
+
+from kernels.cpus import cpus_per_process
+from kernels.warp_cpu import warp_image
+
+# B images, V views, S side, C = 3 channels.
+_IDENTITY_34 = np.eye(3, 4, dtype=np.float32)
+_local = threading.local()
+
+
+def warp(images_BSSC: Tensor, matrices_BV23: Tensor, colour_B34: Tensor | None = None) -> Tensor:
+    """Views of a batch of images: uint8 [B, V, S, S, 3], on the images' device.
+
+    Args:
+        images_BSSC: uint8 [B, S, S, 3].
+        matrices_BV23: float32 [B, V, 2, 3], target-to-source pixels (see `kernels.spatial`).
+        colour_B34: float32 [B, 3, 4] in units of 255, applied before the warp; outside stays black.
+
+    Raises:
+        ValueError: on another dtype or shape.
+    """
+    B, S = images_BSSC.shape[0], images_BSSC.shape[1]
+    if images_BSSC.dtype != torch.uint8 or images_BSSC.shape != (B, S, S, 3):
+        raise ValueError(f"images are {images_BSSC.dtype} {tuple(images_BSSC.shape)}: expected uint8 [B, S, S, 3]")
+    if matrices_BV23.ndim != 4 or matrices_BV23.shape[0] != B or matrices_BV23.shape[2:] != (2, 3):
+        raise ValueError(f"matrices have shape {tuple(matrices_BV23.shape)}: expected [{B}, V, 2, 3]")
+    if colour_B34 is not None and colour_B34.shape != (B, 3, 4):
+        raise ValueError(f"colour has shape {tuple(colour_B34.shape)}: expected [{B}, 3, 4]")
+    if images_BSSC.device.type == "cpu":
+        return _warp_cpu(images_BSSC, matrices_BV23, colour_B34)
+    exact = warp_reference(images_BSSC, matrices_BV23, colour_B34)
+    return exact.round_().clamp_(0, 255).to(torch.uint8)
+
+
+def warp_reference(images_BSSC: Tensor, matrices_BV23: Tensor, colour_B34: Tensor | None = None) -> Tensor:
+    """The same as `warp` in plain torch, before the final rounding: float [B, V, S, S, 3] of 255, any device.
+
+    Computes in the matrices' dtype; colours are rounded to uint8 before the warp, as every backend does.
+    """
+    B, V = matrices_BV23.shape[:2]
+    S = images_BSSC.shape[1]
+    dtype, device = matrices_BV23.dtype, images_BSSC.device
+    pixels_BSSC = images_BSSC.to(dtype)
+    if colour_B34 is not None:
+        colour_B34 = colour_B34.to(device, dtype)
+        coloured_BPC = torch.baddbmm(
+            colour_B34[:, None, :, 3], pixels_BSSC.flatten(1, 2), colour_B34[:, :, :3].transpose(1, 2)
+        )
+        pixels_BSSC = coloured_BPC.add_(0.5).floor_().clamp_(0, 255).view(B, S, S, 3)
+    axis = torch.arange(S, dtype=dtype, device=device)
+    target_SS3 = torch.stack(
+        [axis.expand(S, S), axis[:, None].expand(S, S), torch.ones(S, S, dtype=dtype, device=device)], dim=-1
+    )
+    source_BVSS2 = torch.einsum("yxk,bvck->bvyxc", target_SS3, matrices_BV23.to(device))
+    locations = (source_BVSS2 * (2 / max(S - 1, 1)) - 1).view(B * V, S, S, 2)
+    inputs = pixels_BSSC.permute(0, 3, 1, 2).repeat_interleave(V, dim=0)
+    warped = grid_sample(inputs, locations, mode="bilinear", padding_mode="zeros", align_corners=True)
+    return warped.permute(0, 2, 3, 1).view(B, V, S, S, 3)
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="warp")
+
+
+def _warp_cpu(images_BSSC: Tensor, matrices_BV23: Tensor, colour_B34: Tensor | None) -> Tensor:
+    B, S, _, C = images_BSSC.shape
+    views_BVSSC = torch.empty((B, matrices_BV23.shape[1], S, S, C), dtype=torch.uint8)
+    images, views = images_BSSC.contiguous().numpy(), views_BVSSC.numpy()
+    matrices = np.ascontiguousarray(matrices_BV23.numpy(), np.float32)
+    colours = None if colour_B34 is None else np.ascontiguousarray(colour_B34.numpy(), np.float32)
+
+    def warp_one(b: int) -> None:
+        scratch = getattr(_local, "scratch", None)
+        if scratch is None or scratch.shape != (S + 2, S + 2):
+            scratch = _local.scratch = np.empty((S + 2, S + 2), np.uint64)
+        warp_image(views[b], scratch, images[b], matrices[b], _IDENTITY_34 if colours is None else colours[b])
+
+    for _ in _pool(cpus_per_process()).map(warp_one, range(B)):
+        pass
+    return views_BVSSC

@@ -1,0 +1,1 @@
+"""From JPEG files to a `Batch`: knows DALI, not torch.nn; plain arguments, no configuration objects."""

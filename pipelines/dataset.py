@@ -1,0 +1,145 @@
+"""From a folder to an index of images: paths, labels, classes, validated before anything is started.
+
+The layout is the usual one, `DATA/train/<class>/*` and `DATA/val/<class>/*`, and means what torchvision's ImageFolder
+means by it: classes are the sorted folder names, images the files with an image's extension.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kernels.sampling import TRAINING, epoch_order, pack_key
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's IMG_EXTENSIONS
+_SUBSET_SEED = 2**31 - 1
+
+FLAT_VAL_FIX = (
+    "put ILSVRC2012_devkit_t12.tar.gz into {data} and sort it into class folders with\n"
+    "  python -c \"from torchvision.datasets.imagenet import *; r = '{data}'; parse_devkit_archive(r); "
+    "prepare_val_folder(r + '/val', load_meta_file(r)[1])\""
+)
+
+
+@dataclass(frozen=True)
+class ImageIndex:
+    """The images of one split.
+
+    Attributes:
+        root: the split's folder.
+        paths: uint8 [N, W], absolute paths padded with NUL.
+        labels: int64 [N], positions in `classes`.
+        classes: the class folders' names, sorted.
+    """
+
+    root: Path
+    paths: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def path(self, position: int) -> str:
+        """The absolute path of one image."""
+        return os.fsdecode(self.paths[position].tobytes().rstrip(b"\0"))
+
+    def relative_path(self, position: int) -> str:
+        """The path of one image, relative to the split's folder's parent ("val/n01440764/x.JPEG")."""
+        return os.path.relpath(self.path(position), self.root.parent)
+
+    def first_classes(self, count: int) -> ImageIndex:
+        """The images of the first `count` classes only."""
+        if not 1 <= count <= len(self.classes):
+            raise ValueError(f"classes is {count}: {self.root} has {len(self.classes)} classes")
+        return replace(self._take(np.flatnonzero(self.labels < count)), classes=self.classes[:count])
+
+    def random_subset(self, count: int) -> ImageIndex:
+        """A fixed pseudo-random subset of at most `count` images, in the split's order."""
+        if count < 1:
+            raise ValueError(f"cannot keep {count} images of {self.root}: at least 1 is needed")
+        return self._take(np.sort(epoch_order(pack_key(TRAINING, _SUBSET_SEED), 0, len(self))[:count]))
+
+    def _take(self, positions: NDArray[np.int64]) -> ImageIndex:
+        return replace(self, paths=self.paths[positions], labels=self.labels[positions])
+
+
+def list_classes(data: Path, split: str) -> list[str]:
+    """The sorted class folders of a split.
+
+    Raises:
+        ValueError: naming what is wrong with the layout, and the line that fixes a flat validation folder.
+    """
+    root = data / split
+    if not data.is_dir():
+        raise ValueError(f"--data {data}: there is no such folder; give the folder that holds train/ and val/, or digits")
+    if not root.is_dir():
+        found = ", ".join(sorted(entry.name for entry in os.scandir(data))[:4]) or "nothing"
+        raise ValueError(f"--data {data}: it has no {split}/ (it holds {found}); expected {root}/<class>/<image>")
+    classes, files = [], 0
+    with os.scandir(root) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                classes.append(entry.name)
+            else:
+                files += entry.name.lower().endswith(EXTENSIONS)
+    if not classes and files:
+        fix = FLAT_VAL_FIX.format(data=data.resolve()) if split == "val" else f"sort them into {root}/<class>/"
+        raise ValueError(f"--data {data}: {root} holds {files} images but no class folders; {fix}")
+    if not classes:
+        raise ValueError(f"--data {data}: {root} is empty; expected {root}/<class>/<image>")
+    return sorted(classes)
+
+
+def check_classes_agree(data: Path) -> list[str]:
+    """The classes of `data`, the same in train/ and val/.
+
+    Raises:
+        ValueError: naming the first classes that only one of them has.
+    """
+    train, val = list_classes(data, "train"), list_classes(data, "val")
+    if train != val:
+        only_train, only_val = sorted(set(train) - set(val)), sorted(set(val) - set(train))
+        raise ValueError(
+            f"--data {data}: train/ and val/ have different classes (only in train: {_some(only_train)}; only in val: "
+            f"{_some(only_val)}); labels would not mean the same, make the folders agree"
+        )
+    return train
+
+
+def read_index(data: Path, split: str) -> ImageIndex:
+    """The index of `data/split`.
+
+    Raises:
+        ValueError: on a layout that is not one folder per class, or a class without images.
+    """
+    root = (data / split).absolute()
+    classes = list_classes(data, split)
+    names: list[bytes] = []
+    counts = []
+    for name in classes:
+        found = sorted(_images_below(root / name))
+        if not found:
+            raise ValueError(f"--data {data}: the class folder {root / name} holds no images; remove or fill it")
+        names += found
+        counts.append(len(found))
+    longest = max(map(len, names))
+    paths = np.array(names, dtype=f"S{longest + 1}").view(np.uint8).reshape(len(names), longest + 1)
+    return ImageIndex(root, paths, np.repeat(np.arange(len(classes)), counts), tuple(classes))
+
+
+def _images_below(folder: Path) -> list[bytes]:
+    return [
+        os.fsencode(os.path.join(where, file))
+        for where, _, files in os.walk(folder, followlinks=True)
+        for file in files
+        if file.lower().endswith(EXTENSIONS)
+    ]
+
+
+def _some(names: list[str]) -> str:
+    return "none" if not names else ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,54 @@
+"""The DALI graph, from paths to views: one definition for CPU and GPU, for training and evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import nvidia.dali.fn as fn
+import nvidia.dali.types as types
+from nvidia.dali import pipeline_def
+
+from kernels.sampling import BOX_H, BOX_Y, CROP_H, CROP_Y, RESIZED_H
+from pipelines import ops
+
+
+@pipeline_def
+def view_graph(
+    source: Callable[[Any], Any],
+    *,
+    views: int,
+    center: bool,
+    on_gpu: bool,
+    hw_decoder_load: float,
+    warp_backend: str,
+) -> tuple[ops.Node, ops.Node]:
+    """(views uint8 [V, S, S, 3], header int64) of each image of a batch.
+
+    `source` yields (paths, headers, limits, settings), each one contiguous array per batch. `warp_backend` is "numba"
+    (host memory only) or "dali".
+    """
+    paths, header, limits, settings = fn.external_source(source, num_outputs=4, batch=True, batch_info=True)
+    encoded = fn.io.file.read(paths, dont_use_mmap=True)
+    geometry, colour, matrices = ops.draw(header, fn.peek_image_shape(encoded), limits, settings)
+    images = fn.decoders.image_slice(
+        encoded,
+        start=geometry[BOX_Y : BOX_Y + 2],
+        shape=geometry[BOX_H : BOX_H + 2],
+        axes=(0, 1),
+        device="mixed" if on_gpu else "cpu",
+        output_type=types.RGB,
+        adjust_orientation=False,
+        jpeg_fancy_upsampling=True,
+        use_fast_idct=False,
+        **({"hw_decoder_load": hw_decoder_load} if on_gpu else {}),
+    )
+    size = fn.cast(geometry[RESIZED_H : RESIZED_H + 2], dtype=types.FLOAT)
+    images = fn.resize(images, size=size, interp_type=types.INTERP_LINEAR, antialias=True)
+    if center:
+        images = fn.slice(
+            images, start=geometry[CROP_Y : CROP_Y + 2], shape=geometry[CROP_H : CROP_H + 2], axes=(0, 1)
+        )
+    if warp_backend == "numba":
+        return ops.numba_views(images, matrices, colour), header
+    return ops.dali_views(images, matrices, colour, views), header

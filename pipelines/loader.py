@@ -1,0 +1,182 @@
+"""The Loader: epochs of batches, a pure function of (key, epoch, step), whatever ran before.
+
+DALI keeps no state that matters: the source names the images of each batch and their draws, and every batch carries
+its own position as a ticket, so the Loader can jump anywhere by dropping what was in flight.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kernels.cpus import cpus_per_process
+from kernels.sampling import CENTER, EPOCH, HEADER_WIDTH, INDEX, KEY, LABEL, SIDE, TICKET, epoch_order
+from pipelines.dataset import ImageIndex
+from pipelines.graph import view_graph
+
+# What DALI may hold ready, beyond the batch in use: at least one batch, at most this much or four batches.
+_PREFETCH_BYTES = 1 << 30
+_READ_AHEAD_BATCHES = 4
+
+
+class Batch(NamedTuple):
+    """Views uint8 [B, V, S, S, 3] (on the loader's device), labels int64 [B] and positions in the split int64 [B]."""
+
+    views: Tensor
+    labels: Tensor
+    index: Tensor
+
+
+class Loader:
+    """Batches of views of a split's images.
+
+    Step s of an epoch is entries [s * G, (s + 1) * G) of the epoch's order, of which rank r takes its r-th slice.
+
+    Args:
+        images: the split.
+        limits: float64 [V, 2], each view's limits (`kernels.sampling.view_limits`).
+        settings: the augmentation (`kernels.sampling.augmentation_settings`).
+        side: side of the views, pixels.
+        global_batch_size: images per step, over all ranks; `world_size` must divide it.
+        key: the generator's key (`kernels.sampling.pack_key`).
+        train: shuffle, draw anew every epoch and drop the remainder; otherwise each image once, in order, always with
+            the draws of epoch 0.
+        rank: the GLOBAL rank.
+        device: where the views are wanted; a GPU decodes and warps there.
+        exact_decoding: keep GPU decoding independent of load and chance (no hardware decoder).
+
+    Raises:
+        ValueError: if the world size does not divide the batch, or the split is smaller than one batch.
+    """
+
+    def __init__(
+        self,
+        images: ImageIndex,
+        *,
+        limits: NDArray[np.float64],
+        settings: NDArray[np.float64],
+        side: int,
+        global_batch_size: int,
+        key: int,
+        train: bool,
+        rank: int = 0,
+        world_size: int = 1,
+        threads: int | None = None,
+        device: torch.device | None = None,
+        exact_decoding: bool = True,
+    ) -> None:
+        check_divides(global_batch_size, world_size)
+        if train and len(images) < global_batch_size:
+            raise ValueError(
+                f"{images.root} holds {len(images)} images, less than one global batch of {global_batch_size}; "
+                f"lower --global-batch-size"
+            )
+        self.images = images
+        self._key, self._train, self._side = key, train, side
+        self._global_batch_size, self._rank = global_batch_size, rank
+        self._batch_size = global_batch_size // world_size
+        self.steps_per_epoch = self._count_steps()
+        self._orders: dict[int, NDArray[np.int64]] = {}
+        self._next_ticket = 0
+        self._delivered = -1
+        self._limits = np.repeat(limits[None], self._batch_size, axis=0)
+        self._settings = np.repeat(settings[None], self._batch_size, axis=0)
+        self._threads = threads or cpus_per_process()
+        self._readers = ThreadPoolExecutor(4, thread_name_prefix="read-ahead")
+        self._device = device or torch.device("cpu")
+        on_gpu = self._device.type == "cuda"
+        batch_bytes = self._batch_size * len(limits) * side * side * 3
+        self._pipeline: Any = view_graph(
+            self._source,
+            views=len(limits),
+            center=bool(settings[CENTER]),
+            on_gpu=on_gpu,
+            hw_decoder_load=0.0 if exact_decoding else 0.65,
+            warp_backend="dali" if on_gpu else "numba",
+            batch_size=self._batch_size,
+            num_threads=self._threads,
+            device_id=self._device.index or 0 if on_gpu else None,
+            prefetch_queue_depth=int(np.clip(_PREFETCH_BYTES // batch_bytes, 1, 4)),
+            exec_dynamic=True,
+        )
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch, from a step on."""
+        for step in range(start_step, self.steps_per_epoch):
+            ticket = epoch * self.steps_per_epoch + step
+            if ticket != self._delivered + 1:
+                self._next_ticket = ticket  # a jump: batches already in flight are dropped below
+            while True:
+                views, header = self._run()
+                if int(header[0, TICKET]) == ticket:
+                    break
+            yield Batch(views, header[:, LABEL].to(self._device), header[:, INDEX])
+
+    def _run(self) -> tuple[Tensor, Tensor]:
+        if self._device.type == "cuda":
+            outputs = self._pipeline.run(torch.cuda.current_stream(self._device))
+        else:
+            outputs = self._pipeline.run()
+        views, header = (torch.from_dlpack(output.as_tensor()) for output in outputs)
+        self._delivered = int(header[0, TICKET])
+        return views, header
+
+    def _count_steps(self) -> int:
+        if self._train:
+            return len(self.images) // self._global_batch_size
+        full, rest = divmod(len(self.images), self._global_batch_size)
+        return full + (rest > self._rank * self._batch_size)
+
+    def _positions(self, ticket: int) -> tuple[int, NDArray[np.int64]]:
+        """(epoch, positions in the split) of one batch of this rank."""
+        epoch, step = divmod(ticket, self.steps_per_epoch)
+        begin = step * self._global_batch_size + self._rank * self._batch_size
+        end = min(begin + self._batch_size, len(self.images))
+        if not self._train:
+            return 0, np.arange(begin, end)
+        if epoch not in self._orders:  # reading ahead meets two epochs at a time
+            self._orders = {e: order for e, order in self._orders.items() if e == epoch - 1}
+            self._orders[epoch] = epoch_order(self._key, epoch, len(self.images))
+        return epoch, self._orders[epoch][begin:end]
+
+    def _source(self, info: Any) -> tuple[NDArray[Any], ...]:
+        ticket = self._next_ticket
+        self._next_ticket += 1
+        epoch, positions = self._positions(ticket)
+        paths = self.images.paths[positions]
+        self._readers.submit(_read_ahead, self.images.paths, self._positions(ticket + _READ_AHEAD_BATCHES)[1])
+        headers = np.zeros((len(positions), HEADER_WIDTH), np.int64)
+        headers[:, LABEL], headers[:, INDEX] = self.images.labels[positions], positions
+        headers[:, KEY], headers[:, EPOCH], headers[:, SIDE], headers[:, TICKET] = self._key, epoch, self._side, ticket
+        return paths, headers, self._limits[: len(positions)], self._settings[: len(positions)]
+
+
+def check_divides(global_batch_size: int, world_size: int) -> None:
+    """Raise a ValueError unless every process gets the same number of images of a global batch."""
+    if global_batch_size % world_size:
+        below = [n for n in range(1, world_size) if global_batch_size % n == 0][-1]
+        above = -(-global_batch_size // world_size) * world_size
+        raise ValueError(
+            f"--global-batch-size {global_batch_size} does not divide among {world_size} processes; use {below} "
+            f"processes, or --global-batch-size {above}"
+        )
+
+
+def _read_ahead(paths: NDArray[np.uint8], positions: NDArray[np.int64]) -> None:
+    """Ask the kernel to read files soon; errors are left to the read that follows."""
+    for position in positions:
+        try:
+            descriptor = os.open(paths[position].tobytes().rstrip(b"\0"), os.O_RDONLY)
+        except OSError:
+            continue
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+        finally:
+            os.close(descriptor)
