@@ -111,6 +111,7 @@ class GridSurvivors:
         limits: of the grid.
         side: of the images.
         batch: views in one forward pass.
+
     """
 
     # Few, so that a broken image has few more views in the pass that breaks it; several, since packing an image costs.

@@ -40,6 +40,7 @@ def load(path: Path) -> dict[str, Any]:
 
     Raises:
         ValueError: if it cannot be read, or holds more than tensors and plain values.
+
     """
     if not path.is_file():
         raise ValueError(f"--checkpoint {path}: there is no such file")
@@ -80,6 +81,7 @@ def read_weights(path: Path) -> Weights:
 
     Raises:
         ValueError: if the file holds no classifier's weights.
+
     """
     content = load(path)
     if content.get("format") == FORMAT:
@@ -111,6 +113,7 @@ def build_classifier(path: Path, weights: Weights, arch: str) -> Classifier:
 
     Raises:
         ValueError: if the weights are of another architecture.
+
     """
     if arch and weights.arch and arch != weights.arch:
         raise ValueError(f"--checkpoint {path}: it is a {weights.arch}, not a {arch}\nleave --arch away")

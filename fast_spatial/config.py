@@ -26,6 +26,7 @@ class Mode:
         center: Resize(256) and CenterCrop(224) instead of RandomResizedCrop.
         untouched: whether the first view is the untouched image.
         warps: the number of randomly warped views; None means the `--views` option.
+
     """
 
     center: bool
@@ -96,10 +97,14 @@ class TrainConfig(LaunchOptions):
     """Train one model. The defaults are the reference recipe (110 epochs of ImageNet, ResNet-18)."""
 
     data: str = option("", "folder with train/ and val/ (a folder per class), or digits", identity=True)
-    out: str = option("", "folder of this run: checkpoints, logs; created, or continued if it is the same run", identity=False)
+    out: str = option(
+        "", "folder of this run: checkpoints, logs; created, or continued if it is the same run", identity=False
+    )
     mode: str = option("", "how to train", choices=tuple(MODES))
     degrees: float = option(30.0, "largest rotation of random and worst10, either way")
-    translate_px: float | None = option(None, "largest translation, pixels at side 224; default 24 for 30 degrees, 32 for 40")
+    translate_px: float | None = option(
+        None, "largest translation, pixels at side 224; default 24 for 30 degrees, 32 for 40"
+    )
     views: int = option(10, "random views that compete in worst10, besides the untouched image")
     epochs: int = option(110, "passes over the training images")
     global_batch_size: int = option(256, "images per step over all processes")
@@ -117,16 +122,24 @@ class TrainConfig(LaunchOptions):
     jitter: tuple[float, float, float] = option((0.1, 0.1, 0.1), "brightness, contrast, saturation of ColorJitter")
     lighting: float = option(0.05, "standard deviation of the PCA lighting")
     bn_group: int = option(0, "BatchNorm over groups of so many images (the reference: 32); 0: each process's batch")
-    dtype: str = option("auto", "arithmetic of training; auto: bfloat16, or float16, on a GPU, float32 on a CPU", choices=DTYPES)
+    dtype: str = option(
+        "auto", "arithmetic of training; auto: bfloat16, or float16, on a GPU, float32 on a CPU", choices=DTYPES
+    )
     accumulate: int = option(1, "split each process's batch into so many parts, for small GPUs")
-    score_chunk: int = option(0, "views judged in one forward pass; 0: all of a batch, if memory allows", identity=False)
+    score_chunk: int = option(
+        0, "views judged in one forward pass; 0: all of a batch, if memory allows", identity=False
+    )
     seed: int = option(0, "seed of the weights and of every draw of the stream")
     classes: int = option(0, "pilot run: only the first so many classes; 0: all")
     max_train_images: int = option(0, "pilot run: only so many training images; 0: all")
     deterministic: bool = option(False, "repeatable to the bit on one kind of machine, slower on GPUs")
-    eval_every: int = option(1, "evaluate after every so many epochs, and after the last; 0: only after the last", identity=False)
+    eval_every: int = option(
+        1, "evaluate after every so many epochs, and after the last; 0: only after the last", identity=False
+    )
     log_every: int = option(20, "steps between updates of the progress bar and TensorBoard", identity=False)
-    profile: int = option(0, "trace so many steps after the tenth into OUT/profile.json, for a trace viewer", identity=False)
+    profile: int = option(
+        0, "trace so many steps after the tenth into OUT/profile.json, for a trace viewer", identity=False
+    )
 
     def __post_init__(self) -> None:
         _needed(self, "data", "mode", "out")
@@ -168,7 +181,9 @@ class EvaluateConfig(LaunchOptions):
     data: str = option("", "folder with val/ (a folder per class), or digits")
     json: str = option("", "write the summary and every image's verdicts to this file", identity=False)
     degrees: float = option(30.0, "largest rotation, either way")
-    translate_px: float | None = option(None, "largest translation, pixels at side 224; default 24 for 30 degrees, 32 for 40")
+    translate_px: float | None = option(
+        None, "largest translation, pixels at side 224; default 24 for 30 degrees, 32 for 40"
+    )
     views: int = option(10, "random views of worst-of-10")
     grid: bool = option(True, "also the exhaustive grid of 31 x 5 x 5 views")
     side: int = option(0, "side of the views, pixels; 0: the checkpoint's, or 224")
@@ -207,6 +222,7 @@ def parse(kind: type[Config], raw: dict[str, str], preset: dict[str, Any] | None
 
     Raises:
         ValueError: naming the flag, the value and what is allowed.
+
     """
     hints = typing.get_type_hints(kind)
     given = {name: _convert(name, text, hints[name]) for name, text in raw.items()}

@@ -89,4 +89,6 @@ def average_buffers(model: nn.Module) -> None:
     flat = torch.cat([b.reshape(-1) for b in buffers])
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
-    torch._foreach_copy_(buffers, [part.view_as(b) for part, b in zip(flat.split([b.numel() for b in buffers]), buffers)])
+    torch._foreach_copy_(
+        buffers, [part.view_as(b) for part, b in zip(flat.split([b.numel() for b in buffers]), buffers)]
+    )

@@ -100,6 +100,7 @@ def evaluate(
 
     Raises:
         ValueError: on images outside [0, 1], not square, or none at all.
+
     """
     limits = SpatialLimits.from_px(degrees, translate_px)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -131,6 +132,7 @@ def judge_batches(
         judge_batch: views in every forward pass: one fixed shape, whatever the batches' sizes.
         wants_grid: whether an image, by index, is to meet the grid; None for no grid at all.
         moved: called after every batch.
+
     """
     survivors: GridSurvivors | None = None
     waiting: dict[int, ImageVerdict] = {}
@@ -175,6 +177,7 @@ def summarize(found: list[ImageVerdict], limits: SpatialLimits, views: int, *, p
 
     Raises:
         ValueError: if there are none, or an image was judged twice.
+
     """
     if not found:
         raise ValueError("there is nothing to report: no image was judged")
@@ -228,6 +231,7 @@ def prepare(config: EvaluateConfig) -> tuple[Classifier, ImageIndex, set[int] | 
 
     Raises:
         ValueError: on a checkpoint that does not fit the architecture or the folder's classes.
+
     """
     path = Path(config.checkpoint)
     weights = checkpoint.read_weights(path)
@@ -289,9 +293,7 @@ def evaluate_checkpoint(config: EvaluateConfig, world: World) -> None:
     limits = config.limits
     loader = Loader(
         images,
-        limits=view_limits(
-            config.views, untouched_first=True, degrees=limits.degrees, translate=limits.translate
-        ),
+        limits=view_limits(config.views, untouched_first=True, degrees=limits.degrees, translate=limits.translate),
         settings=augmentation_settings(center=True),
         side=side,
         global_batch_size=config.batch_size_per_process * world.world_size,

@@ -26,13 +26,16 @@ class MemoryEstimate:
         return self.weights_gib + self.activations_gib + self.views_gib
 
 
-def estimate(arch: str, num_classes: int, side: int, batch: int, accumulate: int, views: int, half: bool) -> MemoryEstimate:
+def estimate(
+    arch: str, num_classes: int, side: int, batch: int, accumulate: int, views: int, half: bool
+) -> MemoryEstimate:
     """Estimate from one forward pass on shapes alone.
 
     Args:
         batch: images per step and process; `accumulate` parts of it are trained on one after the other.
         views: views of each image that the loader holds (uint8), in three batches.
         half: whether activations are 16 bits wide.
+
     """
     saved: dict[int, int] = {}
 

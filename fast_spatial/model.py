@@ -47,10 +47,15 @@ def build(arch: str, num_classes: int) -> nn.Module:
 
     Raises:
         ValueError: on an architecture torchvision does not have, or one that cannot be trained here.
+
     """
     if arch not in known_archs():
-        why = "its training forward returns several tensors" if arch in _MANY_OUTPUTS else "torchvision has no such model"
-        raise ValueError(f"--arch {arch}: {why}; choose one of {', '.join(known_archs()[:6])}, ... (resnet18 by default)")
+        why = (
+            "its training forward returns several tensors" if arch in _MANY_OUTPUTS else "torchvision has no such model"
+        )
+        raise ValueError(
+            f"--arch {arch}: {why}; choose one of {', '.join(known_archs()[:6])}, ... (resnet18 by default)"
+        )
     net: nn.Module = torchvision.models.get_model(arch, weights=None, num_classes=num_classes)
     return net.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 

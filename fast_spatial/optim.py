@@ -35,6 +35,7 @@ def find_apex_sgd() -> type[torch.optim.Optimizer]:
 
     Raises:
         ValueError: if apex is missing, or is another package of that name (the one that `pip install apex` brings).
+
     """
     try:
         importlib.import_module("amp_C")  # the compiled kernels: only NVIDIA's apex has them

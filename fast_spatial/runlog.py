@@ -83,7 +83,12 @@ class RunLog:
         """Write one record, its numbers as scalars, and a line for people."""
         if not self._active:
             return
-        line = {"event": event, **values, "elapsed_sec": round(self.elapsed_sec, 2), "gpu_hours": round(self.gpu_hours, 5)}
+        line = {
+            "event": event,
+            **values,
+            "elapsed_sec": round(self.elapsed_sec, 2),
+            "gpu_hours": round(self.gpu_hours, 5),
+        }
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         self.scalars(event, step, **values)

@@ -52,6 +52,7 @@ class TrainStep:
         scored: whether batches have several views to choose from.
         accumulate: parts of a batch trained on one after the other, as one step.
         score_chunk: views in one judging pass; 0 for all.
+
     """
 
     def __init__(
@@ -324,7 +325,9 @@ def default_score_chunk(device: torch.device, side: int) -> int:
     return max(1, min(int(free / 4 / per_view), 1 << 16 if device.type == "cuda" else 1024))
 
 
-def describe(config: TrainConfig, world: World, dtype: torch.dtype, train_images: int, val_images: int, classes: int) -> str:
+def describe(
+    config: TrainConfig, world: World, dtype: torch.dtype, train_images: int, val_images: int, classes: int
+) -> str:
     """Two lines on what is about to run, memory included."""
     batch = config.global_batch_size // world.world_size
     views = len(config.view_limits())
@@ -339,7 +342,9 @@ def describe(config: TrainConfig, world: World, dtype: torch.dtype, train_images
     if world.device.type == "cuda":
         free_gib = torch.cuda.mem_get_info(world.device)[0] / (1 << 30)
         if need.total_gib > free_gib:
-            lines.append(f"this GPU has {free_gib:.1f} GiB free: if it runs out, add --accumulate {2 * config.accumulate}")
+            lines.append(
+                f"this GPU has {free_gib:.1f} GiB free: if it runs out, add --accumulate {2 * config.accumulate}"
+            )
     return "\n".join(lines)
 
 

@@ -1,6 +1,6 @@
 """What torchrun starts: one process of a task, described by the JSON of its configuration.
 
-    torchrun -m fast_spatial.worker TASK JSON
+torchrun -m fast_spatial.worker TASK JSON
 """
 
 from __future__ import annotations

@@ -24,7 +24,9 @@ TRAINING, EVALUATION = 0, 1
 LABEL, INDEX, KEY, EPOCH, SIDE, TICKET = range(6)
 HEADER_WIDTH = 6
 # Columns of the float64 settings that hold a recipe's augmentation.
-CENTER, SCALE_MIN, SCALE_MAX, RATIO_MIN, RATIO_MAX, FLIP_PROB, BRIGHTNESS, CONTRAST, SATURATION, LIGHTING_STD = range(10)
+CENTER, SCALE_MIN, SCALE_MAX, RATIO_MIN, RATIO_MAX, FLIP_PROB, BRIGHTNESS, CONTRAST, SATURATION, LIGHTING_STD = range(
+    10
+)
 SETTINGS_WIDTH = 10
 # What `draw_image` decides about one image: the box to decode, the size to resize it to, the crop of the result.
 BOX_Y, BOX_X, BOX_H, BOX_W, RESIZED_H, RESIZED_W, CROP_Y, CROP_X, CROP_H, CROP_W = range(10)

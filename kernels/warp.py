@@ -29,6 +29,7 @@ def warp(images_BSSC: Tensor, matrices_BV23: Tensor, colour_B34: Tensor | None =
 
     Raises:
         ValueError: on another dtype or shape.
+
     """
     B, S = images_BSSC.shape[0], images_BSSC.shape[1]
     if images_BSSC.dtype != torch.uint8 or images_BSSC.shape != (B, S, S, 3):

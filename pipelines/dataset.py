@@ -7,6 +7,7 @@ means by it: classes are the sorted folder names, images the files with an image
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,6 +35,7 @@ class ImageIndex:
         paths: uint8 [N, W], absolute paths padded with NUL.
         labels: int64 [N], positions in `classes`.
         classes: the class folders' names, sorted.
+
     """
 
     root: Path
@@ -73,10 +75,13 @@ def list_classes(data: Path, split: str) -> list[str]:
 
     Raises:
         ValueError: naming what is wrong with the layout, and the line that fixes a flat validation folder.
+
     """
     root = data / split
     if not data.is_dir():
-        raise ValueError(f"--data {data}: there is no such folder; give the folder that holds train/ and val/, or digits")
+        raise ValueError(
+            f"--data {data}: there is no such folder; give the folder that holds train/ and val/, or digits"
+        )
     if not root.is_dir():
         found = ", ".join(sorted(entry.name for entry in os.scandir(data))[:4]) or "nothing"
         raise ValueError(f"--data {data}: it has no {split}/ (it holds {found}); expected {root}/<class>/<image>")
@@ -100,6 +105,7 @@ def check_classes_agree(data: Path) -> list[str]:
 
     Raises:
         ValueError: naming the first classes that only one of them has.
+
     """
     train, val = list_classes(data, "train"), list_classes(data, "val")
     if train != val:
@@ -111,11 +117,23 @@ def check_classes_agree(data: Path) -> list[str]:
     return train
 
 
+def check_not_empty(data: Path, split: str, classes: list[str]) -> None:
+    """Raise a ValueError that names the first class folder without an image."""
+    for name in classes:
+        if next(iter(_images_below(data / split / name)), None) is None:
+            raise _empty(data, data / split / name)
+
+
+def _empty(data: Path, folder: Path) -> ValueError:
+    return ValueError(f"--data {data}: the class folder {folder} holds no images; fill or remove it")
+
+
 def read_index(data: Path, split: str) -> ImageIndex:
     """The index of `data/split`.
 
     Raises:
         ValueError: on a layout that is not one folder per class, or a class without images.
+
     """
     root = (data / split).absolute()
     classes = list_classes(data, split)
@@ -124,7 +142,7 @@ def read_index(data: Path, split: str) -> ImageIndex:
     for name in classes:
         found = sorted(_images_below(root / name))
         if not found:
-            raise ValueError(f"--data {data}: the class folder {root / name} holds no images; remove or fill it")
+            raise _empty(data, root / name)
         names += found
         counts.append(len(found))
     longest = max(map(len, names))
@@ -132,13 +150,11 @@ def read_index(data: Path, split: str) -> ImageIndex:
     return ImageIndex(root, paths, np.repeat(np.arange(len(classes)), counts), tuple(classes))
 
 
-def _images_below(folder: Path) -> list[bytes]:
-    return [
-        os.fsencode(os.path.join(where, file))
-        for where, _, files in os.walk(folder, followlinks=True)
-        for file in files
-        if file.lower().endswith(EXTENSIONS)
-    ]
+def _images_below(folder: Path) -> Iterator[bytes]:
+    for where, _, files in os.walk(folder, followlinks=True):
+        for file in files:
+            if file.lower().endswith(EXTENSIONS):
+                yield os.fsencode(os.path.join(where, file))
 
 
 def _some(names: list[str]) -> str:

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import nvidia.dali.fn as fn
-import nvidia.dali.types as types
-from nvidia.dali import pipeline_def
+from nvidia.dali import fn, pipeline_def, types
 
 from kernels.sampling import BOX_H, BOX_Y, CROP_H, CROP_Y, RESIZED_H
 from pipelines import ops
@@ -46,9 +44,7 @@ def view_graph(
     size = fn.cast(geometry[RESIZED_H : RESIZED_H + 2], dtype=types.FLOAT)
     images = fn.resize(images, size=size, interp_type=types.INTERP_LINEAR, antialias=True)
     if center:
-        images = fn.slice(
-            images, start=geometry[CROP_Y : CROP_Y + 2], shape=geometry[CROP_H : CROP_H + 2], axes=(0, 1)
-        )
+        images = fn.slice(images, start=geometry[CROP_Y : CROP_Y + 2], shape=geometry[CROP_H : CROP_H + 2], axes=(0, 1))
     if warp_backend == "numba":
         return ops.numba_views(images, matrices, colour), header
     return ops.dali_views(images, matrices, colour, views), header

@@ -54,6 +54,7 @@ class Loader:
 
     Raises:
         ValueError: if the world size does not divide the batch, or the split is smaller than one batch.
+
     """
 
     def __init__(

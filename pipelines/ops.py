@@ -10,9 +10,8 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-import nvidia.dali.fn as fn
-import nvidia.dali.types as types
 from numba import njit
+from nvidia.dali import fn, types
 from nvidia.dali.plugin.numba import NumbaFunction
 
 from kernels.colour import write_colour_matrix, write_mean_rgb

@@ -1,0 +1,116 @@
+#!/usr/bin/env python3
+"""fast_spatial's command line: checks everything, then drives torchrun. `launch.py COMMAND --help` lists the flags."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from fast_spatial.cli import NAME, Command, dispatch, options_of
+from fast_spatial.config import DIGITS, DIGITS_PRESET, EvaluateConfig, LaunchOptions, TrainConfig, parse, to_json
+from fast_spatial.reproduce import DECIDED, ReproduceConfig
+
+ROOT = Path(__file__).resolve().parent
+
+
+def train(raw: dict[str, str]) -> None:
+    config = parse(TrainConfig, raw, DIGITS_PRESET if raw.get("data") == DIGITS else None)
+    launch("train", config)
+
+
+def evaluate(raw: dict[str, str]) -> None:
+    launch("evaluate", parse(EvaluateConfig, raw))
+
+
+def reproduce(raw: dict[str, str]) -> None:
+    from fast_spatial import preflight
+    from fast_spatial import reproduce as reproduction
+
+    own = options_of(ReproduceConfig)
+    config = parse(ReproduceConfig, {name: value for name, value in raw.items() if name in own})
+    rows = reproduction.plan(config, {name: value for name, value in raw.items() if name not in own})
+    for row in rows:
+        preflight.check_train(row.train)
+    reproduction.reproduce(config, rows, launch)
+
+
+COMMANDS = {
+    "train": Command("Train one model; the defaults are the reference recipe.", options_of(TrainConfig), train),
+    "evaluate": Command("Judge a checkpoint under every attack.", options_of(EvaluateConfig), evaluate),
+    "reproduce": Command(
+        "Train and judge the rows of the published table; also takes the flags of train's recipe.",
+        options_of(ReproduceConfig) | options_of(TrainConfig, without=DECIDED),
+        reproduce,
+    ),
+}
+
+
+def launch(task: str, config: Any) -> float:
+    """Check a task's configuration, then run it in this process or through torchrun; returns the seconds it took."""
+    from fast_spatial import preflight
+
+    start = time.monotonic()
+    if task == "train":
+        preflight.check_train(config)
+        if config.node_rank == 0:
+            preflight.claim_out(config)
+    else:
+        preflight.check_evaluate(config)
+    if config.in_process:
+        from fast_spatial.worker import run
+
+        run(task, to_json(config))
+    else:
+        torchrun(config, preflight.local_processes(config), [task, json.dumps(to_json(config))])
+    return time.monotonic() - start
+
+
+def torchrun(config: LaunchOptions, processes: int, words: list[str]) -> None:
+    """Run the worker module in `processes` processes on this node."""
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    from kernels.cpus import usable_cpus
+
+    options = [f"--nproc-per-node={processes}", f"--nnodes={config.nnodes}", f"--max-restarts={config.max_restarts}"]
+    if config.rdzv_endpoint:
+        options += [
+            f"--rdzv-backend={config.rdzv_backend}",
+            f"--rdzv-endpoint={config.rdzv_endpoint}",
+            f"--rdzv-id={config.rdzv_id}",
+            f"--node-rank={config.node_rank}",
+        ]
+    else:
+        options.append("--standalone")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cpus() // processes)))
+    try:
+        run.main([*options, "-m", "fast_spatial.worker", *words])
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        reason = failure.message if isinstance(failure.message, str) else failure.message.get("message", "")
+        print(f"{NAME}: rank {rank} failed with exit status {failure.exitcode}: {reason}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def main(argv: list[str]) -> int:
+    """Run a command line; wrong input ends in exit status 2 and two lines."""
+    try:
+        dispatch(COMMANDS, argv)
+    except ValueError as error:
+        known = argv[0] + " " if argv and argv[0] in COMMANDS else ""
+        message, _, advice = str(error).partition("\n")
+        print(f"{NAME}: {message}", file=sys.stderr)
+        print(advice or f"see {NAME} {known}--help", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
