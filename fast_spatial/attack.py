@@ -29,7 +29,7 @@ def judge_views(judge: Judge, views_BVSSC: Tensor, chunk: int = 0, *, pad: bool 
     if chunk == 0:
         return judge(views_NSSC).view(B, V, -1)
     logits = []
-    for part in views_NSSC.split(chunk):
+    for part in torch.split(views_NSSC, chunk):
         missing = chunk - len(part) if pad else 0
         padded = torch.cat([part, part.new_zeros(missing, *shape)]) if missing else part
         logits.append(judge(padded)[: len(part)])

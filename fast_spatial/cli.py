@@ -19,7 +19,7 @@ import fire
 from fire import helptext, trace
 from fire.decorators import SetParseFn
 
-from fast_spatial.config import flag
+from fast_spatial.config import LaunchOptions, flag
 
 NAME = "launch.py"
 Options = dict[str, "Field[Any]"]
@@ -35,8 +35,10 @@ class Command:
 
 
 def options_of(*kinds: type, without: Sequence[str] = ()) -> Options:
-    """The options of one or more configurations, by field name."""
-    return {f.name: f for kind in kinds for f in dataclasses.fields(kind) if f.name not in without}
+    """The options of one or more configurations, by field name; those of the processes last."""
+    fields = [f for kind in kinds for f in dataclasses.fields(kind) if f.name not in without]
+    launch = {f.name for f in dataclasses.fields(LaunchOptions)}
+    return {f.name: f for f in sorted(fields, key=lambda f: f.name in launch)}
 
 
 def dispatch(commands: dict[str, Command], argv: Sequence[str]) -> None:

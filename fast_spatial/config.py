@@ -7,6 +7,7 @@ values here and nowhere else; a bad one is a ValueError that names the flag, the
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -273,7 +274,7 @@ def _convert(name: str, text: str, hint: Any) -> Any:
         except ValueError:
             what = "a whole number" if kind is int else "a number"
             raise ValueError(f"{flag(name)} {text}: expected {what}") from None
-        if value != value or value in (float("inf"), float("-inf")):
+        if not math.isfinite(value):
             raise ValueError(f"{flag(name)} {text}: expected a finite number")
         return value
     return text

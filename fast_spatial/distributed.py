@@ -27,7 +27,7 @@ class World:
 def start(stall_minutes: float) -> World:
     """Join the processes that torchrun started (or be the only one).
 
-    The collectives' own time-out is longer than the watchdog's, so that stacks are printed before anything is torn down.
+    The collectives' own time-out is longer than the watchdog's, so that stacks are printed before all is torn down.
     """
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -90,5 +90,5 @@ def average_buffers(model: nn.Module) -> None:
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
     torch._foreach_copy_(
-        buffers, [part.view_as(b) for part, b in zip(flat.split([b.numel() for b in buffers]), buffers)]
+        buffers, [part.view_as(b) for part, b in zip(torch.split(flat, [b.numel() for b in buffers]), buffers)]
     )

@@ -73,7 +73,7 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or len(input) <= self.group_size:
             return super().forward(input)
-        first, *others = input.split(self.group_size)
+        first, *others = torch.split(input, self.group_size)
         outputs = [super().forward(first)]
         for group in others:
             outputs.append(batch_norm(group, None, None, self.weight, self.bias, True, 0.0, self.eps))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,7 +24,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
     """SGD over every parameter, fused into one kernel."""
-    settings = {"lr": config.lr, "momentum": config.momentum, "weight_decay": config.weight_decay}
+    settings: dict[str, Any] = {"lr": config.lr, "momentum": config.momentum, "weight_decay": config.weight_decay}
     if config.optimizer == "apex":
         optimizer: torch.optim.Optimizer = find_apex_sgd()(model.parameters(), **settings)
         return optimizer

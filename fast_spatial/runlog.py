@@ -15,7 +15,7 @@ Item = TypeVar("Item")
 
 
 class Bar:
-    """Iterates over batches with a progress bar (none unless this is rank 0 on a terminal) and measures the data wait."""
+    """Iterates over batches with a progress bar (on rank 0, on a terminal) and measures the wait for data."""
 
     def __init__(self, batches: Iterable[Any], *, total: int, images_per_batch: int, title: str, show: bool) -> None:
         self._batches, self._images_per_batch = batches, images_per_batch

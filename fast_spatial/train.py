@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,7 +92,7 @@ class TrainStep:
                     logits = self._parallel(to_unit(part))
                     loss = cross_entropy(logits, labels, reduction="none")
                 with record_function("backward"):
-                    self.scaler.scale(loss.sum() / len(views)).backward()
+                    self.scaler.scale(loss.sum() / len(views)).backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
             corrects.append(logits.detach().argmax(dim=1) == labels)
         with record_function("optimizer"):
@@ -147,26 +148,26 @@ def train(config: TrainConfig, world: World) -> None:
         jitter=config.jitter,
         lighting_std=config.lighting,
     )
-    shared = {
-        "side": config.side,
-        "global_batch_size": config.global_batch_size,
-        "rank": world.rank,
-        "world_size": world.world_size,
-        "threads": config.workers or None,
-        "device": world.device,
-    }
-    loader = Loader(
+    open_loader = partial(
+        Loader,
+        side=config.side,
+        global_batch_size=config.global_batch_size,
+        rank=world.rank,
+        world_size=world.world_size,
+        threads=config.workers or None,
+        device=world.device,
+    )
+    loader = open_loader(
         train_images,
         limits=limits_V2,
         settings=settings,
         key=pack_key(TRAINING, config.seed),
         train=True,
         exact_decoding=config.deterministic,
-        **shared,
     )
     # Judged as the mode trains: nothing but the untouched image, one random view, or the worst of all.
     eval_warps = int((limits_V2 != 0).any(axis=1).sum())
-    eval_loader = Loader(
+    eval_loader = open_loader(
         val_images,
         limits=view_limits(
             eval_warps, untouched_first=True, degrees=config.limits.degrees, translate=config.limits.translate
@@ -174,7 +175,6 @@ def train(config: TrainConfig, world: World) -> None:
         settings=augmentation_settings(center=True),
         key=pack_key(EVALUATION, 0),
         train=False,
-        **shared,
     )
 
     # --- resume

@@ -27,7 +27,7 @@ TASKS: dict[str, tuple[type, Callable[..., None]]] = {
 def run(task: str, values: dict[str, Any]) -> None:
     """Join the other processes and run the task."""
     kind, function = TASKS[task]
-    config = from_json(kind, values)
+    config: Any = from_json(kind, values)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     world = distributed.start(config.stall_minutes)
     distributed.progress(config.stall_minutes)

@@ -73,7 +73,7 @@ def _write_matrices(out_N23, params_N3, side):  # type: ignore[no-untyped-def]
 
 
 def matrices(params: NDArray[np.float64], side: int) -> NDArray[np.float32]:
-    """Target-to-source matrices, float32 [..., 2, 3], of (degrees, tx, ty) rows, float [..., 3], at a side in pixels."""
+    """Target-to-source matrices, float32 [..., 2, 3], of (degrees, tx, ty) rows, float [..., 3], at a side."""
     params = np.asarray(params, np.float64)
     if params.shape[-1:] != (3,):
         raise ValueError(f"params has shape {params.shape}: the last axis must be (degrees, tx, ty)")

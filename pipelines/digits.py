@@ -6,22 +6,17 @@ into 1,300 for training and 497 for validation. It trains in seconds, and shows 
 
 from __future__ import annotations
 
-import os
 import tempfile
 from pathlib import Path
 
 import numpy as np
 
+from kernels.cache import cache_folder
+
 TRAIN_IMAGES = 1300
 SIDE = 64
 _VERSION = "digits-v1"
 _SPLIT_SEED = 0
-
-
-def cache_folder() -> Path:
-    """Where data made by this project is kept: $XDG_CACHE_HOME or ~/.cache, below it fast_spatial."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "fast_spatial"
 
 
 def export_digits(folder: Path | None = None) -> Path:

@@ -29,17 +29,17 @@ def view_graph(
     paths, header, limits, settings = fn.external_source(source, num_outputs=4, batch=True, batch_info=True)
     encoded = fn.io.file.read(paths, dont_use_mmap=True)
     geometry, colour, matrices = ops.draw(header, fn.peek_image_shape(encoded), limits, settings)
+    decoder: Any = {"device": "mixed", "hw_decoder_load": hw_decoder_load} if on_gpu else {"device": "cpu"}
     images = fn.decoders.image_slice(
         encoded,
         start=geometry[BOX_Y : BOX_Y + 2],
         shape=geometry[BOX_H : BOX_H + 2],
         axes=(0, 1),
-        device="mixed" if on_gpu else "cpu",
         output_type=types.RGB,
         adjust_orientation=False,
         jpeg_fancy_upsampling=True,
         use_fast_idct=False,
-        **({"hw_decoder_load": hw_decoder_load} if on_gpu else {}),
+        **decoder,
     )
     size = fn.cast(geometry[RESIZED_H : RESIZED_H + 2], dtype=types.FLOAT)
     images = fn.resize(images, size=size, interp_type=types.INTERP_LINEAR, antialias=True)

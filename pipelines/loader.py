@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from kernels.cpus import cpus_per_process
 from kernels.sampling import CENTER, EPOCH, HEADER_WIDTH, INDEX, KEY, LABEL, SIDE, TICKET, epoch_order
@@ -26,7 +28,8 @@ _PREFETCH_BYTES = 1 << 30
 _READ_AHEAD_BATCHES = 4
 
 
-class Batch(NamedTuple):
+@dataclass(frozen=True)
+class Batch:
     """Views uint8 [B, V, S, S, 3] (on the loader's device), labels int64 [B] and positions in the split int64 [B]."""
 
     views: Tensor
@@ -125,7 +128,7 @@ class Loader:
             outputs = self._pipeline.run(torch.cuda.current_stream(self._device))
         else:
             outputs = self._pipeline.run()
-        views, header = (torch.from_dlpack(output.as_tensor()) for output in outputs)
+        views, header = (from_dlpack(output.as_tensor()) for output in outputs)
         self._delivered = int(header[0, TICKET])
         return views, header
 

@@ -1,7 +1,8 @@
-"""The two steps of the graph that are our own, as DALI operators: drawing an image's augmentation, making its views.
+"""The steps of the graph that are our own, as DALI operators: drawing an image's augmentation, making its views.
 
-Compiling a numba operator takes seconds and is never cached on disk, so the heavy code lives in cached functions that
-the operators only call, and each operator is compiled once per process, whatever the number of pipelines.
+DALI's own `numba_function` compiles a dozen helpers with every pipeline and caches none: seconds per process. In the end
+it only hands C functions to its operator, so here those are `numba.cfunc`s with an on-disk cache. They follow the C
+interface of DALI's `NumbaFuncImpl` (as `nvidia.dali.plugin.numba` calls it): arrays of pointers to data and shapes.
 """
 
 from __future__ import annotations
@@ -10,36 +11,81 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from numba import njit
+from numba import carray, cfunc, njit
+from numba import types as numba_types
 from nvidia.dali import fn, types
-from nvidia.dali.plugin.numba import NumbaFunction
+from nvidia.dali.plugin.numba import NumbaFunction, address_as_void_pointer
 
 from kernels.colour import write_colour_matrix, write_mean_rgb
-from kernels.sampling import COLOUR_WIDTH, GEOMETRY_WIDTH, draw_image
+from kernels.sampling import COLOUR_WIDTH, GEOMETRY_WIDTH, HEADER_WIDTH, SETTINGS_WIDTH, draw_image
 from kernels.warp_cpu import warp_image
 
 Node = Any  # DALI's DataNode
 
-
-# DALI shows a setup function as many inputs as the operator has outputs, so the inputs that set shapes come first.
-def _draw_shapes(outs, ins):  # type: ignore[no-untyped-def]
-    for sample in range(len(outs[0])):
-        outs[0][sample][0] = GEOMETRY_WIDTH
-        outs[1][sample][0] = COLOUR_WIDTH
-        outs[2][sample][0] = ins[0][sample][0]
-        outs[2][sample][1] = 2
-        outs[2][sample][2] = 3
+# (out data, out shapes, out ndims, outs, in data, in shapes, in ndims, ins) of one sample.
+_RUN = numba_types.void(*(numba_types.uint64, numba_types.uint64, numba_types.uint64, numba_types.int32) * 2)
+# (out shapes, out ndims, outs, in shapes, in ndims, ins, samples) of a batch.
+_SETUP = numba_types.void(*(numba_types.uint64, numba_types.uint64, numba_types.int32) * 2, numba_types.int32)
 
 
-def _draw(geometry, colour, matrices, limits, header, shape, settings):  # type: ignore[no-untyped-def]
-    draw_image(geometry, colour, matrices, header, shape, limits, settings)
+@njit(cache=True)
+def _data_pointer(pointers, position):  # type: ignore[no-untyped-def]
+    """The address of one input's or output's data, in a run function."""
+    return address_as_void_pointer(carray(address_as_void_pointer(pointers), position + 1, np.int64)[position])
+
+
+@njit(cache=True)
+def _shape_of(shapes, position, ndim):  # type: ignore[no-untyped-def]
+    """One input's or output's shape, int64 [ndim], in a run function."""
+    pointer = carray(address_as_void_pointer(shapes), position + 1, np.int64)[position]
+    return carray(address_as_void_pointer(pointer), ndim, np.int64)
+
+
+@njit(cache=True)
+def _sample_shape(shapes, position, sample, samples, ndim):  # type: ignore[no-untyped-def]
+    """One sample's shape, int64 [ndim], to read or to set, in a setup function."""
+    return _shape_of(shapes, position * samples + sample, ndim)
+
+
+class _CachedNumbaFunction(NumbaFunction):  # type: ignore[misc]
+    """DALI's operator around compiled C functions: `run_fn` of signature _RUN, `setup_fn` of signature _SETUP."""
+
+    def _get_run_fn_cpu(self, run_fn: Any, *_: Any) -> int:
+        return int(run_fn.address)
+
+    def _get_setup_fn_cpu(self, setup_fn: Any) -> int:
+        return int(setup_fn.address)
+
+
+@cfunc(_SETUP, cache=True)
+def _draw_setup(out_shapes, _out_ndims, _outs, in_shapes, _in_ndims, _ins, samples):  # type: ignore[no-untyped-def]
+    for sample in range(samples):
+        _sample_shape(out_shapes, 0, sample, samples, 1)[0] = GEOMETRY_WIDTH
+        _sample_shape(out_shapes, 1, sample, samples, 1)[0] = COLOUR_WIDTH
+        matrices = _sample_shape(out_shapes, 2, sample, samples, 3)
+        matrices[0] = _sample_shape(in_shapes, 0, sample, samples, 2)[0]
+        matrices[1], matrices[2] = 2, 3
+
+
+@cfunc(_RUN, cache=True)
+def _draw_run(outs, _out_shapes, _out_ndims, _outs, ins, in_shapes, _in_ndims, _ins):  # type: ignore[no-untyped-def]
+    views = _shape_of(in_shapes, 0, 2)[0]
+    draw_image(
+        carray(_data_pointer(outs, 0), GEOMETRY_WIDTH, np.int32),
+        carray(_data_pointer(outs, 1), COLOUR_WIDTH, np.float32),
+        carray(_data_pointer(outs, 2), (views, 2, 3), np.float32),
+        carray(_data_pointer(ins, 1), HEADER_WIDTH, np.int64),
+        carray(_data_pointer(ins, 2), 3, np.int64),
+        carray(_data_pointer(ins, 0), (views, 2), np.float64),
+        carray(_data_pointer(ins, 3), SETTINGS_WIDTH, np.float64),
+    )
 
 
 @cache
 def _draw_operator() -> Any:
-    return NumbaFunction(
-        run_fn=_draw,
-        setup_fn=_draw_shapes,
+    return _CachedNumbaFunction(
+        run_fn=_draw_run,
+        setup_fn=_draw_setup,
         out_types=[types.INT32, types.FLOAT, types.FLOAT],
         outs_ndim=[1, 1, 3],
         in_types=[types.FLOAT64, types.INT64, types.INT64, types.FLOAT64],
@@ -53,35 +99,39 @@ def draw(header: Node, shape: Node, limits: Node, settings: Node) -> tuple[Node,
     return geometry, colour, matrices
 
 
-@njit(cache=True, nogil=True)
-def _views_of(views, scratch, image, matrices, colour):  # type: ignore[no-untyped-def]
+@cfunc(_SETUP, cache=True)
+def _views_setup(out_shapes, _out_ndims, _outs, in_shapes, _in_ndims, _ins, samples):  # type: ignore[no-untyped-def]
+    for sample in range(samples):
+        side = _sample_shape(in_shapes, 0, sample, samples, 3)[0]
+        views = _sample_shape(out_shapes, 0, sample, samples, 4)
+        views[0] = _sample_shape(in_shapes, 1, sample, samples, 3)[0]
+        views[1], views[2], views[3] = side, side, 3
+        scratch = _sample_shape(out_shapes, 1, sample, samples, 2)
+        scratch[0], scratch[1] = side + 2, side + 2
+
+
+@cfunc(_RUN, cache=True)
+def _views_run(outs, _out_shapes, _out_ndims, _outs, ins, in_shapes, _in_ndims, _ins):  # type: ignore[no-untyped-def]
+    side, views = _shape_of(in_shapes, 0, 3)[0], _shape_of(in_shapes, 1, 3)[0]
+    image = carray(_data_pointer(ins, 0), (side, side, 3), np.uint8)
     mean = np.empty(3, np.float32)
     matrix = np.empty((3, 4), np.float32)
     write_mean_rgb(mean, image)
-    write_colour_matrix(matrix, colour, mean)
-    warp_image(views, scratch, image, matrices, matrix)
-
-
-def _views_shapes(outs, ins):  # type: ignore[no-untyped-def]
-    for sample in range(len(outs[0])):
-        side = ins[0][sample][0]
-        outs[0][sample][0] = ins[1][sample][0]
-        outs[0][sample][1] = side
-        outs[0][sample][2] = side
-        outs[0][sample][3] = 3
-        outs[1][sample][0] = side + 2
-        outs[1][sample][1] = side + 2
-
-
-def _views(views, scratch, image, matrices, colour):  # type: ignore[no-untyped-def]
-    _views_of(views, scratch, image, matrices, colour)
+    write_colour_matrix(matrix, carray(_data_pointer(ins, 2), COLOUR_WIDTH, np.float32), mean)
+    warp_image(
+        carray(_data_pointer(outs, 0), (views, side, side, 3), np.uint8),
+        carray(_data_pointer(outs, 1), (side + 2, side + 2), np.uint64),
+        image,
+        carray(_data_pointer(ins, 1), (views, 2, 3), np.float32),
+        matrix,
+    )
 
 
 @cache
 def _views_operator() -> Any:
-    return NumbaFunction(
-        run_fn=_views,
-        setup_fn=_views_shapes,
+    return _CachedNumbaFunction(
+        run_fn=_views_run,
+        setup_fn=_views_setup,
         out_types=[types.UINT8, types.UINT64],
         outs_ndim=[4, 2],
         in_types=[types.UINT8, types.FLOAT, types.FLOAT],
@@ -89,21 +139,27 @@ def _views_operator() -> Any:
     )
 
 
-def _colour_shapes(outs, ins):  # type: ignore[no-untyped-def]
-    for sample in range(len(outs[0])):
-        outs[0][sample][0] = 3
-        outs[0][sample][1] = 4
+@cfunc(_SETUP, cache=True)
+def _colour_setup(out_shapes, _out_ndims, _outs, _in_shapes, _in_ndims, _ins, samples):  # type: ignore[no-untyped-def]
+    for sample in range(samples):
+        matrix = _sample_shape(out_shapes, 0, sample, samples, 2)
+        matrix[0], matrix[1] = 3, 4
 
 
-def _colour(matrix, numbers, mean):  # type: ignore[no-untyped-def]
-    write_colour_matrix(matrix, numbers, mean)
+@cfunc(_RUN, cache=True)
+def _colour_run(outs, _out_shapes, _out_ndims, _outs, ins, _in_shapes, _in_ndims, _ins):  # type: ignore[no-untyped-def]
+    write_colour_matrix(
+        carray(_data_pointer(outs, 0), (3, 4), np.float32),
+        carray(_data_pointer(ins, 0), COLOUR_WIDTH, np.float32),
+        carray(_data_pointer(ins, 1), 3, np.float32),
+    )
 
 
 @cache
 def _colour_operator() -> Any:
-    return NumbaFunction(
-        run_fn=_colour,
-        setup_fn=_colour_shapes,
+    return _CachedNumbaFunction(
+        run_fn=_colour_run,
+        setup_fn=_colour_setup,
         out_types=[types.FLOAT],
         outs_ndim=[2],
         in_types=[types.FLOAT, types.FLOAT],
@@ -119,10 +175,10 @@ def numba_views(images: Node, matrices: Node, colour: Node) -> Node:
 
 def dali_views(images: Node, matrices: Node, colour: Node, views: int) -> Node:
     """The same from DALI's own operators, in host or GPU memory."""
-    # DALI's border is the pixels' corner, ours their centre: the same matrix, with shifted offsets.
     mean = fn.reductions.mean(images, axes=(0, 1)).cpu()
     images = fn.coord_transform(images, MT=_colour_operator()(colour, mean), dtype=types.UINT8)
     frames = fn.sequence_rearrange(fn.expand_dims(images, axes=[0], new_axis_names="F"), new_order=[0] * views)
+    # DALI's coordinates start at the corner of a pixel, ours at its centre: the same matrix, with shifted offsets.
     linear = matrices[:, :, 0:2]
     offset = matrices[:, :, 2:3] + 0.5 - 0.5 * fn.reductions.sum(linear, axes=[2], keep_dims=True)
     corner_matrices = fn.cat(linear, offset, axis=2)
