@@ -58,9 +58,9 @@ DIGITS_PRESET: dict[str, Any] = {
     "side": 32,
     "epochs": 12,
     "global_batch_size": 64,
-    "lr": 0.05,
+    "lr": 0.02,
     "milestones": (8, 11),
-    "crop_scale": (0.6, 1.0),
+    "crop_scale": (0.7, 1.0),
     "flip_prob": 0.0,
     "eval_every": 4,
 }
@@ -195,7 +195,7 @@ class EvaluateConfig(LaunchOptions):
     grid_images: str = option("", "file of paths (as in the JSON, one a line): only these meet the grid (partial)")
     allow_partial_classes: bool = option(False, "the folder may hold fewer classes than the model has outputs")
     batch_size_per_process: int = option(128, "images loaded at a time; never changes a verdict", identity=False)
-    judge_batch: int = option(0, "views in one forward pass; 0: 1024 on a GPU, 256 on a CPU")
+    judge_batch: int = option(0, "views in one forward pass; 0: 1024 on a GPU, 64 to 1024 on a CPU")
 
     def __post_init__(self) -> None:
         _needed(self, "checkpoint", "data")

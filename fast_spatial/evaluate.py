@@ -96,7 +96,7 @@ def evaluate(
         grid: whether to run the exhaustive attack.
         dtype: arithmetic of the verdicts.
         seed: of the random views, which depend on it and on each image's position alone.
-        judge_batch: views in one forward pass; 0 for 1024 on a GPU and 256 on a CPU.
+        judge_batch: views in one forward pass; 0 for 1024 on a GPU, 64 to 1024 on a CPU.
 
     Raises:
         ValueError: on images outside [0, 1], not square, or none at all.
@@ -110,7 +110,7 @@ def evaluate(
             module_judge(model, dtype),
             _views_of(batches, limits_V2, pack_key(EVALUATION, seed), device),
             limits,
-            judge_batch=judge_batch or default_judge_batch(device),
+            judge_batch=judge_batch,
             wants_grid=(lambda index: True) if grid else None,
         )
     )
@@ -129,7 +129,7 @@ def judge_batches(
     """The verdicts of batches whose views are the untouched image and random ones; in any order.
 
     Args:
-        judge_batch: views in every forward pass: one fixed shape, whatever the batches' sizes.
+        judge_batch: views in every forward pass: one fixed shape, whatever the batches' sizes; 0: the default.
         wants_grid: whether an image, by index, is to meet the grid; None for no grid at all.
         moved: called after every batch.
 
@@ -137,6 +137,7 @@ def judge_batches(
     survivors: GridSurvivors | None = None
     waiting: dict[int, ImageVerdict] = {}
     for batch in batches:
+        judge_batch = judge_batch or default_judge_batch(batch.views.device, batch.views.shape[2])
         found = verdicts(judge_views(judge, batch.views, judge_batch, pad=True), batch.labels)
         columns = zip(
             batch.index.tolist(),
@@ -203,9 +204,9 @@ def summarize(found: list[ImageVerdict], limits: SpatialLimits, views: int, *, p
     )
 
 
-def default_judge_batch(device: torch.device) -> int:
-    """Views in one forward pass."""
-    return 1024 if device.type == "cuda" else 256
+def default_judge_batch(device: torch.device, side: int) -> int:
+    """Views in one forward pass: many, since passes over few small views are mostly overhead."""
+    return 1024 if device.type == "cuda" else max(64, min(1024, (1 << 20) // side**2))
 
 
 def _views_of(
@@ -246,7 +247,8 @@ def prepare(config: EvaluateConfig) -> tuple[Classifier, ImageIndex, set[int] | 
         )
     if len(images.classes) > weights.num_classes:
         raise ValueError(
-            f"--data {config.data}: it has {len(images.classes)} classes, more than the model's {weights.num_classes} outputs"
+            f"--data {config.data}: it has {len(images.classes)} classes, the model {weights.num_classes} outputs\n"
+            f"name the folder that the model was trained on, or one with some of its classes"
         )
     if config.max_images:
         images = images.random_subset(config.max_images)
@@ -265,7 +267,7 @@ def _relabel(images: ImageIndex, classes: tuple[str, ...], path: Path, config: E
         )
     if not config.allow_partial_classes:
         raise ValueError(
-            f"--data {config.data}: it has {len(images.classes)} of the {len(classes)} classes that {path} was trained on\n"
+            f"--data {config.data}: it has {len(images.classes)} of the {len(classes)} classes of {path}\n"
             f"to judge on these alone, add --allow-partial-classes"
         )
     positions = np.array([classes.index(name) for name in images.classes])
@@ -314,13 +316,12 @@ def evaluate_checkpoint(config: EvaluateConfig, world: World) -> None:
     wants_grid = None
     if config.grid:
         wants_grid = (lambda index: True) if on_grid is None else on_grid.__contains__
-    judge_batch = config.judge_batch or default_judge_batch(world.device)
     mine = []
     for verdict in judge_batches(
         Scorer(model.to(world.device), dtype),
         bar,
         limits,
-        judge_batch=judge_batch,
+        judge_batch=config.judge_batch,
         wants_grid=wants_grid,
         moved=lambda: distributed.progress(config.stall_minutes),
     ):

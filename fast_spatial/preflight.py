@@ -30,7 +30,8 @@ def check_train(config: TrainConfig) -> None:
         )
     if 0 < config.max_train_images < config.global_batch_size:
         raise ValueError(
-            f"--max-train-images {config.max_train_images}: less than one --global-batch-size {config.global_batch_size}"
+            f"--max-train-images {config.max_train_images}: less than one batch; "
+            f"lower --global-batch-size {config.global_batch_size}"
         )
     check_out(config)
     _check_model(config)

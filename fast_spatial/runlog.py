@@ -66,7 +66,7 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter
 
             out.mkdir(parents=True, exist_ok=True)
-            self._file = open(out / "log.jsonl", "a", encoding="utf-8")
+            self._file = open(out / "log.jsonl", "a", encoding="utf-8")  # noqa: SIM115  (closed by `close`)
             self._board = SummaryWriter(str(out / "tensorboard"))
 
     @property

@@ -36,7 +36,7 @@ PROFILE_AFTER_STEPS = 10
 
 
 class StepResult(NamedTuple):
-    """Of one process's images [B]: the loss trained on, whether that view was classified correctly, which view it was."""
+    """Of one process's images [B]: the loss trained on, whether that view was correct, which view it was."""
 
     loss: Tensor
     correct: Tensor
@@ -119,7 +119,7 @@ class TrainStep:
 
 
 def train(config: TrainConfig, world: World) -> None:
-    """Train a model as `config` says, writing `best.pt`, `last.pt`, `log.jsonl` and TensorBoard scalars to its folder."""
+    """Train a model as `config` says: `best.pt`, `last.pt`, `log.jsonl` and TensorBoard scalars in its folder."""
     # --- set up
     seed_everything(config.seed, deterministic=config.deterministic)
     out, mode = Path(config.out), MODES[config.mode]
@@ -335,7 +335,8 @@ def describe(
     where = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
     lines = [
         f"train {config.mode}: {config.arch}, {classes} classes, {train_images} training and {val_images} validation "
-        f"images, {config.epochs} epochs, batch {config.global_batch_size} = {world.world_size} x {batch} on {where}, {dtype}",
+        f"images, {config.epochs} epochs, batch {config.global_batch_size} = {world.world_size} x {batch} on {where}, "
+        f"{str(dtype).removeprefix('torch.')}",
         f"memory per process, estimated: {need.total_gib:.1f} GiB (weights {need.weights_gib:.1f}, activations "
         f"{need.activations_gib:.1f}, views {need.views_gib:.1f})",
     ]

@@ -1,7 +1,7 @@
 """The steps of the graph that are our own, as DALI operators: drawing an image's augmentation, making its views.
 
-DALI's own `numba_function` compiles a dozen helpers with every pipeline and caches none: seconds per process. In the end
-it only hands C functions to its operator, so here those are `numba.cfunc`s with an on-disk cache. They follow the C
+DALI's own `numba_function` compiles a dozen helpers with every pipeline and caches none: seconds per process. In the
+end it only hands C functions to its operator, so here those are `numba.cfunc`s with an on-disk cache. They follow the C
 interface of DALI's `NumbaFuncImpl` (as `nvidia.dali.plugin.numba` calls it): arrays of pointers to data and shapes.
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 from numba import carray, cfunc, njit
 from numba import types as numba_types
 from nvidia.dali import fn, types
-from nvidia.dali.plugin.numba import NumbaFunction, address_as_void_pointer
+from nvidia.dali.plugin.numba import NumbaFunction, address_as_void_pointer  # type: ignore[attr-defined]
 
 from kernels.colour import write_colour_matrix, write_mean_rgb
 from kernels.sampling import COLOUR_WIDTH, GEOMETRY_WIDTH, HEADER_WIDTH, SETTINGS_WIDTH, draw_image

@@ -1,0 +1,198 @@
+"""Attacks against planted models whose verdict on every view is known beforehand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fast_spatial.attack import GridSurvivors, judge_views, losses_of, take_views, verdicts, worst_view
+from fast_spatial.evaluate import judge_batches, summarize
+from fast_spatial.model import to_unit
+from kernels.sampling import EVALUATION, draw_matrices, pack_key, view_limits
+from kernels.spatial import GRID_IDENTITY, GRID_VIEWS, SpatialLimits, grid, matrices
+from kernels.warp import warp
+from pipelines.loader import Batch
+
+LIMITS = SpatialLimits.from_px(30)
+
+
+def planted(losses_BV: Tensor):
+    """Views that carry their own (image, view) in their pixels, and a judge that gives each the loss planted for it."""
+    B, V = losses_BV.shape
+    views = torch.zeros(B, V, 2, 2, 3, dtype=torch.uint8)
+    views[..., 0] = torch.arange(B)[:, None, None, None]
+    views[..., 1] = torch.arange(V)[None, :, None, None]
+    calls = []
+
+    def judge(views_NSSC: Tensor) -> Tensor:
+        calls.append(len(views_NSSC))
+        image, view = views_NSSC[:, 0, 0, 0].long(), views_NSSC[:, 0, 0, 1].long()
+        # Two classes, label 0: a loss of log(1 + exp(m)) for the margin m.
+        margin = torch.log(torch.expm1(losses_BV[image, view]))
+        return torch.stack([torch.zeros_like(margin), margin], dim=1)
+
+    return views, judge, calls
+
+
+@pytest.mark.parametrize("k", range(1, 21))
+def test_the_view_of_highest_loss_is_picked(k):
+    generator = torch.Generator().manual_seed(k)
+    losses = torch.rand(6, k + 1, generator=generator) + 0.1
+    views, judge, _ = planted(losses)
+    labels = torch.zeros(6, dtype=torch.long)
+    for chunk in (0, 1, 5, 1000):
+        logits = judge_views(judge, views, chunk)
+        torch.testing.assert_close(losses_of(logits, labels), losses)
+        choice = worst_view(losses_of(logits, labels))
+        assert choice.tolist() == losses.numpy().argmax(axis=1).tolist()
+        assert take_views(views, choice)[:, 0, 0, 1].tolist() == choice.tolist()
+
+
+def test_the_first_of_equal_losses_wins_and_not_a_number_is_the_worst():
+    losses = torch.tensor([[1.0, 3.0, 3.0, 2.0], [2.0, 2.0, 2.0, 2.0], [1.0, 0.5, float("nan"), 9.0]])
+    logits = torch.zeros(3, 4, 2)
+    logits[..., 1] = torch.log(torch.expm1(losses))
+    assert worst_view(losses_of(logits, torch.zeros(3, dtype=torch.long))).tolist() == [1, 0, 2]
+
+
+def test_padded_passes_have_one_shape_and_change_nothing():
+    losses = torch.rand(7, 3) + 0.1
+    views, judge, calls = planted(losses)
+    padded = judge_views(judge, views, 8, pad=True)
+    assert calls == [8, 8, 8]
+    torch.testing.assert_close(padded, judge_views(judge, views), rtol=0, atol=0)
+
+
+def test_verdicts_follow_the_original_definition():
+    # Columns: untouched, first random view, second; a loss above log 2 = 0.69 is a wrong answer.
+    losses = torch.tensor([[0.1, 0.2, 0.3], [0.1, 0.9, 0.3], [0.9, 0.1, 0.1], [0.1, 0.2, 0.8]])
+    views, judge, _ = planted(losses)
+    found = verdicts(judge_views(judge, views), torch.zeros(4, dtype=torch.long))
+    assert found.natural.tolist() == [True, True, False, True]
+    assert found.random.tolist() == [True, False, True, True]
+    assert found.worst.tolist() == [True, False, False, False]
+    assert found.all_views.tolist() == [True, False, False, False]
+    torch.testing.assert_close(found.natural_loss, losses[:, 0])
+
+
+def test_with_many_classes_the_worst_view_can_be_right_while_another_is_wrong():
+    # View 1 has the higher loss but is right (many classes share the rest); view 0 is wrong by a hair.
+    logits = torch.full((1, 2, 100), -10.0)
+    logits[0, 0, :2] = torch.tensor([0.0, 0.001])
+    logits[0, 1] = 0.0
+    logits[0, 1, 0] = 0.001
+    found = verdicts(logits, torch.zeros(1, dtype=torch.long))
+    assert found.worst.tolist() == [True]
+    assert found.all_views.tolist() == [False]
+
+
+class TinyNet(nn.Module):
+    """A fixed random network that is right on some views of most images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.body = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 7 * 7, 3))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.body(images - 0.5)
+
+
+@pytest.fixture(scope="module")
+def crowd():
+    """Images of side 9, a judge, each image's own natural answer as its label, and the brute-force grid verdicts."""
+    images = torch.from_numpy(np.random.default_rng(5).integers(0, 256, (40, 9, 9, 3)).astype(np.uint8))
+    net = TinyNet().eval()
+
+    @torch.no_grad()
+    def judge(views: Tensor) -> Tensor:
+        return net(to_unit(views))
+
+    # Blends with a flat image make some images robust, and some not.
+    images = (images * torch.linspace(0.15, 1, 40)[:, None, None, None]).to(torch.uint8)
+    labels = judge(images).argmax(dim=1)
+    labels[::7] = (labels[::7] + 1) % 3  # some wrong from the start
+    every = torch.from_numpy(matrices(grid(LIMITS), 9)).expand(40, GRID_VIEWS, 2, 3)
+    brute_BG = judge(warp(images, every).view(-1, 9, 9, 3)).argmax(dim=1).view(40, GRID_VIEWS) == labels[:, None]
+    return images, labels, judge, brute_BG
+
+
+def test_the_planted_crowd_is_worth_testing(crowd):
+    _, _, _, brute_BG = crowd
+    natural, survived = brute_BG[:, GRID_IDENTITY], brute_BG.all(dim=1)
+    assert 3 <= survived.sum() < natural.sum() - 3
+
+
+@pytest.mark.parametrize(("batch", "portion"), [(6, 7), (64, 1), (64, 40), (1000, 7)])
+def test_pooled_survivors_equal_brute_force(crowd, batch, portion):
+    images, labels, judge, brute_BG = crowd
+    natural = brute_BG[:, GRID_IDENTITY].nonzero()[:, 0]
+    pool = GridSurvivors(judge, LIMITS, 9, batch)
+    found = {}
+    for part in natural.split(portion):
+        pool.add(images[part], labels[part].tolist(), part.tolist())
+        found.update(pool.take_verdicts())
+    while pool.pending:
+        pool.turn()
+    found.update(pool.take_verdicts())
+    assert found == {int(i): bool(brute_BG[i].all()) for i in natural}
+    if batch < 1000:
+        assert pool.views_judged < len(natural) * (GRID_VIEWS - 1)
+
+
+def batches_of(images, labels, views, size, limits=LIMITS):
+    limits_V2 = view_limits(views, untouched_first=True, degrees=limits.degrees, translate=limits.translate)
+    for begin in range(0, len(images), size):
+        index = np.arange(begin, min(begin + size, len(images)))
+        drawn = draw_matrices(pack_key(EVALUATION, 0), 0, index, limits_V2, images.shape[1])
+        part = slice(begin, begin + size)
+        yield Batch(warp(images[part], torch.from_numpy(drawn)), labels[part], torch.from_numpy(index))
+
+
+@pytest.mark.parametrize("size", [1, 9, 40])
+def test_one_pass_gives_every_image_one_verdict_whatever_the_batches(crowd, size):
+    images, labels, judge, brute_BG = crowd
+    found = list(
+        judge_batches(judge, batches_of(images, labels, 10, size), LIMITS, judge_batch=32, wants_grid=lambda i: True)
+    )
+    assert sorted(v.index for v in found) == list(range(40))
+    for verdict in found:
+        assert verdict.natural == bool(brute_BG[verdict.index, GRID_IDENTITY])
+        assert verdict.grid == bool(brute_BG[verdict.index].all())
+    limits_V2 = view_limits(10, untouched_first=True, degrees=30, translate=LIMITS.translate)
+    drawn = torch.from_numpy(draw_matrices(pack_key(EVALUATION, 0), 0, np.arange(40), limits_V2, 9))
+    logits = judge(warp(images, drawn).view(-1, 9, 9, 3)).view(40, 11, 3)
+    loss = -logits.log_softmax(dim=2)[torch.arange(40)[:, None], torch.arange(11), labels[:, None]]
+    worst = logits.argmax(dim=2)[torch.arange(40), loss.argmax(dim=1)] == labels
+    assert [v.worst10 for v in sorted(found, key=lambda v: v.index)] == worst.tolist()
+
+
+def test_random_views_never_remove_a_survivor(crowd):
+    images, labels, _, _ = crowd
+    batches = list(batches_of(images, labels, 10, 40))
+    random_views = {view.numpy().tobytes() for view in batches[0].views[:, 1:].reshape(-1, 9, 9, 3)}
+    known = {view.numpy().tobytes(): int(label) for view, label in zip(images, labels)}
+
+    def judge(views: Tensor) -> Tensor:
+        """Right on everything but the random views."""
+        logits = torch.zeros(len(views), 4)
+        for n, view in enumerate(views):
+            logits[n, 3 if view.numpy().tobytes() in random_views else 0] = 1
+        return logits
+
+    assert known
+    batch = Batch(batches[0].views, torch.zeros(40, dtype=torch.long), batches[0].index)
+    found = list(judge_batches(judge, [batch], LIMITS, judge_batch=64, wants_grid=lambda i: True))
+    assert all(v.natural and v.grid and not v.random and not v.worst10 and not v.worst10_any for v in found)
+
+
+def test_an_image_judged_twice_is_refused(crowd):
+    images, labels, judge, _ = crowd
+    twice = [*batches_of(images[:4], labels[:4], 2, 4), *batches_of(images[:4], labels[:4], 2, 4)]
+    found = list(judge_batches(judge, twice, LIMITS, judge_batch=8, wants_grid=None))
+    with pytest.raises(ValueError, match="more than once"):
+        summarize(found, LIMITS, 2, partial=False)
+    with pytest.raises(ValueError, match="nothing to report"):
+        summarize([], LIMITS, 2, partial=False)

@@ -1,0 +1,120 @@
+"""The colour matrix against torchvision's own jitter, on float images and on PIL's."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from sklearn.datasets import load_sample_image
+from torchvision.transforms import functional as F
+
+from kernels.colour import ORDERS, write_colour_matrix, write_mean_rgb
+from kernels.warp import warp
+
+JITTER = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation)
+FACTORS = [(0.9, 1.1, 0.93), (1.1, 0.9, 1.07), (0.8, 1.3, 0.6), (1.25, 0.7, 1.4), (1.0, 1.0, 1.2), (1.1, 1.0, 1.0)]
+
+
+@pytest.fixture(scope="module")
+def image() -> NDArray[np.uint8]:
+    """A photograph squeezed to middle values, so that no step of the jitter clips, with a colour cast."""
+    photograph = Image.fromarray(load_sample_image("flower.jpg")).resize((96, 96))
+    return np.rint(np.asarray(photograph) / 255 * (90, 80, 70) + (70, 80, 60)).astype(np.uint8)
+
+
+def colour_matrix(factors: Any, order: int, lighting: Any, mean_rgb: NDArray[Any]) -> NDArray[np.float32]:
+    matrix = np.full((3, 4), np.nan, np.float32)
+    write_colour_matrix(matrix, np.array([*factors, order, *lighting], np.float32), mean_rgb.astype(np.float32))
+    return matrix
+
+
+def apply(matrix: NDArray[np.float32], image: NDArray[np.uint8]) -> NDArray[np.float64]:
+    return image @ matrix[:, :3].T.astype(np.float64) + matrix[:, 3]
+
+
+def mean_of(image: NDArray[np.uint8]) -> NDArray[np.float64]:
+    return image.mean(axis=(0, 1), dtype=np.float64)
+
+
+@pytest.mark.parametrize("factors", FACTORS)
+@pytest.mark.parametrize("order", range(6))
+def test_matrix_is_torchvisions_jitter_on_float_images(image, order, factors):
+    expected = torch.from_numpy(image).permute(2, 0, 1).double() / 255
+    for step in ORDERS[order]:
+        expected = JITTER[step](expected, factors[step])
+    assert 0.05 < expected.min() < expected.max() < 0.95, "nothing may clip here"
+    lighting = np.array([3.5, -2.25, 6.0])
+    got = apply(colour_matrix(factors, order, lighting, mean_of(image)), image)
+    # torchvision's grey weights red by 0.2989, PIL's and ours by 0.299.
+    assert np.abs(got - (expected.permute(1, 2, 0).numpy() * 255 + lighting)).max() < 0.02
+
+
+@pytest.mark.parametrize("factors", [(0.9, 1.1, 0.93), (1.1, 0.9, 1.07), (0.9, 0.9, 0.9), (1.1, 1.1, 1.1)])
+@pytest.mark.parametrize("order", range(6))
+def test_matrix_is_torchvisions_jitter_on_pil_images_but_for_truncation(image, order, factors):
+    """PIL truncates to uint8 after each of the three steps, so it is up to 1.1 lower each time, half of that on average."""
+    expected = Image.fromarray(image)
+    for step in ORDERS[order]:
+        expected = JITTER[step](expected, factors[step])
+    higher = apply(colour_matrix(factors, order, (0, 0, 0), mean_of(image)), image) - np.asarray(expected)
+    assert -0.5 < higher.min() and higher.max() < 3.1
+    assert 1.0 < higher.mean() < 1.65
+
+
+def test_each_order_is_another_permutation_and_none_changes_the_matrix(image):
+    """Brightness, contrast about the mean grey and saturation commute as long as nothing is rounded or clipped."""
+    assert {tuple(order) for order in ORDERS} == set(itertools.permutations(range(3)))
+    results = [apply(colour_matrix((0.8, 1.3, 0.6), order, (0, 0, 0), mean_of(image)), image) for order in range(6)]
+    assert max(np.abs(one - other).max() for one, other in itertools.combinations(results, 2)) < 1e-4
+
+
+@pytest.mark.parametrize("order", range(6))
+def test_factors_of_one_give_exactly_the_identity(order):
+    mean = np.array([123.4, 117.3, 104.9])
+    np.testing.assert_array_equal(colour_matrix((1, 1, 1), order, (0, 0, 0), mean), np.eye(3, 4))
+
+
+def test_lighting_is_added_last_and_unscaled():
+    mean = np.array([100.0, 110.0, 120.0])
+    with_lighting = colour_matrix((1.2, 0.8, 0.5), 3, (4.0, -5.0, 6.0), mean)
+    without = colour_matrix((1.2, 0.8, 0.5), 3, (0, 0, 0), mean)
+    np.testing.assert_array_equal(with_lighting[:, :3], without[:, :3])
+    np.testing.assert_allclose(with_lighting[:, 3] - without[:, 3], (4, -5, 6), atol=1e-4)
+
+
+def test_extreme_factors_reach_grey_and_black(image):
+    grey = apply(colour_matrix((1, 1, 0), 0, (0, 0, 0), mean_of(image)), image)
+    np.testing.assert_allclose(grey, np.repeat(image @ [[0.299], [0.587], [0.114]], 3, axis=2), atol=1e-3)
+    flat = apply(colour_matrix((1, 0, 1), 0, (0, 0, 0), mean_of(image)), image)
+    np.testing.assert_allclose(flat, np.full(image.shape, mean_of(image) @ [0.299, 0.587, 0.114]), atol=1e-3)
+    assert np.abs(apply(colour_matrix((0, 1, 1), 0, (0, 0, 0), mean_of(image)), image)).max() == 0
+
+
+def test_warp_rounds_and_clips_the_colours_once(image):
+    """The matrix brightens and turns so far that both ends clip."""
+    matrix = colour_matrix((1.9, 1.8, 1.7), 4, (20.0, -60.0, 5.0), mean_of(image))
+    exact = apply(matrix, image)
+    assert exact.min() < -10 and exact.max() > 265
+    identity = torch.eye(2, 3).view(1, 1, 2, 3)
+    got = warp(torch.from_numpy(image)[None], identity, torch.from_numpy(matrix)[None])[0, 0].numpy()
+    np.testing.assert_allclose(got, np.clip(exact, 0, 255), atol=0.5 + 1e-3)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 9), (224, 224), (600, 500)])
+def test_mean_rgb(shape):
+    image = np.random.Generator(np.random.Philox(0)).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    image[..., 1] //= 2
+    mean = np.full(3, np.nan, np.float32)
+    write_mean_rgb(mean, image)
+    np.testing.assert_allclose(mean, mean_of(image), rtol=1e-6)
+
+
+def test_mean_rgb_of_white():
+    mean = np.zeros(3, np.float32)
+    write_mean_rgb(mean, np.full((2000, 3000, 3), 255, np.uint8))
+    np.testing.assert_array_equal(mean, 255)

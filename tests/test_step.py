@@ -1,0 +1,225 @@
+"""The training step against the original's, written anew in plain torch, and against golden losses."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from torch import nn
+from torch.nn.functional import cross_entropy, grid_sample
+
+from fast_spatial import model as models
+from fast_spatial.model import Classifier, to_unit
+from fast_spatial.scoring import Scorer, module_judge
+from fast_spatial.train import TrainStep
+from kernels.spatial import SpatialLimits, matrices
+from kernels.warp import warp
+from pipelines.loader import Batch
+from tests.golden import make_losses_golden as golden
+
+
+def step_of(model: Classifier, *, scored: bool = True, lr: float = 0.05, **options) -> TrainStep:
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=1e-4)
+    return TrainStep(model, optimizer, dtype=torch.float32, scored=scored, **options)
+
+
+def batch_of(views, labels) -> Batch:
+    return Batch(views, labels, torch.arange(len(labels)))
+
+
+def test_ten_steps_give_the_golden_losses_and_views():
+    expected = json.loads((Path(golden.__file__).parent / "losses.json").read_text())
+    step = step_of(Classifier(golden.tiny()))
+    for number in range(golden.STEPS):
+        result = step(batch_of(golden.views_of(number), golden.labels_of(number)))
+        assert result.choice.tolist() == expected["choices"][number]
+        assert result.loss.mean().item() == pytest.approx(expected["losses"][number], abs=2e-5)
+
+
+def test_the_golden_choices_need_the_scoring():
+    expected = json.loads((Path(golden.__file__).parent / "losses.json").read_text())
+    chosen = {view for choice in expected["choices"] for view in choice}
+    assert chosen == {0, 1, 2}
+
+
+@pytest.mark.parametrize("accumulate", [2, 3])
+def test_accumulation_gives_the_gradient_of_the_whole_batch(accumulate):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4))  # no BatchNorm, so parts are independent
+    whole, parts = Classifier(copy.deepcopy(net)), Classifier(net)
+    batch = batch_of(golden.views_of(0)[:, :1], golden.labels_of(0))
+    step_of(whole, scored=False)(batch)
+    step_of(parts, scored=False, accumulate=accumulate)(batch)
+    for one, other in zip(whole.parameters(), parts.parameters()):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def photographs(side: int, count: int) -> torch.Tensor:
+    crops = []
+    for number in range(count):
+        image = Image.fromarray(load_sample_images().images[number % 2])
+        left, top = 61 * number % 300, 37 * number % 150
+        crops.append(np.asarray(image.crop((left, top, left + 256, top + 256)).resize((side, side))))
+    return torch.from_numpy(np.stack(crops))
+
+
+def original_step(model: Classifier, warped, labels) -> torch.Tensor:
+    """The original's step: one forward pass per view, in evaluation mode, the worst of all, then one on that.
+
+    `warped(v)` is view v of every image, float [B, 3, S, S] in [0, 1]. Sets the gradient; returns the views picked.
+    """
+    best_loss, best = torch.full((len(labels),), -1.0), warped(0)
+    choice = torch.zeros(len(labels), dtype=torch.long)
+    model.eval()
+    for view in range(11):
+        moved = warped(view)
+        with torch.no_grad():
+            loss = cross_entropy(model(moved), labels, reduction="none")
+        worse = loss > best_loss
+        best_loss, choice = torch.where(worse, loss, best_loss), torch.where(worse, view, choice)
+        best = torch.where(worse[:, None, None, None], moved, best)
+    model.train()
+    cross_entropy(model(best), labels).backward()
+    return choice
+
+
+@pytest.fixture(scope="module")
+def warps():
+    """Six photographs, eleven (degrees, tx, ty) for each (the first untouched), and labels."""
+    limits = SpatialLimits.from_px(30)
+    params = np.random.default_rng(11).uniform(-1, 1, (6, 11, 3)) * [limits.degrees, limits.translate, limits.translate]
+    params[:, 0] = 0
+    return photographs(64, 6), params, torch.tensor([1, 3, 5, 7, 2, 0])
+
+
+def relative_difference(one: Classifier, other: Classifier) -> float:
+    first, second = (torch.cat([p.grad.flatten() for p in model.parameters()]) for model in (one, other))
+    return float((first - second).norm() / first.norm())
+
+
+def test_the_step_picks_the_views_and_gives_the_gradient_of_the_original_step(warps):
+    images, params, labels = warps
+    views = warp(images, torch.from_numpy(matrices(params, 64)))
+    torch.manual_seed(0)
+    theirs = Classifier(models.build("resnet18", 10))
+    with torch.no_grad():  # running statistics that matter
+        for module in theirs.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.uniform_(-0.1, 0.1)
+                module.running_var.uniform_(0.8, 1.2)
+    ours = copy.deepcopy(theirs)
+    expected = original_step(theirs, lambda v: views[:, v].permute(0, 3, 1, 2).float() / 255, labels)
+    result = step_of(ours, lr=0.0)(batch_of(views, labels))
+    assert result.choice.tolist() == expected.tolist()
+    assert len(set(expected.tolist())) > 2
+    assert relative_difference(theirs, ours) < 1e-4
+
+
+def test_with_the_original_warp_too_only_rounding_to_8_bits_differs(warps):
+    """The warp as the original writes it, in normalized coordinates, without rounding to 8 bits."""
+    images, params, labels = warps
+
+    def warped(view: int) -> torch.Tensor:
+        angle, tx, ty = (torch.tensor(column, dtype=torch.float32)[:, None, None] for column in params[:, view].T)
+        cos, sin = torch.cos(torch.deg2rad(angle)), torch.sin(torch.deg2rad(angle))
+        y, x = torch.meshgrid(torch.linspace(-1, 1, 64), torch.linspace(-1, 1, 64), indexing="ij")
+        where = torch.stack([cos * x - sin * y + 2 * tx, sin * x + cos * y + 2 * ty], dim=-1)
+        return grid_sample(images.permute(0, 3, 1, 2).float() / 255, where, align_corners=True)
+
+    torch.manual_seed(0)
+    # A smooth network: one with BatchNorm over six images would magnify the rounding of pixels.
+    net = nn.Sequential(nn.Conv2d(3, 8, 5, stride=3), nn.Tanh(), nn.Conv2d(8, 8, 5, stride=3), nn.Tanh(), nn.Flatten())
+    theirs = Classifier(nn.Sequential(net, nn.Linear(8 * 6 * 6, 10)))
+    ours = copy.deepcopy(theirs)
+    expected = original_step(theirs, warped, labels)
+    result = step_of(ours, lr=0.0)(batch_of(warp(images, torch.from_numpy(matrices(params, 64))), labels))
+    assert result.choice.tolist() == expected.tolist()
+    assert len(set(expected.tolist())) > 2
+    assert relative_difference(theirs, ours) < 1e-2
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A ResNet-18 after 50 training steps, its step object, and images."""
+    torch.manual_seed(1)
+    model = Classifier(models.build("resnet18", 10))
+    step = step_of(model, lr=0.01)
+    images = photographs(32, 4)
+    params = np.random.default_rng(2).uniform(-1, 1, (4, 3, 3)) * [30, 0.1, 0.1]
+    views = warp(images, torch.from_numpy(matrices(params, 32)))
+    for number in range(50):
+        step(batch_of(views, torch.tensor([1, 2, 3, 4]) + number % 2))
+    return model, step, views.view(-1, 32, 32, 3)
+
+
+def exact_logits(model: Classifier, views):
+    twin = copy.deepcopy(model).double().eval()
+    with torch.no_grad():
+        return twin(views.permute(0, 3, 1, 2).double() / 255)
+
+
+def test_the_folded_scorer_equals_the_model_in_evaluation_mode(trained):
+    model, step, views = trained
+    expected = exact_logits(model, views)
+    scale = expected.abs().max()
+    assert (step.scorer(views) - expected).abs().max() < 1e-5 * scale
+    half = Scorer(model, torch.bfloat16)
+    assert (half(views) - expected).abs().max() < 3e-2 * scale
+    assert half(views).dtype == torch.float32
+    with torch.no_grad():
+        next(iter(model.net.parameters())).mul_(1.5)
+    assert (step.scorer(views) - exact_logits(model, views)).abs().max() > 1e-3 * scale  # not before a refresh
+    step.scorer.refresh()
+    assert (step.scorer(views) - exact_logits(model, views)).abs().max() < 1e-5 * scale
+
+
+@pytest.mark.parametrize("make", [lambda m: Scorer(m, torch.float32), lambda m: module_judge(m, torch.float32)])
+def test_judging_leaves_modes_gradients_and_statistics_alone(trained, make):
+    model, _, views = trained
+    model.train()
+    model.net.layer1.eval()
+    flags = {name: module.training for name, module in model.named_modules()}
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    make(model)(views)
+    assert flags == {name: module.training for name, module in model.named_modules()}
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in state.items())
+    model.train()
+
+
+@pytest.mark.parametrize("arch", ["squeezenet1_1", "mobilenet_v3_small", "densenet121", "shufflenet_v2_x0_5"])
+def test_every_kind_of_network_is_judged_as_in_evaluation_mode(arch):
+    torch.manual_seed(0)
+    model = Classifier(models.build(arch, 7))
+    views = photographs(64, 2)
+    expected = exact_logits(model, views)
+    found = Scorer(model, torch.float32)(views)
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max().clamp(min=1e-3)
+
+
+def test_grouped_batch_norm_normalizes_each_group_by_itself():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    plain = copy.deepcopy(net)
+    models.group_batch_norm(net, 2)
+    images = torch.rand(6, 3, 8, 8)
+    expected = torch.cat([copy.deepcopy(plain)(group) for group in images.split(2)])
+    torch.testing.assert_close(net(images), expected)
+    first = copy.deepcopy(plain)
+    first(images[:2])
+    torch.testing.assert_close(net[1].running_mean, first[1].running_mean)
+    torch.testing.assert_close(net[1].running_var, first[1].running_var)
+    found = Scorer(Classifier(nn.Sequential(net, nn.Flatten())), torch.float32)(photographs(8, 2))
+    assert torch.isfinite(found).all()
+
+
+def test_views_become_what_torchvision_makes_of_them():
+    views = photographs(32, 2)
+    for view, unit in zip(views, to_unit(views)):
+        torch.testing.assert_close(unit, torchvision.transforms.functional.to_tensor(view.numpy()))
+    assert to_unit(views).is_contiguous(memory_format=torch.channels_last)
