@@ -64,6 +64,15 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
+def agree(value: int, device: torch.device) -> bool:
+    """Whether all processes hold the same number."""
+    if not dist.is_initialized():
+        return True
+    extremes = torch.tensor([value, -value], device=device)
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+    return int(extremes[0]) == -int(extremes[1])
+
+
 def gather(value: Any) -> list[Any]:
     """Every process's object, in the order of ranks, on rank 0; an empty list elsewhere."""
     if not dist.is_initialized():

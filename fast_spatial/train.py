@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import random
 from functools import partial
@@ -74,8 +75,12 @@ class TrainStep:
         self._parallel: nn.Module = model
         if torch.distributed.is_initialized():
             devices = [self._device.index] if self._device.type == "cuda" else None
+            # Buffers are averaged after each step, not taken from rank 0 before the next; the option was renamed.
+            known = inspect.signature(DistributedDataParallel).parameters
+            name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+            keep_buffers: dict[str, Any] = {name: False}
             self._parallel = DistributedDataParallel(
-                model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+                model, device_ids=devices, gradient_as_bucket_view=True, **keep_buffers
             )
 
     def __call__(self, batch: Batch) -> StepResult:
@@ -187,6 +192,8 @@ def train(config: TrainConfig, world: World) -> None:
         first_epoch, best_pct, elapsed_sec = saved["epoch"], saved["best_pct"], saved["elapsed_sec"]
         if step.scorer is not None:
             step.scorer.refresh()
+    if not distributed.agree(first_epoch, world.device):
+        raise ValueError(f"--out {out}: not every process finds the same checkpoint there; all nodes must share it")
     gpus = world.world_size if world.device.type == "cuda" else 0
     runlog = RunLog(out, rank=world.rank, gpus=gpus, elapsed_sec=elapsed_sec)
     if world.rank == 0:

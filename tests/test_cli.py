@@ -188,23 +188,21 @@ def test_the_process_ends_with_status_2_and_no_traceback(words, first):
 
 
 @pytest.mark.parametrize(
-    "lines",
+    ("name", "lines"),
     [
-        [["--help"], ["train", "--help"], ["evaluate", "--help"], ["reproduce", "--help"]],
-        [["trian"], ["train", "-r"], ["train", "--epoch", "3"], [*TRAIN, "--lr", "x"], [*EVALUATE, "--views", "0"]],
-        [["reproduce"], ["reproduce", "--epoch", "3"], ["reproduce", "--data", "d", "--out", "o", "--seeds", "x"]],
+        ("train", [["--help"], ["train", "--help"], ["trian"], ["train", "-r"], [*TRAIN, "--lr", "x"]]),
+        ("reproduce", [["reproduce", "--help"], ["reproduce", "--data", "d", "--out", "o", "--seeds", "x"]]),
     ],
-    ids=["help", "errors", "errors of reproduce"],
 )
-def test_help_and_errors_about_options_load_neither_torch_nor_dali(lines):
+def test_help_and_errors_about_options_load_neither_torch_nor_dali(name, lines):
     code = f"""
 import contextlib, io, sys, launch
 with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-    statuses = {{launch.main(line) for line in {lines!r}}}
+    statuses = [launch.main(line) for line in {lines!r}]
 print(statuses, sorted({{"torch", "torchvision", "nvidia", "sklearn", "tensorboard"}} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert done.stdout.strip() == ("{0} []" if "--help" in lines[0] else "{2} []")
+    assert done.stdout.strip() == ("[0, 0, 2, 2, 2] []" if name == "train" else "[0, 2] []")
 
 
 @pytest.mark.parametrize(

@@ -389,8 +389,8 @@ def test_other_epochs_seeds_and_domains_draw_other_views():
     keys = [pack_key(TRAINING, 0), pack_key(TRAINING, 1), pack_key(EVALUATION, 0)]
     sets = [draw_matrices(key, epoch, indices, limits, 224) for key in keys for epoch in (0, 1)]
     for one, other in itertools.combinations(sets, 2):
-        angles = [angles_and_translations(each, 224)[:, 0, 0] for each in (one, other)]
-        assert abs(np.corrcoef(*angles)[0, 1]) <= SIGMAS / math.sqrt(2000)
+        angles, others = (angles_and_translations(each, 224)[:, 0, 0] for each in (one, other))
+        assert abs(np.corrcoef(angles, others)[0, 1]) <= SIGMAS / math.sqrt(2000)
 
 
 def test_limits_of_zero_leave_the_view_exactly_untouched():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import multiprocessing
 import os
@@ -26,7 +27,6 @@ from kernels.sampling import (
 from pipelines.dataset import ImageIndex, read_index
 from pipelines.digits import export_digits
 from pipelines.loader import Batch, Loader, check_divides
-from tests.test_warp import bilinear
 
 IMAGES, SIDE, VIEWS = 200, 32, 11
 LIMITS = view_limits(VIEWS - 1, untouched_first=True, degrees=30, translate=3 / 28)
@@ -38,7 +38,7 @@ RANK_BATCH = 12
 class Seen(NamedTuple):
     """One image as it came out of a Loader: its position in the split and a digest of its label and views."""
 
-    index: int
+    position: int
     digest: str
 
 
@@ -90,7 +90,7 @@ def test_the_loader_reads_ahead(loader):
 def test_training_sees_the_epochs_order_but_for_the_remainder(epochs):
     for epoch, images in epochs.items():
         order = epoch_order(pack_key(TRAINING, 0), epoch, IMAGES)
-        assert [image.index for image in images] == order[: IMAGES - IMAGES % 7].tolist()
+        assert [image.position for image in images] == order[: IMAGES - IMAGES % 7].tolist()
 
 
 def test_views_differ_between_images_epochs_and_seeds(epochs):
@@ -104,9 +104,9 @@ def test_batch_size_and_threads_change_no_byte(epochs, global_batch_size, thread
     expected = dict(epochs[1])
     got = seen(make_loader(global_batch_size, threads=threads).epoch(1))
     assert len(got) == IMAGES - IMAGES % global_batch_size
-    common = [image for image in got if image.index in expected]
+    common = [image for image in got if image.position in expected]
     assert len(common) >= 190
-    assert all(image.digest == expected[image.index] for image in common)
+    assert all(image.digest == expected[image.position] for image in common)
 
 
 def test_a_loader_runs_on_across_the_end_of_an_epoch(loader, epochs):
@@ -151,7 +151,7 @@ def test_batches_that_are_kept_are_not_overwritten(loader, epochs):
 
 def test_labels_are_the_folders_of_the_files(loader):
     images = some_images("train")
-    labels = {}
+    labels: dict[int, int] = {}
     for batch in loader.epoch(0):
         labels.update(zip(batch.index.tolist(), batch.labels.tolist()))
     assert len(labels) == 196 and set(labels.values()) == set(range(10))
@@ -162,6 +162,8 @@ def test_labels_are_the_folders_of_the_files(loader):
 @pytest.mark.parametrize("train", [True, False])
 def test_views_are_the_drawn_warps_of_the_untouched_view(train):
     """Flip and colours included, since view 0 has them too."""
+    from tests.test_warp import bilinear  # not for the ranks' processes
+
     key, epoch = (pack_key(TRAINING, 0), 2) if train else (pack_key(EVALUATION, 0), 0)
     batch = next(make_loader(20, train=train).epoch(epoch))
     matrices = draw_matrices(key, epoch, batch.index.numpy(), LIMITS, SIDE).astype(np.float64)
@@ -191,8 +193,12 @@ def report_of_a_process(process: int) -> dict[str, Any]:
 def reports() -> list[dict[str, Any]]:
     """The reports of ranks 0 to 2, each from a process of its own."""
     export_digits()  # before they all ask for it
-    with multiprocessing.get_context("spawn").Pool(3, maxtasksperchild=1) as pool:
-        return pool.map(report_of_a_process, range(3), chunksize=1)
+    context = multiprocessing.get_context("forkserver")  # each forked from a process that has only imported this file
+    context.set_forkserver_preload([__name__])
+    with contextlib.ExitStack() as stack:
+        pools = [stack.enter_context(context.Pool(1)) for _ in range(3)]
+        results = [pool.apply_async(report_of_a_process, (process,)) for process, pool in enumerate(pools)]
+        return [result.get(timeout=120) for result in results]
 
 
 def test_ranks_are_processes(reports):
@@ -224,7 +230,7 @@ def test_ranks_in_their_processes_evaluate_every_image_once(reports, evaluation,
 def evaluation() -> list[Seen]:
     """The evaluation of one Loader, by index."""
     images = seen(make_loader(25, train=False).epoch(0))
-    assert [image.index for image in images] == list(range(IMAGES))
+    assert [image.position for image in images] == list(range(IMAGES))
     return images
 
 

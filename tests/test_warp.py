@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from nvidia.dali import fn, pipeline_def
 from numpy.typing import NDArray
+from nvidia.dali import fn, pipeline_def
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch.nn.functional import affine_grid, grid_sample
@@ -58,9 +58,9 @@ def exact_views(images_BSSC: NDArray[Any], params_V3: NDArray[np.float64]) -> ND
     return np.stack([[exact_warp(image, *params) for params in params_V3] for image in images_BSSC])
 
 
-def matrix_float64(degrees: float, tx: float, ty: float, side: int, flip: bool = False) -> NDArray[np.float64]:
+def matrix_float64(params: NDArray[np.float64], side: int, flip: bool = False) -> NDArray[np.float64]:
     out = np.empty((2, 3))
-    write_matrix(out, float(degrees), float(tx), float(ty), side, flip)
+    write_matrix(out, *params.tolist(), side, flip)
     return out
 
 
@@ -116,12 +116,12 @@ def dali_warp():
 def backends(dali_warp):
     """Every backend that runs on a CPU, as (images, params [V, 3]) -> views."""
 
-    def tensors(images_BSSC, params_V3):
+    def tensors(images_BSSC: Any, params_V3: Any) -> tuple[torch.Tensor, torch.Tensor]:
         rows = np.broadcast_to(params_V3, (len(images_BSSC), *params_V3.shape))
         return torch.from_numpy(images_BSSC), torch.from_numpy(matrices(rows, images_BSSC.shape[1]))
 
     def in_float64(images_BSSC, params_V3):
-        rows = np.stack([matrix_float64(*params, images_BSSC.shape[1]) for params in params_V3])
+        rows = np.stack([matrix_float64(params, images_BSSC.shape[1]) for params in params_V3])
         repeated = torch.from_numpy(np.tile(rows, (len(images_BSSC), 1, 1, 1)))
         return warp_reference(torch.from_numpy(images_BSSC), repeated)
 
@@ -221,7 +221,7 @@ def test_float64_of_this_file_agrees_with_golden():
 def test_flip_in_the_matrix_flips_the_image_first(dali_warp):
     side = 33
     images, params = four_images(side), some_params(30, 3 / 28)
-    rows = np.tile([matrix_float64(*row, side, flip=True) for row in params], (len(images), 1, 1, 1))
+    rows = np.tile([matrix_float64(row, side, flip=True) for row in params], (len(images), 1, 1, 1))
     expected = exact_views(images[:, :, ::-1], params)
     tensor, float32 = torch.from_numpy(images), rows.astype(np.float32)
     np.testing.assert_allclose(warp_reference(tensor, torch.from_numpy(rows)).numpy(), expected, atol=1e-9)
@@ -234,7 +234,7 @@ def test_colour_changes_before_the_warp_and_outside_stays_black(dali_warp):
     images = four_images(side)
     params = np.array([(0, 0.5, 0), (45, 0, 0), (30, 3 / 28, 3 / 28), (0, 0, -0.25), (-40, 0, 0), (0, 0, 0)], float)
     numbers = np.tile(np.array([0.9, 1, 1, 0, 50, 60, 70], np.float32), (len(images), 1))
-    colour = np.tile(np.float32([[0.9, 0, 0, 50], [0, 0.9, 0, 60], [0, 0, 0.9, 70]]), (len(images), 1, 1))
+    colour = np.tile(np.array([[0.9, 0, 0, 50], [0, 0.9, 0, 60], [0, 0, 0.9, 70]], np.float32), (len(images), 1, 1))
     recoloured = np.floor(np.clip(0.9 * images.astype(np.float64) + (50, 60, 70), 0, 255) + 0.5)
     expected = exact_views(recoloured, params)
     outside = exact_views(np.ones_like(images), params) == 0
@@ -302,7 +302,7 @@ def test_wrong_shapes_are_refused(shapes, message):
 
 
 def test_images_must_be_uint8():
-    with pytest.raises(ValueError, match="images are torch.float32"):
+    with pytest.raises(ValueError, match=r"images are torch\.float32"):
         warp(torch.zeros(1, 8, 8, 3), torch.zeros(1, 1, 2, 3))
 
 
@@ -332,8 +332,14 @@ def test_published_limits():
 
 @pytest.mark.parametrize(
     ("degrees", "translate", "named"),
-    [(-1, 0.1, "degrees is -1"), (181, 0.1, "degrees is 181"), (30, -0.1, "translate is -0.1"), (30, 1.5, "is 1.5")]
-    + [(float("nan"), 0.1, "degrees is nan"), (30, float("nan"), "translate is nan")],
+    [
+        (-1, 0.1, "degrees is -1"),
+        (181, 0.1, "degrees is 181"),
+        (30, -0.1, "translate is -0.1"),
+        (30, 1.5, "translate is 1.5"),
+        (float("nan"), 0.1, "degrees is nan"),
+        (30, float("nan"), "translate is nan"),
+    ],
 )
 def test_impossible_limits_are_refused(degrees, translate, named):
     with pytest.raises(ValueError, match=named):

@@ -1,0 +1,1 @@
+"""Claims and the commands that make them; imported by nobody."""

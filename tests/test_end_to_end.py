@@ -1,0 +1,85 @@
+"""The commands as a user gives them, through torchrun, in one and two processes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SMALL = ("--max-train-images", "64", "--epochs", "1", "--views", "2", "--global-batch-size", "32")
+
+
+def launch(*words: str | Path, timeout: int = 150) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "launch.py"), *map(str, words)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+        cwd="/",
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A worst10 model trained for an epoch in two processes."""
+    out = tmp_path_factory.mktemp("run") / "worst10"
+    ended = launch("train", "--data", "digits", "--mode", "worst10", "--out", out, "--nproc-per-node", 2, *SMALL)
+    assert ended.returncode == 0, ended.stderr
+    return out, ended
+
+
+def test_two_processes_train_and_leave_a_whole_run(run):
+    out, ended = run
+    assert {"best.pt", "last.pt", "config.json", "log.jsonl", "tensorboard"} == {path.name for path in out.iterdir()}
+    assert "64 training and 497 validation images" in ended.stdout
+    assert "2 x 16 on CPU" in ended.stdout
+    assert "it/s" not in ended.stdout + ended.stderr  # no progress bar where there is no terminal
+
+
+def test_one_and_two_processes_judge_alike(run, tmp_path):
+    out, _ = run
+    reports = {}
+    for processes, batch in ((1, 128), (2, 7)):
+        ended = launch(
+            *("evaluate", "--checkpoint", out / "best.pt", "--data", "digits", "--max-images", 30),
+            *("--json", tmp_path / f"{processes}.json", "--nproc-per-node", processes),
+            *("--batch-size-per-process", batch),
+        )
+        assert ended.returncode == 0, ended.stderr
+        assert "PARTIAL" in ended.stdout
+        reports[processes] = json.loads((tmp_path / f"{processes}.json").read_text())
+    assert reports[1]["images"] == reports[2]["images"]
+    assert reports[1]["summary"] == reports[2]["summary"]
+    assert reports[1]["summary"]["partial"]
+    assert reports[1]["summary"]["num_images"] == 30
+    first = reports[1]["images"][0]
+    assert first["path"].startswith("val/")
+    assert isinstance(first["natural"], bool)
+
+
+def test_a_failure_in_a_process_is_named_and_ends_in_status_1(tmp_path):
+    ended = launch(
+        *("train", "--data", "digits", "--mode", "standard", "--out", tmp_path / "run"),
+        *("--global-batch-size", 5000, "--epochs", 1),
+    )
+    assert ended.returncode == 1
+    assert "holds 1300 images, less than one global batch of 5000" in ended.stderr
+    assert ended.stderr.splitlines()[-1].startswith("launch.py: rank 0 failed")
+
+
+@pytest.mark.slow
+def test_reproduce_shows_the_trend_of_the_paper(tmp_path):
+    ended = launch("reproduce", "--data", "digits", "--out", tmp_path, timeout=1800)
+    assert ended.returncode == 0, ended.stderr
+    rows = {row["mode"]: row for row in json.loads((tmp_path / "results.json").read_text())}
+    assert all(row["natural_top1_pct"] >= 96 for row in rows.values())
+    assert rows["standard"]["grid_top1_pct"] <= 5
+    assert rows["random"]["grid_top1_pct"] >= rows["standard"]["grid_top1_pct"] + 10
+    assert rows["worst10"]["grid_top1_pct"] >= rows["random"]["grid_top1_pct"] + 10
+    again = launch("reproduce", "--data", "digits", "--out", tmp_path, timeout=100)
+    assert again.stdout.count("done before") == 4

@@ -1,0 +1,88 @@
+"""The graph for a GPU, built without one: every operator is on a device that DALI has it for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from nvidia.dali.ops import _registry
+
+from pipelines.graph import view_graph
+
+GPU = "gpu"
+# The schema's name and the name under which DALI's plugin lists it.
+LISTED_AS = {"NumbaFuncImpl": "NumbaFunction"}
+
+
+def no_source(_info: Any) -> Any:
+    raise AssertionError("the graph is never run")
+
+
+def built(*, center: bool, on_gpu: bool = True, warp_backend: str = "dali") -> Any:
+    """The pipeline, with its graph and its backend checked as far as DALI does before it needs the GPU.
+
+    Our own operators cannot be serialized, which is the last thing that DALI finds out.
+    """
+    pipeline = view_graph(
+        no_source,
+        views=3,
+        center=center,
+        on_gpu=on_gpu,
+        hw_decoder_load=0.0,
+        warp_backend=warp_backend,
+        batch_size=2,
+        num_threads=1,
+        device_id=None,
+        prefetch_queue_depth=1,
+        exec_dynamic=True,
+    )
+    with pytest.raises(RuntimeError, match=r"Could not serialize the operator: .*NumbaFunction"):
+        pipeline.serialize()
+    return pipeline
+
+
+def operators(pipeline: Any) -> list[tuple[str, str]]:
+    """(schema's name, device) of each operator of a built pipeline."""
+    return [(node._op.schema.Name(), node._op.device) for node in pipeline._ops]
+
+
+@pytest.mark.parametrize("center", [True, False])
+def test_every_operator_exists_for_its_device(center):
+    registered = {"cpu": _registry.cpu_ops(), "gpu": _registry.gpu_ops(), "mixed": _registry.mixed_ops()}
+    found = operators(built(center=center))
+    assert len(found) > 20
+    for name, device in found:
+        assert LISTED_AS.get(name, name) in registered[device], f"{name} does not exist for {device}"
+
+
+@pytest.mark.parametrize("center", [True, False])
+def test_pixels_stay_on_the_gpu_and_decisions_on_the_cpu(center):
+    devices: dict[str, set[str]] = {}
+    for name, device in operators(built(center=center)):
+        devices.setdefault(name, set()).add(device)
+    assert devices["decoders__ImageSlice"] == {"mixed"}
+    on_gpu = {name for name, where in devices.items() if where == {GPU}}
+    expected = {"Resize", "CoordTransform", "ExpandDims", "SequenceRearrange", "WarpAffine", "reductions__Mean"}
+    assert on_gpu == expected | ({"Slice"} if center else set())
+    for name in ("ExternalSource", "io__file__Read", "PeekImageShape", "NumbaFuncImpl", "PerFrame", "Cat"):
+        assert devices[name] == {"cpu"}, name
+
+
+@pytest.mark.parametrize("center", [True, False])
+def test_inputs_are_where_their_operators_need_them(center):
+    """GPU operators take their images there; arguments, and all that a CPU or mixed operator takes, are on the CPU."""
+    for node in built(center=center)._ops:
+        spec, device = node.spec, node._op.device
+        for i in range(spec.NumInput()):
+            expected = GPU if device == GPU and i < spec.NumRegularInput() else "cpu"
+            assert spec.InputDevice(i) == expected, f"input {i} of {node.name}"
+
+
+def test_outputs_are_views_on_the_gpu_and_headers_in_host_memory():
+    views, header = built(center=True)._graph_outputs
+    assert (views.device, header.device) == (GPU, "cpu")
+
+
+@pytest.mark.parametrize("warp_backend", ["numba", "dali"])
+def test_the_graph_for_a_cpu_is_all_on_the_cpu(warp_backend):
+    assert {device for _, device in operators(built(center=True, on_gpu=False, warp_backend=warp_backend))} == {"cpu"}

@@ -1,0 +1,138 @@
+"""Whole trainings of a few steps: resuming, logs, profiles, data that comes in odd forms, and the watchdog."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fast_spatial import checkpoint, distributed, memory
+from fast_spatial import model as models
+from fast_spatial.config import DIGITS_PRESET, TrainConfig, parse
+from fast_spatial.distributed import World
+from fast_spatial.train import train
+from kernels import cpus
+
+ALONE = World(0, 0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(autouse=True)
+def _stand_down():
+    yield
+    distributed.stop()
+
+
+def config_of(out: Path, **flags: str) -> TrainConfig:
+    small = {"epochs": "3", "max_train_images": "70", "global_batch_size": "32", "views": "2", "milestones": "2"}
+    raw = {"data": "digits", "mode": "worst10", "out": str(out), **small, **flags}
+    return parse(TrainConfig, raw, DIGITS_PRESET)
+
+
+def records(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_run_that_was_killed_continues_to_the_same_weights(tmp_path, monkeypatch):
+    train(config_of(tmp_path / "whole"), ALONE)
+
+    save = checkpoint.save
+
+    def killed_after_the_second_epoch(path, payload):
+        save(path, payload)
+        if payload["epoch"] == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save", killed_after_the_second_epoch)
+    with pytest.raises(KeyboardInterrupt):
+        train(config_of(tmp_path / "parts"), ALONE)
+    monkeypatch.setattr(checkpoint, "save", save)
+    train(config_of(tmp_path / "parts"), ALONE)
+
+    whole, parts = (checkpoint.load(tmp_path / name / "last.pt") for name in ("whole", "parts"))
+    assert whole["epoch"] == parts["epoch"] == 3
+    assert all(torch.equal(value, parts["model"][name]) for name, value in whole["model"].items())
+    losses = [[r["loss"] for r in records(tmp_path / name) if r["event"] == "train"] for name in ("whole", "parts")]
+    assert losses[0] == losses[1]
+    assert [r["epoch"] for r in records(tmp_path / "parts") if r["event"] == "train"] == [1, 2, 3]
+
+
+def test_the_log_has_a_record_per_epoch_and_evaluation(tmp_path):
+    train(config_of(tmp_path, epochs="2", eval_every="1", lr="0.01"), ALONE)
+    found = records(tmp_path)
+    assert [r["event"] for r in found] == ["train", "evaluation"] * 2
+    assert {"epoch", "loss", "top1_pct", "lr", "images_per_sec", "data_wait_pct", "elapsed_sec", "gpu_hours"} <= set(
+        found[0]
+    )
+    assert {"top1_pct", "top5_pct", "loss", "attacked_top1_pct", "cost_pct"} <= set(found[1])
+    assert found[1]["attacked_top1_pct"] <= found[1]["top1_pct"]
+    assert any((tmp_path / "tensorboard").iterdir())
+    best = checkpoint.load(tmp_path / "best.pt")
+    assert best["best_pct"] == max(r["attacked_top1_pct"] for r in found if r["event"] == "evaluation")
+
+
+def test_another_seed_gives_other_weights_and_the_same_seed_the_same(tmp_path):
+    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        train(config_of(tmp_path / name, epochs="1", mode="random", seed=seed), ALONE)
+    a, b, c = (checkpoint.load(tmp_path / name / "last.pt")["model"]["fc.weight"] for name in "abc")
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+
+
+def test_a_profile_has_named_ranges(tmp_path):
+    train(config_of(tmp_path, epochs="1", global_batch_size="4", max_train_images="60", profile="2"), ALONE)
+    events = json.loads((tmp_path / "profile.json").read_text())["traceEvents"]
+    assert {"score", "forward", "backward", "optimizer"} <= {event.get("name") for event in events}
+
+
+def test_the_memory_estimate_counts_what_a_real_forward_pass_saves():
+    net = models.build("resnet18", 10)
+    saved: dict[int, int] = {}
+    kept = []
+
+    def count(tensor):
+        kept.append(tensor)
+        if not isinstance(tensor, torch.nn.Parameter):
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        output = net(torch.rand(4, 3, 64, 64).to(memory_format=torch.channels_last))
+    assert output.shape == (4, 10)
+    found = memory.estimate("resnet18", 10, side=64, batch=4, accumulate=1, views=1, half=False)
+    assert found.activations_gib * 2**30 == pytest.approx(sum(saved.values()), rel=0.05)
+    halved = memory.estimate("resnet18", 10, side=64, batch=4, accumulate=2, views=1, half=False)
+    assert halved.activations_gib == pytest.approx(found.activations_gib / 2)
+
+
+def test_a_process_that_stops_moving_prints_its_stacks_and_ends():
+    code = (
+        "import time\n"
+        "from fast_spatial.distributed import progress\n"
+        "def waits_for_nothing():\n"
+        "    time.sleep(60)\n"
+        "progress(0.02)\n"
+        "waits_for_nothing()\n"
+    )
+    root = Path(__file__).parent.parent
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=50, check=False
+    )
+    assert ended.returncode == 1
+    assert "waits_for_nothing" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"), [("150000 100000", 1), ("max 100000", 8), ("50000 100000", 1), ("x", 8)]
+)
+def test_cpus_are_those_of_the_affinity_mask_cut_to_the_container_quota(tmp_path, monkeypatch, content, expected):
+    quota = tmp_path / "cpu.max"
+    quota.write_text(content)
+    monkeypatch.setattr(cpus, "CGROUP_V2", quota)
+    monkeypatch.setattr(cpus.os, "sched_getaffinity", lambda _: set(range(8)))
+    assert cpus.usable_cpus() == expected
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert cpus.cpus_per_process() == max(1, expected // 4)
