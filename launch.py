@@ -12,7 +12,8 @@ from typing import Any
 
 from fast_spatial.cli import NAME, Command, dispatch, options_of
 from fast_spatial.config import DIGITS, DIGITS_PRESET, EvaluateConfig, LaunchOptions, TrainConfig, parse, to_json
-from fast_spatial.reproduce import DECIDED, ReproduceConfig
+from fast_spatial.reproduce import DECIDED, ReproduceConfig, plan
+from fast_spatial.reproduce import reproduce as reproduce_rows
 
 ROOT = Path(__file__).resolve().parent
 
@@ -27,15 +28,14 @@ def evaluate(raw: dict[str, str]) -> None:
 
 
 def reproduce(raw: dict[str, str]) -> None:
-    from fast_spatial import preflight
-    from fast_spatial import reproduce as reproduction
-
     own = options_of(ReproduceConfig)
     config = parse(ReproduceConfig, {name: value for name, value in raw.items() if name in own})
-    rows = reproduction.plan(config, {name: value for name, value in raw.items() if name not in own})
+    rows = plan(config, {name: value for name, value in raw.items() if name not in own})
+    from fast_spatial import preflight  # imports torch
+
     for row in rows:
         preflight.check_train(row.train)
-    reproduction.reproduce(config, rows, launch)
+    reproduce_rows(config, rows, launch)
 
 
 COMMANDS = {

@@ -8,7 +8,8 @@ names. The original code's (`{"model": {"module.model.*": ...}}`, saved with dil
 from __future__ import annotations
 
 import os
-import pickle
+import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,15 +50,16 @@ def load(path: Path) -> dict[str, Any]:
             from safetensors.torch import load_file
 
             return {"model": load_file(path)}
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
-        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpicklers and safetensors raise a dozen kinds
+        refused = re.search(r"Unsupported (?:global|class|operand|instruction)[^\n]*|GLOBAL \S+", str(error))
+        reason = f" ({refused[0]})" if refused else ""
         raise ValueError(
-            f"--checkpoint {path}: not a checkpoint that can be read safely ({reason})\n"
+            f"--checkpoint {path}: not a checkpoint that can be read safely{reason}\n"
             f"expected a file written by torch.save that holds tensors and plain values, or .safetensors"
         ) from None
-    except Exception as error:  # safetensors' own errors
-        raise ValueError(f"--checkpoint {path}: cannot be read ({error})") from None
     if not isinstance(found, dict):
         raise ValueError(f"--checkpoint {path}: holds a {type(found).__name__}, not a dictionary of tensors")
     return found
@@ -93,6 +95,7 @@ def read_weights(path: Path) -> Weights:
         if isinstance(content.get(key), dict):
             state = content[key]
             break
+    state = {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, Tensor)}
     mean, std = models.IMAGENET_MEAN, models.IMAGENET_STD
     if any(name.startswith("module.model.") for name in state):
         if "module.normalizer.new_mean" in state:
@@ -101,11 +104,11 @@ def read_weights(path: Path) -> Weights:
         state = {k.removeprefix("module.model."): v for k, v in state.items() if k.startswith("module.model.")}
     elif state and all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): value for name, value in state.items()}
-    state = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    biases = [value for value in state.values() if value.ndim == 1 and value.is_floating_point()]
-    if not biases:
+    heads = [name for name in state if name.split(".", maxsplit=1)[0] in ("fc", "classifier", "head", "heads")]
+    if not heads:
         raise ValueError(f"--checkpoint {path}: holds no weights of a classifier (its keys: {_some(list(content))})")
-    return Weights(state, len(biases[-1]), mean=mean, std=std)
+    last = max(heads, key=lambda name: [(part.isdigit(), part.zfill(3)) for part in name.split(".")])
+    return Weights(state, len(state[last]), mean=mean, std=std)
 
 
 def build_classifier(path: Path, weights: Weights, arch: str) -> Classifier:
@@ -118,8 +121,7 @@ def build_classifier(path: Path, weights: Weights, arch: str) -> Classifier:
     if arch and weights.arch and arch != weights.arch:
         raise ValueError(f"--checkpoint {path}: it is a {weights.arch}, not a {arch}\nleave --arch away")
     arch = arch or weights.arch or "resnet18"
-    with torch.device("meta"):
-        expected = models.build(arch, weights.num_classes).state_dict()
+    expected = models.shapes_of(arch, weights.num_classes).state_dict()
     missing = [name for name in expected if name not in weights.state]
     extra = [name for name in weights.state if name not in expected]
     shapes = [n for n in expected if n in weights.state and expected[n].shape != weights.state[n].shape]
@@ -138,4 +140,4 @@ def build_classifier(path: Path, weights: Weights, arch: str) -> Classifier:
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return ", ".join(map(str, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from kernels.sampling import view_limits
-from kernels.spatial import SpatialLimits
+from kernels.spatial import NOMINAL_SIDE, SpatialLimits
+
+MAX_SEED = 2**31 - 1
 
 DIGITS = "digits"
 
@@ -149,6 +151,11 @@ class TrainConfig(LaunchOptions):
         _at_least(self, 1, "epochs", "global_batch_size", "accumulate", "views", "log_every", "side")
         _at_least(self, 0, "lr", "momentum", "weight_decay", "lighting", "bn_group", "score_chunk", "classes")
         _at_least(self, 0, "max_train_images", "eval_every", "workers", "nproc_per_node", "seed", "profile", "gamma")
+        _seed(self)
+        if self.classes == 1:
+            raise ValueError("--classes 1: a classifier needs at least 2")
+        if self.momentum >= 1:
+            raise ValueError(f"--momentum {self.momentum:g}: it must be below 1")
         if list(self.milestones) != sorted(set(self.milestones)):
             raise ValueError(f"--milestones {_show(self.milestones)}: they must increase")
         for name, low, high in (("crop_scale", 0.0, 1.0), ("crop_ratio", 0.0, 100.0)):
@@ -163,7 +170,7 @@ class TrainConfig(LaunchOptions):
     @property
     def limits(self) -> SpatialLimits:
         """The limits of the training attack."""
-        return SpatialLimits.from_px(self.degrees, self.translate_px)
+        return _limits(self)
 
     def view_limits(self) -> Any:
         """Each training view's limits, float64 [V, 2]."""
@@ -203,11 +210,12 @@ class EvaluateConfig(LaunchOptions):
         self.limits  # noqa: B018
         _at_least(self, 1, "views", "batch_size_per_process")
         _at_least(self, 0, "side", "seed", "max_images", "judge_batch", "workers", "nproc_per_node")
+        _seed(self)
 
     @property
     def limits(self) -> SpatialLimits:
         """The limits of the attacks."""
-        return SpatialLimits.from_px(self.degrees, self.translate_px)
+        return _limits(self)
 
 
 Config = TypeVar("Config")
@@ -284,6 +292,20 @@ def _needed(config: Any, *names: str) -> None:
     missing = [flag(name) for name in names if not getattr(config, name)]
     if missing:
         raise ValueError(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} needed")
+
+
+def _limits(config: Any) -> SpatialLimits:
+    if not 0 <= config.degrees <= 180:
+        raise ValueError(f"--degrees {config.degrees:g}: rotations reach from 0 to 180 degrees")
+    px = config.translate_px
+    if px is not None and not 0 <= px <= NOMINAL_SIDE:
+        raise ValueError(f"--translate-px {px:g}: translations reach from 0 to {NOMINAL_SIDE} pixels")
+    return SpatialLimits.from_px(config.degrees, px)
+
+
+def _seed(config: Any) -> None:
+    if config.seed > MAX_SEED:
+        raise ValueError(f"--seed {config.seed}: it must be at most {MAX_SEED}")
 
 
 def _choice(config: Any, *names: str) -> None:

@@ -238,9 +238,11 @@ def prepare(config: EvaluateConfig) -> tuple[Classifier, ImageIndex, set[int] | 
     weights = checkpoint.read_weights(path)
     model = checkpoint.build_classifier(path, weights, config.arch)
     images = read_index(data_folder(config.data), "val")
-    if weights.classes is not None and images.classes != weights.classes:
+    if weights.classes is not None and images.classes[: len(weights.classes)] == weights.classes:
+        images = images.first_classes(len(weights.classes))
+    elif weights.classes is not None:
         images = _relabel(images, weights.classes, path, config)
-    elif len(images.classes) != weights.num_classes and not config.allow_partial_classes:
+    elif len(images.classes) < weights.num_classes and not config.allow_partial_classes:
         raise ValueError(
             f"--data {config.data}: it has {len(images.classes)} classes, the model {weights.num_classes} outputs\n"
             f"if the folders are the model's first outputs, in order, add --allow-partial-classes"

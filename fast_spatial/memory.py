@@ -47,8 +47,8 @@ def estimate(
 
     keep: list[Tensor] = []
     probe = 2
+    net = models.shapes_of(arch, num_classes)
     with torch.device("meta"):
-        net = models.build(arch, num_classes)
         images = torch.empty(probe, 3, side, side).to(memory_format=torch.channels_last)
     parameters = sum(p.numel() for p in net.parameters())
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):

@@ -60,6 +60,15 @@ def build(arch: str, num_classes: int) -> nn.Module:
     return net.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
+def shapes_of(arch: str, num_classes: int) -> nn.Module:
+    """A classifier without data, to ask for names and shapes."""
+    try:
+        with torch.device("meta"):
+            return build(arch, num_classes)
+    except NotImplementedError:  # some (RegNet) compute their widths with tensors
+        return build(arch, num_classes).to("meta")
+
+
 def to_unit(views: Tensor) -> Tensor:
     """uint8 [N, S, S, 3] to float32 [N, 3, S, S] in [0, 1], channels_last without moving a byte more than needed."""
     return views.permute(0, 3, 1, 2).to(torch.float32).div_(255)

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fast_spatial.config import DIGITS, EvaluateConfig, LaunchOptions, TrainConfig, identity, to_json
+from fast_spatial.config import EvaluateConfig, LaunchOptions, TrainConfig, identity, to_json
 from fast_spatial.data import data_folder
-from pipelines.dataset import check_classes_agree, check_not_empty, list_classes
+from pipelines.dataset import check_classes_agree, check_not_empty, count_images
 from pipelines.loader import check_divides
 
 CONFIG = "config.json"
@@ -17,16 +17,15 @@ CONFIG = "config.json"
 def check_train(config: TrainConfig) -> None:
     """Raise a ValueError if this training cannot work, or would mix with another run."""
     processes = check_launch(config)
-    if config.data != DIGITS:
-        _check_folder(config.data, config.classes)
+    _check_data(config)
     check_divides(config.global_batch_size, processes)
     per_process = config.global_batch_size // processes
     if config.accumulate > per_process:
         raise ValueError(f"--accumulate {config.accumulate}: each process has only {per_process} images of a batch")
-    if config.bn_group and (per_process // config.accumulate) % config.bn_group:
+    if config.bn_group and per_process % (config.accumulate * config.bn_group):
         raise ValueError(
-            f"--bn-group {config.bn_group}: it does not divide the {per_process // config.accumulate} images that are "
-            f"normalized together"
+            f"--bn-group {config.bn_group}: each process has {per_process} images of a batch in --accumulate "
+            f"{config.accumulate} parts, which such groups do not divide"
         )
     if 0 < config.max_train_images < config.global_batch_size:
         raise ValueError(
@@ -44,19 +43,24 @@ def check_evaluate(config: EvaluateConfig) -> None:
     check_launch(config)
     if config.json and Path(config.json).is_dir():
         raise ValueError(f"--json {config.json}: that is a folder; name a file")
+    for folder in Path(config.json).parents if config.json else ():
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"--json {config.json}: {folder} is a file, not a folder")
     prepare(config)
 
 
 def check_launch(config: LaunchOptions) -> int:
     """The number of processes over all nodes (at the least, where nodes may come and go)."""
     try:
-        nodes = int(config.nnodes.split(":")[0])
+        nodes, most = (int(part) for part in (config.nnodes.split(":") * 2)[:2])
     except ValueError:
-        nodes = 0
-    if nodes < 1:
+        nodes, most = 0, 0
+    if not 1 <= nodes <= most or config.nnodes.count(":") > 1:
         raise ValueError(f"--nnodes {config.nnodes}: expected a number, or MIN:MAX")
     if config.nnodes != "1" and not config.rdzv_endpoint:
         raise ValueError(f"--nnodes {config.nnodes}: several nodes meet at --rdzv-endpoint HOST:PORT, which is missing")
+    if config.max_restarts < 0 or config.node_rank < 0:
+        raise ValueError("--max-restarts and --node-rank must be at least 0")
     if config.stall_minutes <= 0:
         raise ValueError(f"--stall-minutes {config.stall_minutes:g}: it must be more than 0")
     gpus = gpu_count()
@@ -82,12 +86,15 @@ def gpu_count() -> int:
 def check_out(config: TrainConfig) -> None:
     """Raise a ValueError if the run's folder holds something else than this run."""
     out = Path(config.out)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out}: that is a file; name a folder")
+    for folder in (out, *out.parents):
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"--out {out}: {'that' if folder == out else folder} is a file; name a folder")
     if not out.is_dir() or not any(out.iterdir()):
         return
     try:
         stored: dict[str, Any] = json.loads((out / CONFIG).read_text(encoding="utf-8"))
+        if not isinstance(stored, dict):
+            raise ValueError
     except (OSError, ValueError):
         raise ValueError(f"--out {out}: it holds files, but no run of this program; name a new folder") from None
     mine = identity(config)
@@ -107,12 +114,19 @@ def claim_out(config: TrainConfig) -> None:
     temporary.replace(out / CONFIG)
 
 
-def _check_folder(data: str, classes: int) -> None:
-    names = check_classes_agree(data_folder(data))
+def _check_data(config: TrainConfig) -> None:
+    folder = data_folder(config.data)
+    names = check_classes_agree(folder)
     for split in ("train", "val"):
-        check_not_empty(data_folder(data), split, names)
-    if classes > len(names):
-        raise ValueError(f"--classes {classes}: {data} has {len(list_classes(Path(data), 'train'))} classes")
+        check_not_empty(folder, split, names)
+    if config.classes > len(names):
+        raise ValueError(f"--classes {config.classes}: {config.data} has {len(names)} classes")
+    found = count_images(folder, "train", names[: config.classes or None], at_most=config.global_batch_size)
+    if found < config.global_batch_size:
+        raise ValueError(
+            f"--global-batch-size {config.global_batch_size}: {config.data} holds only {found} training images\n"
+            f"lower --global-batch-size"
+        )
 
 
 def _check_model(config: TrainConfig) -> None:
@@ -121,8 +135,12 @@ def _check_model(config: TrainConfig) -> None:
     from fast_spatial import model
     from fast_spatial.optim import find_apex_sgd
 
-    with torch.device("meta"):
-        model.build(config.arch, 10)
+    net = model.shapes_of(config.arch, 10).eval()
+    try:
+        net(torch.empty(1, 3, config.side, config.side, device="meta"))
+    except (AssertionError, RuntimeError) as error:
+        reason = str(error).splitlines()[0][:100]
+        raise ValueError(f"--arch {config.arch} cannot take views of --side {config.side}: {reason}") from None
     if config.optimizer == "apex":
         find_apex_sgd()
     if config.dtype == "float16" and not torch.cuda.is_available():

@@ -44,8 +44,10 @@ class ReproduceConfig(LaunchOptions):
                 raise ValueError(f"--{name} is needed")
         if not self.seeds:
             raise ValueError("--seeds: at least one is needed")
-        for row in self.rows:
-            split_row(row)
+        rows = [split_row(row) for row in self.rows]
+        for name, values in (("rows", rows), ("seeds", self.seeds)):
+            if len(set(values)) < len(values):
+                raise ValueError(f"--{name} {','.join(map(str, getattr(self, name)))}: one of them is named twice")
 
 
 @dataclass(frozen=True)
@@ -71,9 +73,12 @@ def split_row(row: str) -> tuple[str, float]:
     if mode not in MODES:
         raise ValueError(f"--rows {row}: choose modes of {', '.join(MODES)}, as in random:40")
     try:
-        return mode, float(degrees or 30)
+        found = float(degrees or 30)
     except ValueError:
         raise ValueError(f"--rows {row}: expected MODE:DEGREES, as in random:40") from None
+    if not 0 <= found <= 180:
+        raise ValueError(f"--rows {row}: rotations reach from 0 to 180 degrees")
+    return mode, found
 
 
 def plan(config: ReproduceConfig, train_flags: dict[str, str]) -> list[Row]:
@@ -114,10 +119,10 @@ def reproduce(config: ReproduceConfig, rows: list[Row], launch: Launch) -> None:
             say(f"[{number}/{len(rows)}] {name}: done before")
         else:
             say(f"[{number}/{len(rows)}] {name}: training")
-            seconds_train = launch("train", row.train)
+            launch("train", row.train)
             say(f"[{number}/{len(rows)}] {name}: evaluating")
             seconds_evaluate = launch("evaluate", row.evaluate)
-            _write(row.result_file, _result(row, seconds_train, seconds_evaluate))
+            _write(row.result_file, _result(row, seconds_evaluate))
         results.append(json.loads(row.result_file.read_text(encoding="utf-8")))
         _write(Path(config.out) / "results.json", results)
     table = results_table(results, "ours, digits" if config.data == DIGITS else "ours")
@@ -127,8 +132,10 @@ def reproduce(config: ReproduceConfig, rows: list[Row], launch: Launch) -> None:
     say(f"\n{text}\n\nwritten to {Path(config.out) / 'results.json'} and results.md")
 
 
-def _result(row: Row, seconds_train: float, seconds_evaluate: float) -> dict[str, Any]:
+def _result(row: Row, seconds_evaluate: float) -> dict[str, Any]:
     summary = json.loads(Path(row.evaluate.json).read_text(encoding="utf-8"))["summary"]
+    with open(Path(row.train.out) / "log.jsonl", encoding="utf-8") as log:
+        seconds_train = json.loads(log.readlines()[-1])["elapsed_sec"]  # of all parts of an interrupted training
     kept = ("natural", "random", "worst10", "worst10_any", "grid")
     return {
         "mode": row.train.mode,

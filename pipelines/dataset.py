@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,8 @@ _SUBSET_SEED = 2**31 - 1
 FLAT_VAL_FIX = (
     "put ILSVRC2012_devkit_t12.tar.gz into {data} and sort it into class folders with\n"
     "  python -c \"from torchvision.datasets.imagenet import *; r = '{data}'; parse_devkit_archive(r); "
-    "prepare_val_folder(r + '/val', load_meta_file(r)[1])\""
+    "v = r + '/val/'; "
+    "[os.renames(v + f, v + c + '/' + f) for f, c in zip(sorted(os.listdir(v)), load_meta_file(r)[1])]\""
 )
 
 
@@ -122,6 +124,12 @@ def check_not_empty(data: Path, split: str, classes: list[str]) -> None:
     for name in classes:
         if next(iter(_images_below(data / split / name)), None) is None:
             raise _empty(data, data / split / name)
+
+
+def count_images(data: Path, split: str, classes: list[str], *, at_most: int) -> int:
+    """How many images there are in these class folders; stops counting at a number."""
+    images = (image for name in classes for image in _images_below(data / split / name))
+    return sum(1 for _ in islice(images, at_most))
 
 
 def _empty(data: Path, folder: Path) -> ValueError:

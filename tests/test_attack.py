@@ -97,7 +97,8 @@ class TinyNet(nn.Module):
         self.body = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 7 * 7, 3))
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.body(images - 0.5)
+        logits: Tensor = self.body(images - 0.5)
+        return logits
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +108,7 @@ def crowd():
     net = TinyNet().eval()
 
     @torch.no_grad()
-    def judge(views: Tensor) -> Tensor:
+    def judge(views):
         return net(to_unit(views))
 
     # Blends with a flat image make some images robust, and some not.
@@ -130,7 +131,7 @@ def test_pooled_survivors_equal_brute_force(crowd, batch, portion):
     images, labels, judge, brute_BG = crowd
     natural = brute_BG[:, GRID_IDENTITY].nonzero()[:, 0]
     pool = GridSurvivors(judge, LIMITS, 9, batch)
-    found = {}
+    found: dict[int, bool] = {}
     for part in natural.split(portion):
         pool.add(images[part], labels[part].tolist(), part.tolist())
         found.update(pool.take_verdicts())

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import nn
+from torch.multiprocessing.spawn import spawn
 
 from fast_spatial import distributed
 from fast_spatial import model as models
@@ -62,7 +62,7 @@ def two_ranks(kind: str, out: Path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(rank_main, (port, kind, str(out)), nprocs=2)
+    spawn(rank_main, (port, kind, str(out)), nprocs=2)
     return [torch.load(out / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 

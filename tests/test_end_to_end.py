@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 SMALL = ("--max-train-images", "64", "--epochs", "1", "--views", "2", "--global-batch-size", "32")
 
 
-def launch(*words: str | Path, timeout: int = 150) -> subprocess.CompletedProcess:
+def launch(*words: object, timeout: int = 150) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, str(ROOT / "launch.py"), *map(str, words)],
         capture_output=True,

@@ -230,7 +230,8 @@ class FakeLaunch:
         if task == "train":
             assert isinstance(config, TrainConfig)
             Path(config.out).mkdir(parents=True, exist_ok=True)
-            return 12.345
+            (Path(config.out) / "log.jsonl").write_text('{"elapsed_sec": 1}\n{"elapsed_sec": 12.3}\n')
+            return 99.0
         assert isinstance(config, EvaluateConfig)
         values = {"natural": 99.0, "random": 96.5, "worst10": 88.25, "worst10_any": 87.0, "grid": 49.1}
         summary = {f"{attack}_top1_pct": value for attack, value in values.items()}

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ def config_of(out: Path, **flags: str) -> TrainConfig:
     return parse(TrainConfig, raw, DIGITS_PRESET)
 
 
-def records(out: Path) -> list[dict]:
+def records(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
@@ -132,7 +133,7 @@ def test_cpus_are_those_of_the_affinity_mask_cut_to_the_container_quota(tmp_path
     quota = tmp_path / "cpu.max"
     quota.write_text(content)
     monkeypatch.setattr(cpus, "CGROUP_V2", quota)
-    monkeypatch.setattr(cpus.os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
     assert cpus.usable_cpus() == expected
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert cpus.cpus_per_process() == max(1, expected // 4)
