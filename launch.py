@@ -88,6 +88,8 @@ def torchrun(config: LaunchOptions, processes: int, words: list[str]) -> None:
         options.append("--standalone")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cpus() // processes)))
+    # Threads that spin at torch's barriers take the cores from the loader's, and from everything else.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         run.main([*options, "-m", "fast_spatial.worker", *words])
     except ChildFailedError as error:

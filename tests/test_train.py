@@ -13,8 +13,9 @@ import torch
 
 from fast_spatial import checkpoint, distributed, memory
 from fast_spatial import model as models
-from fast_spatial.config import DIGITS_PRESET, TrainConfig, parse
+from fast_spatial.config import DIGITS_PRESET, EvaluateConfig, TrainConfig, parse
 from fast_spatial.distributed import World
+from fast_spatial.evaluate import evaluate_checkpoint
 from fast_spatial.train import train
 from kernels import cpus
 
@@ -137,3 +138,27 @@ def test_cpus_are_those_of_the_affinity_mask_cut_to_the_container_quota(tmp_path
     assert cpus.usable_cpus() == expected
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert cpus.cpus_per_process() == max(1, expected // 4)
+
+
+@pytest.mark.parametrize("module", ["fast_spatial.train", "fast_spatial.evaluate"])
+def test_loaders_are_given_the_global_rank(tmp_path, monkeypatch, module):
+    """On a second node the local rank starts at 0 again: with it, two nodes would read the same images."""
+
+    class Opened(Exception):
+        pass
+
+    def loader(*_, rank, world_size, **__):
+        raise Opened(rank, world_size)
+
+    monkeypatch.setattr(f"{module}.Loader", loader)
+    second_node = World(rank=3, local_rank=1, world_size=4, device=torch.device("cpu"))
+    if module == "fast_spatial.train":
+        with pytest.raises(Opened) as opened:
+            train(config_of(tmp_path), second_node)
+    else:
+        net = models.build("resnet18", 10)
+        torch.save(net.state_dict(), tmp_path / "plain.pt")
+        config = EvaluateConfig(checkpoint=str(tmp_path / "plain.pt"), data="digits", side=32)
+        with pytest.raises(Opened) as opened:
+            evaluate_checkpoint(config, second_node)
+    assert opened.value.args == (3, 4)
