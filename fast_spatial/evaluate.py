@@ -17,19 +17,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fast_spatial import checkpoint, distributed
+from fast_spatial import distributed
 from fast_spatial.attack import GridSurvivors, judge_views, verdicts
 from fast_spatial.config import EvaluateConfig, to_json
-from fast_spatial.data import data_folder
+from fast_spatial.device import dtype_of, seed_everything
 from fast_spatial.distributed import World
-from fast_spatial.model import Classifier
+from fast_spatial.inputs import prepare
 from fast_spatial.runlog import Bar, say
 from fast_spatial.scoring import Judge, Scorer, module_judge
-from fast_spatial.train import seed_everything, training_dtype
 from kernels.sampling import EVALUATION, augmentation_settings, draw_matrices, pack_key, view_limits
 from kernels.spatial import GRID_VIEWS, SpatialLimits
 from kernels.warp import warp
-from pipelines.dataset import ImageIndex, read_index
+from pipelines.dataset import ImageIndex
 from pipelines.loader import Batch, Loader
 
 
@@ -227,72 +226,10 @@ def _views_of(
         yield Batch(warp(pixels_BSSC, matrices_BV23), labels.to(device), torch.from_numpy(indices))
 
 
-def prepare(config: EvaluateConfig) -> tuple[Classifier, ImageIndex, set[int] | None, int]:
-    """What an evaluation needs, validated: model, images, the positions that meet the grid (None: all) and the side.
-
-    Raises:
-        ValueError: on a checkpoint that does not fit the architecture or the folder's classes.
-
-    """
-    path = Path(config.checkpoint)
-    weights = checkpoint.read_weights(path)
-    model = checkpoint.build_classifier(path, weights, config.arch)
-    images = read_index(data_folder(config.data), "val")
-    if weights.classes is not None and images.classes[: len(weights.classes)] == weights.classes:
-        images = images.first_classes(len(weights.classes))
-    elif weights.classes is not None:
-        images = _relabel(images, weights.classes, path, config)
-    elif len(images.classes) < weights.num_classes and not config.allow_partial_classes:
-        raise ValueError(
-            f"--data {config.data}: it has {len(images.classes)} classes, the model {weights.num_classes} outputs\n"
-            f"if the folders are the model's first outputs, in order, add --allow-partial-classes"
-        )
-    if len(images.classes) > weights.num_classes:
-        raise ValueError(
-            f"--data {config.data}: it has {len(images.classes)} classes, the model {weights.num_classes} outputs\n"
-            f"name the folder that the model was trained on, or one with some of its classes"
-        )
-    if config.max_images:
-        images = images.random_subset(config.max_images)
-    on_grid = None
-    if config.grid_images:
-        on_grid = _positions_of(Path(config.grid_images), images)
-    return model.eval(), images, on_grid, config.side or weights.side or 224
-
-
-def _relabel(images: ImageIndex, classes: tuple[str, ...], path: Path, config: EvaluateConfig) -> ImageIndex:
-    """Labels by class name, for a folder that holds only some of the model's classes."""
-    unknown = [name for name in images.classes if name not in classes]
-    if unknown:
-        raise ValueError(
-            f"--data {config.data}: its class {unknown[0]} is none of the {len(classes)} that {path} was trained on"
-        )
-    if not config.allow_partial_classes:
-        raise ValueError(
-            f"--data {config.data}: it has {len(images.classes)} of the {len(classes)} classes of {path}\n"
-            f"to judge on these alone, add --allow-partial-classes"
-        )
-    positions = np.array([classes.index(name) for name in images.classes])
-    return dataclasses.replace(images, labels=positions[images.labels])
-
-
-def _positions_of(listing: Path, images: ImageIndex) -> set[int]:
-    if not listing.is_file():
-        raise ValueError(f"--grid-images {listing}: there is no such file; give one path a line, as in the JSON")
-    wanted = {line.strip() for line in listing.read_text(encoding="utf-8").splitlines() if line.strip()}
-    where = {images.relative_path(position): position for position in range(len(images))}
-    missing = sorted(wanted - where.keys())
-    if missing:
-        raise ValueError(
-            f"--grid-images {listing}: {missing[0]} is not among the images; paths look like {next(iter(where))}"
-        )
-    return {where[name] for name in wanted}
-
-
 def evaluate_checkpoint(config: EvaluateConfig, world: World) -> None:
     """Judge a checkpoint with all processes; rank 0 prints the table and writes the JSON."""
     seed_everything(0, deterministic=False)
-    dtype = training_dtype(config.dtype, world.device)
+    dtype = dtype_of(config.dtype, world.device)
     model, images, on_grid, side = prepare(config)
     limits = config.limits
     loader = Loader(

@@ -38,7 +38,7 @@ def check_train(config: TrainConfig) -> None:
 
 def check_evaluate(config: EvaluateConfig) -> None:
     """Raise a ValueError if this evaluation cannot work; reads the checkpoint and the folder's listing."""
-    from fast_spatial.evaluate import prepare
+    from fast_spatial.inputs import prepare
 
     check_launch(config)
     if config.json and Path(config.json).is_dir():

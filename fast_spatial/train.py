@@ -1,126 +1,32 @@
-"""Training one model: read `train` from top to bottom, one batch from the loader to the gradient."""
+"""Training one model: read `train` from top to bottom; `step.py` takes a batch from there to the gradient."""
 
 from __future__ import annotations
 
 import contextlib
-import inspect
-import os
-import random
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from torch.nn.parallel import DistributedDataParallel
-from torch.profiler import record_function
 
 from fast_spatial import checkpoint, distributed
 from fast_spatial import model as models
-from fast_spatial.attack import judge_views, losses_of, take_views, verdicts, worst_view
+from fast_spatial.attack import judge_views, verdicts
 from fast_spatial.config import MODES, TrainConfig, to_json
 from fast_spatial.data import load_split
+from fast_spatial.device import default_score_chunk, dtype_of, seed_everything
 from fast_spatial.distributed import World
 from fast_spatial.memory import estimate
 from fast_spatial.metrics import Tally
-from fast_spatial.model import Classifier, to_unit
+from fast_spatial.model import Classifier
 from fast_spatial.optim import lr_at, make_optimizer, set_lr
 from fast_spatial.runlog import Bar, RunLog, say
 from fast_spatial.scoring import Scorer
-from kernels.cpus import cpus_per_process
+from fast_spatial.step import TrainStep
 from kernels.sampling import EVALUATION, TRAINING, augmentation_settings, pack_key, view_limits
-from pipelines.loader import Batch, Loader
+from pipelines.loader import Loader
 
 PROFILE_AFTER_STEPS = 10
-
-
-class StepResult(NamedTuple):
-    """Of one process's images [B]: the loss trained on, whether that view was correct, which view it was."""
-
-    loss: Tensor
-    correct: Tensor
-    choice: Tensor
-
-
-class TrainStep:
-    """One step: judge the views, train on the worst, keep every process's BatchNorm and the scorer's weights in line.
-
-    Args:
-        model: the classifier, on its device.
-        optimizer: over its parameters.
-        dtype: float32 or a half precision for autocast; float16 brings a gradient scaler.
-        scored: whether batches have several views to choose from.
-        accumulate: parts of a batch trained on one after the other, as one step.
-        score_chunk: views in one judging pass; 0 for all.
-
-    """
-
-    def __init__(
-        self,
-        model: Classifier,
-        optimizer: torch.optim.Optimizer,
-        *,
-        dtype: torch.dtype,
-        scored: bool,
-        accumulate: int = 1,
-        score_chunk: int = 0,
-    ) -> None:
-        self.model, self.optimizer, self.dtype = model, optimizer, dtype
-        self._accumulate, self._score_chunk = accumulate, score_chunk
-        self._device = model.mean.device
-        self.scaler = torch.amp.GradScaler(self._device.type, enabled=dtype == torch.float16)
-        self.scorer = Scorer(model, dtype) if scored else None
-        self._parallel: nn.Module = model
-        if torch.distributed.is_initialized():
-            devices = [self._device.index] if self._device.type == "cuda" else None
-            # Buffers are averaged after each step, not taken from rank 0 before the next; the option was renamed.
-            known = inspect.signature(DistributedDataParallel).parameters
-            name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-            keep_buffers: dict[str, Any] = {name: False}
-            self._parallel = DistributedDataParallel(
-                model, device_ids=devices, gradient_as_bucket_view=True, **keep_buffers
-            )
-
-    def __call__(self, batch: Batch) -> StepResult:
-        self.model.train()
-        with record_function("score"):
-            choice = self._choose(batch)
-            views = take_views(batch.views, choice)
-        self.optimizer.zero_grad(set_to_none=True)
-        losses, corrects = [], []
-        parts = list(zip(views.tensor_split(self._accumulate), batch.labels.tensor_split(self._accumulate)))
-        for number, (part, labels) in enumerate(parts):
-            with self._sync(last=number == len(parts) - 1):
-                with record_function("forward"), self._autocast():
-                    logits = self._parallel(to_unit(part))
-                    loss = cross_entropy(logits, labels, reduction="none")
-                with record_function("backward"):
-                    self.scaler.scale(loss.sum() / len(views)).backward()  # type: ignore[no-untyped-call]
-            losses.append(loss.detach())
-            corrects.append(logits.detach().argmax(dim=1) == labels)
-        with record_function("optimizer"):
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            distributed.average_buffers(self.model)
-            if self.scorer is not None:
-                self.scorer.refresh()
-        return StepResult(torch.cat(losses), torch.cat(corrects), choice)
-
-    def _choose(self, batch: Batch) -> Tensor:
-        if self.scorer is None:
-            return torch.zeros_like(batch.labels)
-        logits = judge_views(self.scorer, batch.views, self._score_chunk)
-        return worst_view(losses_of(logits, batch.labels))
-
-    def _autocast(self) -> Any:
-        return torch.autocast(self._device.type, self.dtype, enabled=self.dtype != torch.float32)
-
-    def _sync(self, *, last: bool) -> Any:
-        if last or not isinstance(self._parallel, DistributedDataParallel):
-            return contextlib.nullcontext()
-        return self._parallel.no_sync()
 
 
 def train(config: TrainConfig, world: World) -> None:
@@ -128,7 +34,7 @@ def train(config: TrainConfig, world: World) -> None:
     # --- set up
     seed_everything(config.seed, deterministic=config.deterministic)
     out, mode = Path(config.out), MODES[config.mode]
-    dtype = training_dtype(config.dtype, world.device)
+    dtype = dtype_of(config.dtype, world.device)
     train_images = load_split(config.data, "train", classes=config.classes, max_images=config.max_train_images)
     val_images = load_split(config.data, "val", classes=config.classes)
     net = models.build(config.arch, len(train_images.classes))
@@ -296,40 +202,6 @@ def validate(scorer: Scorer, loader: Loader, world: World, config: TrainConfig) 
         "loss": means["loss"],
         "attacked_top1_pct": 100 * means["attacked"] if warps else None,
     }
-
-
-def training_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The arithmetic that an option means on a device; also sets whether float32 products may use TF32."""
-    tf32 = "tf32" if name in ("auto", "tf32", "bfloat16", "float16") else "ieee"
-    torch.backends.cuda.matmul.fp32_precision = tf32
-    torch.backends.cudnn.conv.fp32_precision = tf32  # type: ignore[attr-defined]
-    if name == "auto":
-        if device.type != "cuda":
-            return torch.float32
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return torch.float32 if name == "tf32" else getattr(torch, name)  # type: ignore[no-any-return]
-
-
-def seed_everything(seed: int, *, deterministic: bool) -> None:
-    """Seed the weights (the stream needs none) and choose between repeatable and fast kernels."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-    torch.set_num_threads(cpus_per_process())
-    torch.backends.cudnn.benchmark = not deterministic
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-
-
-def default_score_chunk(device: torch.device, side: int) -> int:
-    """Views in one judging pass: as many as a quarter of the free memory holds in ResNet-18's widest layers."""
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    per_view = 3 * 64 * (side / 2) ** 2 * 4 + 2 * 3 * side**2 * 4
-    return max(1, min(int(free / 4 / per_view), 1 << 16 if device.type == "cuda" else 1024))
 
 
 def describe(

@@ -67,7 +67,7 @@ BUGS = (
     ),
     Bug(
         "BatchNorm in training mode while scoring",
-        "fast_spatial/train.py",
+        "fast_spatial/step.py",
         "judge_views(self.scorer, batch.views, self._score_chunk)",
         "judge_views(lambda v: self.model(to_unit(v)).detach(), batch.views, self._score_chunk)",
         "tests/test_step.py",

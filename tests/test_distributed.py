@@ -15,7 +15,7 @@ from torch.multiprocessing.spawn import spawn
 from fast_spatial import distributed
 from fast_spatial import model as models
 from fast_spatial.model import Classifier
-from fast_spatial.train import TrainStep
+from fast_spatial.step import TrainStep
 from pipelines.loader import Batch
 
 STEPS, PER_RANK, SIDE, VIEWS = 3, 4, 32, 3

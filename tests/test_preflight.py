@@ -17,7 +17,7 @@ from PIL import Image
 import launch
 from fast_spatial import checkpoint, model, preflight, reproduce
 from fast_spatial.config import EvaluateConfig, TrainConfig, from_json, parse, to_json
-from fast_spatial.evaluate import prepare
+from fast_spatial.inputs import prepare
 from pipelines.dataset import check_classes_agree
 from tests.test_cli import refused
 

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy, grid_sample
 from fast_spatial import model as models
 from fast_spatial.model import Classifier, to_unit
 from fast_spatial.scoring import Scorer, module_judge
-from fast_spatial.train import TrainStep
+from fast_spatial.step import TrainStep
 from kernels.spatial import SpatialLimits, matrices
 from kernels.warp import warp
 from pipelines.loader import Batch
