@@ -58,10 +58,10 @@ PUBLISHED = {
 # What `--data digits` changes in the defaults; any flag overrides it.
 DIGITS_PRESET: dict[str, Any] = {
     "side": 32,
-    "epochs": 12,
+    "epochs": 8,
     "global_batch_size": 64,
     "lr": 0.02,
-    "milestones": (8, 11),
+    "milestones": (5, 7),
     "crop_scale": (0.7, 1.0),
     "flip_prob": 0.0,
     "eval_every": 4,

@@ -8,8 +8,7 @@ from typing import Any
 
 from fast_spatial.config import EvaluateConfig, LaunchOptions, TrainConfig, identity, to_json
 from fast_spatial.data import data_folder
-from pipelines.dataset import check_classes_agree, check_not_empty, count_images
-from pipelines.loader import check_divides
+from pipelines.dataset import check_classes_agree, check_divides, check_not_empty, count_images
 
 CONFIG = "config.json"
 

@@ -2,7 +2,8 @@
 
 The jitter is torchvision's ColorJitter without hue: brightness scales the image, contrast pivots about its mean grey,
 saturation pivots about each pixel's grey, in a random order. All three are affine in the colours and so is the mean
-grey, so a sequence of them is one matrix. torchvision rounds and clips to uint8 after each; here that happens once.
+grey, so a sequence of them is one matrix. On PIL images, torchvision truncates and clips to 8 bits after
+each; here colours are rounded and clipped once.
 """
 
 from __future__ import annotations

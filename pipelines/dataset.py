@@ -136,6 +136,17 @@ def _empty(data: Path, folder: Path) -> ValueError:
     return ValueError(f"--data {data}: the class folder {folder} holds no images; fill or remove it")
 
 
+def check_divides(global_batch_size: int, world_size: int) -> None:
+    """Raise a ValueError unless every process gets the same number of images of a global batch."""
+    if global_batch_size % world_size:
+        below = [n for n in range(1, world_size) if global_batch_size % n == 0][-1]
+        above = -(-global_batch_size // world_size) * world_size
+        raise ValueError(
+            f"--global-batch-size {global_batch_size} does not divide among {world_size} processes; use {below} "
+            f"processes, or --global-batch-size {above}"
+        )
+
+
 def read_index(data: Path, split: str) -> ImageIndex:
     """The index of `data/split`.
 
@@ -148,7 +159,7 @@ def read_index(data: Path, split: str) -> ImageIndex:
     names: list[bytes] = []
     counts = []
     for name in classes:
-        found = sorted(_images_below(root / name))
+        found = sorted(_images_below(root / name), key=os.path.split)
         if not found:
             raise _empty(data, root / name)
         names += found

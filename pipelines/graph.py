@@ -28,7 +28,9 @@ def view_graph(
     """
     paths, header, limits, settings = fn.external_source(source, num_outputs=4, batch=True, batch_info=True)
     encoded = fn.io.file.read(paths, dont_use_mmap=True)
-    geometry, colour, matrices = ops.draw(header, fn.peek_image_shape(encoded), limits, settings)
+    geometry, colour, matrices = ops.draw(
+        header, fn.peek_image_shape(encoded, adjust_orientation=False), limits, settings
+    )
     decoder: Any = {"device": "mixed", "hw_decoder_load": hw_decoder_load} if on_gpu else {"device": "cpu"}
     images = fn.decoders.image_slice(
         encoded,

@@ -20,7 +20,7 @@ from torch.utils.dlpack import from_dlpack
 
 from kernels.cpus import cpus_per_process
 from kernels.sampling import CENTER, EPOCH, HEADER_WIDTH, INDEX, KEY, LABEL, SIDE, TICKET, epoch_order
-from pipelines.dataset import ImageIndex
+from pipelines.dataset import ImageIndex, check_divides
 from pipelines.graph import view_graph
 
 # What DALI may hold ready, beyond the batch in use: at least one batch, at most this much or four batches.
@@ -160,17 +160,6 @@ class Loader:
         headers[:, LABEL], headers[:, INDEX] = self.images.labels[positions], positions
         headers[:, KEY], headers[:, EPOCH], headers[:, SIDE], headers[:, TICKET] = self._key, epoch, self._side, ticket
         return paths, headers, self._limits[: len(positions)], self._settings[: len(positions)]
-
-
-def check_divides(global_batch_size: int, world_size: int) -> None:
-    """Raise a ValueError unless every process gets the same number of images of a global batch."""
-    if global_batch_size % world_size:
-        below = [n for n in range(1, world_size) if global_batch_size % n == 0][-1]
-        above = -(-global_batch_size // world_size) * world_size
-        raise ValueError(
-            f"--global-batch-size {global_batch_size} does not divide among {world_size} processes; use {below} "
-            f"processes, or --global-batch-size {above}"
-        )
 
 
 def _read_ahead(paths: NDArray[np.uint8], positions: NDArray[np.int64]) -> None:

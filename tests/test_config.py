@@ -323,7 +323,7 @@ def test_the_digits_preset_replaces_the_defaults_of_its_options_and_no_others():
     changed = {f.name for f in dataclasses.fields(config) if getattr(config, f.name) != getattr(defaults, f.name)}
     assert changed == {"data", *DIGITS_PRESET}
     assert {name: getattr(config, name) for name in DIGITS_PRESET} == DIGITS_PRESET
-    assert (config.side, config.epochs) == (32, 12)
+    assert (config.side, config.epochs) == (32, 8)
 
 
 def test_the_digits_preset_never_replaces_what_was_given_even_if_it_is_the_default():
@@ -333,7 +333,7 @@ def test_the_digits_preset_never_replaces_what_was_given_even_if_it_is_the_defau
     assert config.global_batch_size == DIGITS_PRESET["global_batch_size"] != 256
 
 
-@pytest.mark.parametrize(("data", "epochs"), [("digits", 12), ("./digits", 110), ("imagenet", 110)])
+@pytest.mark.parametrize(("data", "epochs"), [("digits", 8), ("./digits", 110), ("imagenet", 110)])
 def test_the_command_line_uses_the_preset_for_the_digits_alone(monkeypatch, data, epochs):
     import launch
 

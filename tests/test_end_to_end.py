@@ -36,7 +36,7 @@ def run(tmp_path_factory):
 def test_two_processes_train_and_leave_a_whole_run(run):
     out, ended = run
     assert {"best.pt", "last.pt", "config.json", "log.jsonl", "tensorboard"} == {path.name for path in out.iterdir()}
-    assert "64 training and 497 validation images" in ended.stdout
+    assert "64 training and 300 validation images" in ended.stdout
     assert "2 x 16 on CPU" in ended.stdout
     assert "it/s" not in ended.stdout + ended.stderr  # no progress bar where there is no terminal
 
@@ -63,12 +63,15 @@ def test_one_and_two_processes_judge_alike(run, tmp_path):
 
 
 def test_a_failure_in_a_process_is_named_and_ends_in_status_1(tmp_path):
+    for split in ("train", "val"):
+        for name in ("cat", "dog"):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            (tmp_path / "data" / split / name / "rotten.jpg").write_bytes(b"not an image")
     ended = launch(
-        *("train", "--data", "digits", "--mode", "standard", "--out", tmp_path / "run"),
-        *("--global-batch-size", 5000, "--epochs", 1),
+        *("train", "--data", tmp_path / "data", "--mode", "standard", "--out", tmp_path / "run"),
+        *("--global-batch-size", 2, "--epochs", 1, "--side", 32),
     )
     assert ended.returncode == 1
-    assert "holds 1300 images, less than one global batch of 5000" in ended.stderr
     assert ended.stderr.splitlines()[-1].startswith("launch.py: rank 0 failed")
 
 

@@ -24,9 +24,9 @@ from kernels.sampling import (
     pack_key,
     view_limits,
 )
-from pipelines.dataset import ImageIndex, read_index
+from pipelines.dataset import ImageIndex, check_divides, read_index
 from pipelines.digits import export_digits
-from pipelines.loader import Batch, Loader, check_divides
+from pipelines.loader import Batch, Loader
 
 IMAGES, SIDE, VIEWS = 200, 32, 11
 LIMITS = view_limits(VIEWS - 1, untouched_first=True, degrees=30, translate=3 / 28)
