@@ -95,7 +95,8 @@ def torchrun(config: LaunchOptions, processes: int, words: list[str]) -> None:
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         reason = failure.message if isinstance(failure.message, str) else failure.message.get("message", "")
-        print(f"{NAME}: rank {rank} failed with exit status {failure.exitcode}: {reason}", file=sys.stderr)
+        first = reason.strip().splitlines()[0] if reason.strip() else "it left no message"
+        print(f"{NAME}: rank {rank} failed with exit status {failure.exitcode}: {first}", file=sys.stderr)
         raise SystemExit(1) from None
 
 

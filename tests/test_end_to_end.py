@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from launch import main
+
 ROOT = Path(__file__).parent.parent
 SMALL = ("--max-train-images", "64", "--epochs", "1", "--views", "2", "--global-batch-size", "32")
 
@@ -43,20 +45,16 @@ def test_two_processes_train_and_leave_a_whole_run(run):
 
 def test_one_and_two_processes_judge_alike(run, tmp_path):
     out, _ = run
-    reports = {}
-    for processes, batch in ((1, 128), (2, 7)):
-        ended = launch(
-            *("evaluate", "--checkpoint", out / "best.pt", "--data", "digits", "--max-images", 30),
-            *("--json", tmp_path / f"{processes}.json", "--nproc-per-node", processes),
-            *("--batch-size-per-process", batch),
-        )
-        assert ended.returncode == 0, ended.stderr
-        assert "PARTIAL" in ended.stdout
-        reports[processes] = json.loads((tmp_path / f"{processes}.json").read_text())
+    words = ["evaluate", "--checkpoint", str(out / "best.pt"), "--data", "digits", "--max-images", "20"]
+    assert main([*words, "--json", str(tmp_path / "1.json"), "--in-process"]) == 0
+    ended = launch(*(*words, "--json", tmp_path / "2.json", "--nproc-per-node", 2, "--batch-size-per-process", 7))
+    assert ended.returncode == 0, ended.stderr
+    assert "PARTIAL" in ended.stdout
+    reports = {processes: json.loads((tmp_path / f"{processes}.json").read_text()) for processes in (1, 2)}
     assert reports[1]["images"] == reports[2]["images"]
     assert reports[1]["summary"] == reports[2]["summary"]
     assert reports[1]["summary"]["partial"]
-    assert reports[1]["summary"]["num_images"] == 30
+    assert reports[1]["summary"]["num_images"] == 20
     first = reports[1]["images"][0]
     assert first["path"].startswith("val/")
     assert isinstance(first["natural"], bool)

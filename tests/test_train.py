@@ -29,7 +29,7 @@ def _stand_down():
 
 
 def config_of(out: Path, **flags: str) -> TrainConfig:
-    small = {"epochs": "3", "max_train_images": "70", "global_batch_size": "32", "views": "2", "milestones": "2"}
+    small = {"epochs": "3", "max_train_images": "64", "global_batch_size": "32", "views": "2", "milestones": "2"}
     raw = {"data": "digits", "mode": "worst10", "out": str(out), **small, **flags}
     return parse(TrainConfig, raw, DIGITS_PRESET)
 
