@@ -38,7 +38,10 @@ def start(stall_minutes: float) -> World:
         device = torch.device("cpu")
     if world_size > 1:
         timeout = datetime.timedelta(minutes=4 * stall_minutes + 1)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+        if device.type == "cuda":
+            dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout, device_id=device)
+        else:
+            dist.init_process_group("gloo", timeout=timeout)
     return World(rank, local_rank, world_size, device)
 
 

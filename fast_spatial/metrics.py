@@ -18,8 +18,8 @@ class Tally:
     def add(self, *values: Tensor) -> None:
         """Add per-image values, [B] each, in the order of the names."""
         assert len(values) == len(self._names)
-        sums = [v.detach().double().sum() for v in values]
-        self._sums += torch.stack([*sums, self._sums.new_tensor(float(len(values[0])))])
+        count = torch.full((), len(values[0]), dtype=torch.float64, device=self._sums.device)
+        self._sums += torch.stack([*(v.detach().double().sum() for v in values), count])
 
     def means(self, *, over_ranks: bool) -> dict[str, float]:
         """The mean of each quantity over this process's images, or everyone's; waits for the device."""

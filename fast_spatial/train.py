@@ -170,9 +170,9 @@ def train(config: TrainConfig, world: World) -> None:
                 "optimizer": optimizer.state_dict(),
                 "scaler": step.scaler.state_dict(),
             }
-            checkpoint.save(out / "last.pt", payload)
-            if improved:
+            if improved:  # before last.pt: a run continues from there, and would not judge this epoch again
                 checkpoint.save(out / "best.pt", payload)
+            checkpoint.save(out / "last.pt", payload)
         distributed.progress(config.stall_minutes)
     runlog.close()
     distributed.barrier()

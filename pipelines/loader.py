@@ -121,7 +121,10 @@ class Loader:
                 views, header = self._run()
                 if int(header[0, TICKET]) == ticket:
                     break
-            yield Batch(views, header[:, LABEL].to(self._device), header[:, INDEX])
+            labels = header[:, LABEL].contiguous()
+            if self._device.type == "cuda":  # from pinned memory, or the copy would wait for the device
+                labels = labels.pin_memory().to(self._device, non_blocking=True)
+            yield Batch(views, labels, header[:, INDEX])
 
     def _run(self) -> tuple[Tensor, Tensor]:
         if self._device.type == "cuda":
@@ -129,6 +132,8 @@ class Loader:
         else:
             outputs = self._pipeline.run()
         views, header = (from_dlpack(output.as_tensor()) for output in outputs)
+        # An exception inside a numba operator is printed and ignored, and leaves an empty output.
+        assert views.shape == (len(header), self._limits.shape[1], self._side, self._side, 3)
         self._delivered = int(header[0, TICKET])
         return views, header
 
