@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -65,13 +66,17 @@ def launch(task: str, config: Any) -> float:
 
         run(task, to_json(config))
     else:
-        torchrun(config, preflight.local_processes(config), [task, json.dumps(to_json(config))])
+        # torchrun closes a rendezvous for good when its job is done, so every task has its own.
+        about = f"{task} {config.out if task == 'train' else config.checkpoint}"
+        job = f"{config.rdzv_id}-{zlib.crc32(about.encode()):08x}"
+        torchrun(config, job, preflight.local_processes(config), [task, json.dumps(to_json(config))])
     return time.monotonic() - start
 
 
-def torchrun(config: LaunchOptions, processes: int, words: list[str]) -> None:
+def torchrun(config: LaunchOptions, job: str, processes: int, words: list[str]) -> None:
     """Run the worker module in `processes` processes on this node."""
     from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     from kernels.cpus import usable_cpus
@@ -81,7 +86,7 @@ def torchrun(config: LaunchOptions, processes: int, words: list[str]) -> None:
         options += [
             f"--rdzv-backend={config.rdzv_backend}",
             f"--rdzv-endpoint={config.rdzv_endpoint}",
-            f"--rdzv-id={config.rdzv_id}",
+            f"--rdzv-id={job}",
             f"--node-rank={config.node_rank}",
         ]
     else:
@@ -98,6 +103,8 @@ def torchrun(config: LaunchOptions, processes: int, words: list[str]) -> None:
         first = reason.strip().splitlines()[0] if reason.strip() else "it left no message"
         print(f"{NAME}: rank {rank} failed with exit status {failure.exitcode}: {first}", file=sys.stderr)
         raise SystemExit(1) from None
+    except SignalException as stopped:
+        raise SystemExit(128 + stopped.sigval) from None
 
 
 def main(argv: list[str]) -> int:

@@ -5,6 +5,7 @@ B images, V views, S side, K classes, N views in one forward pass.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -111,14 +112,22 @@ class GridSurvivors:
         limits: of the grid.
         side: of the images.
         batch: views in one forward pass.
+        moved: called after every forward pass.
 
     """
 
     # Few, so that a broken image has few more views in the pass that breaks it; several, since packing an image costs.
     _VIEWS_PER_TURN = 4
 
-    def __init__(self, judge: Judge, limits: SpatialLimits, side: int, batch: int) -> None:
-        self._judge, self._batch = judge, batch
+    def __init__(
+        self,
+        judge: Judge,
+        limits: SpatialLimits,
+        side: int,
+        batch: int,
+        moved: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._judge, self._batch, self._moved = judge, batch, moved
         params = grid(limits)
         self._matrices = torch.from_numpy(matrices(params, side))
         extent = np.abs(params) / np.maximum(np.abs(params).max(axis=0), 1e-12)
@@ -166,3 +175,4 @@ class GridSurvivors:
                 self._settled.append((survivor.index, not wrong.any()))
                 finished.add(id(survivor))
         self._pool = [s for s in self._pool if id(s) not in finished]
+        self._moved()

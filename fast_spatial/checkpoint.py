@@ -7,7 +7,6 @@ names. The original code's (`{"model": {"module.model.*": ...}}`, saved with dil
 
 from __future__ import annotations
 
-import os
 import re
 import warnings
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fast_spatial import model as models
+from fast_spatial.files import write_atomically
 from fast_spatial.model import Classifier
 
 FORMAT = "fast_spatial 1"
@@ -25,15 +25,7 @@ FORMAT = "fast_spatial 1"
 
 def save(path: Path, payload: dict[str, Any]) -> None:
     """Write a checkpoint so that the file is always whole: to a temporary file, then renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(payload, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, lambda file: torch.save(payload, file))
 
 
 def load(path: Path) -> dict[str, Any]:

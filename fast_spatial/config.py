@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import types
 import typing
 from dataclasses import dataclass, field
@@ -240,11 +241,14 @@ def parse(kind: type[Config], raw: dict[str, str], preset: dict[str, Any] | None
 
 def identity(config: Any) -> dict[str, Any]:
     """The fields that decide a run's numbers; two parts of one run must agree on them."""
-    return {
+    values = {
         f.name: _plain(getattr(config, f.name))
         for f in dataclasses.fields(config)
         if not f.metadata.get(_NOT_IDENTITY, False)
     }
+    if values["data"] != DIGITS:
+        values["data"] = os.path.abspath(values["data"])
+    return values
 
 
 def to_json(config: Any) -> dict[str, Any]:

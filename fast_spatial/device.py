@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -21,6 +23,21 @@ def dtype_of(name: str, device: torch.device) -> torch.dtype:
             return torch.float32
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return torch.float32 if name == "tf32" else getattr(torch, name)  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def exact_float32(exact: bool) -> Iterator[None]:
+    """Keep float32 convolutions and products out of TF32 for a while, if asked to."""
+    owners = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
+    before = [owner.fp32_precision for owner in owners]
+    try:
+        if exact:
+            for owner in owners:
+                owner.fp32_precision = "ieee"
+        yield
+    finally:
+        for owner, value in zip(owners, before):
+            owner.fp32_precision = value
 
 
 def seed_everything(seed: int, *, deterministic: bool) -> None:

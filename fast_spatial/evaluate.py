@@ -6,8 +6,6 @@ From Python, for any module that takes images in [0, 1]: see `evaluate`. From th
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +18,9 @@ from torch import Tensor, nn
 from fast_spatial import distributed
 from fast_spatial.attack import GridSurvivors, judge_views, verdicts
 from fast_spatial.config import EvaluateConfig, to_json
-from fast_spatial.device import dtype_of, seed_everything
+from fast_spatial.device import dtype_of, exact_float32, seed_everything
 from fast_spatial.distributed import World
+from fast_spatial.files import write_json
 from fast_spatial.inputs import prepare
 from fast_spatial.runlog import Bar, say
 from fast_spatial.scoring import Judge, Scorer, module_judge
@@ -104,15 +103,16 @@ def evaluate(
     limits = SpatialLimits.from_px(degrees, translate_px)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     limits_V2 = view_limits(views, untouched_first=True, degrees=limits.degrees, translate=limits.translate)
-    found = list(
-        judge_batches(
-            module_judge(model, dtype),
-            _views_of(batches, limits_V2, pack_key(EVALUATION, seed), device),
-            limits,
-            judge_batch=judge_batch,
-            wants_grid=(lambda index: True) if grid else None,
+    with exact_float32(dtype == torch.float32):
+        found = list(
+            judge_batches(
+                module_judge(model, dtype),
+                _views_of(batches, limits_V2, pack_key(EVALUATION, seed), device),
+                limits,
+                judge_batch=judge_batch,
+                wants_grid=(lambda index: True) if grid else None,
+            )
         )
-    )
     return summarize(found, limits, views, partial=False)
 
 
@@ -130,7 +130,7 @@ def judge_batches(
     Args:
         judge_batch: views in every forward pass: one fixed shape, whatever the batches' sizes; 0: the default.
         wants_grid: whether an image, by index, is to meet the grid; None for no grid at all.
-        moved: called after every batch.
+        moved: called after every batch, and every forward pass over the grid.
 
     """
     survivors: GridSurvivors | None = None
@@ -154,7 +154,7 @@ def judge_batches(
                 yield verdict
         if for_grid:
             if survivors is None:
-                survivors = GridSurvivors(judge, limits, batch.views.shape[2], judge_batch)
+                survivors = GridSurvivors(judge, limits, batch.views.shape[2], judge_batch, moved)
             images = batch.views[for_grid, 0]
             survivors.add(images, batch.labels[for_grid].tolist(), batch.index[for_grid].tolist())
             yield from _settled(survivors, waiting)
@@ -162,7 +162,6 @@ def judge_batches(
     if survivors is not None:
         while survivors.pending:
             survivors.turn()
-            moved()
         yield from _settled(survivors, waiting)
     assert not waiting
 
@@ -229,6 +228,7 @@ def _views_of(
 def evaluate_checkpoint(config: EvaluateConfig, world: World) -> None:
     """Judge a checkpoint with all processes; rank 0 prints the table and writes the JSON."""
     seed_everything(0, deterministic=False)
+    torch.backends.cudnn.benchmark = False  # verdicts should not depend on which algorithm won a race
     dtype = dtype_of(config.dtype, world.device)
     model, images, on_grid, side = prepare(config)
     limits = config.limits
@@ -270,11 +270,11 @@ def evaluate_checkpoint(config: EvaluateConfig, world: World) -> None:
     if world.rank == 0:
         if [v.index for v in found] != list(range(len(images))):
             raise RuntimeError(f"{len(found)} verdicts for {len(images)} images: an image was missed or judged twice")
-        partial = bool(config.max_images) or on_grid is not None
+        partial = bool(config.max_images or config.allow_partial_classes) or on_grid is not None
         summary = summarize(found, limits, config.views, partial=partial)
         say(summary_table(summary))
         if config.json:
-            write_json(Path(config.json), config, summary, found, images)
+            write_report(Path(config.json), config, summary, found, images)
     distributed.barrier()
 
 
@@ -296,7 +296,7 @@ def summary_table(summary: Summary) -> str:
     return "\n".join([head, *(f"  {name:<14}{value:6.1f} %   {note}".rstrip() for name, value, note in rows)])
 
 
-def write_json(
+def write_report(
     path: Path, config: EvaluateConfig, summary: Summary, found: list[ImageVerdict], images: ImageIndex
 ) -> None:
     """Write the summary and every image's verdicts, atomically."""
@@ -306,7 +306,4 @@ def write_json(
         values.pop("index")
         rows.append({"path": images.relative_path(verdict.index), **values})
     content = {"summary": dataclasses.asdict(summary), "config": to_json(config), "images": rows}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_json(path, content)

@@ -44,7 +44,7 @@ def find_apex_sgd() -> type[torch.optim.Optimizer]:
     except (ImportError, AttributeError):
         raise ValueError(
             "--optimizer apex: NVIDIA's apex with its CUDA kernels is not installed (`pip install apex` is another "
-            "package)\nuse --optimizer sgd, or the image built with --build-arg APEX=1"
+            "package)\nuse --optimizer sgd, or an environment that has it (NVIDIA's PyTorch images)"
         ) from None
     if not torch.cuda.is_available():
         raise ValueError("--optimizer apex: apex's FusedSGD needs a GPU, and none is visible\nuse --optimizer sgd")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
-from fast_spatial.config import EvaluateConfig, LaunchOptions, TrainConfig, identity, to_json
+from fast_spatial.config import DIGITS, EvaluateConfig, LaunchOptions, TrainConfig, identity, to_json
 from fast_spatial.data import data_folder
+from fast_spatial.files import write_json
 from pipelines.dataset import check_classes_agree, check_divides, check_not_empty, count_images
 
 CONFIG = "config.json"
@@ -88,7 +90,7 @@ def check_out(config: TrainConfig) -> None:
     for folder in (out, *out.parents):
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"--out {out}: {'that' if folder == out else folder} is a file; name a folder")
-    if not out.is_dir() or not any(out.iterdir()):
+    if not out.is_dir() or all(path.name.startswith(".") for path in out.iterdir()):  # another node may be writing
         return
     try:
         stored: dict[str, Any] = json.loads((out / CONFIG).read_text(encoding="utf-8"))
@@ -96,6 +98,8 @@ def check_out(config: TrainConfig) -> None:
             raise ValueError
     except (OSError, ValueError):
         raise ValueError(f"--out {out}: it holds files, but no run of this program; name a new folder") from None
+    if "data" in stored and stored["data"] != DIGITS:
+        stored["data"] = os.path.abspath(stored["data"])
     mine = identity(config)
     differences = [
         f"{name} {stored.get(name)} there, {mine[name]} here" for name in mine if stored.get(name) != mine[name]
@@ -107,10 +111,7 @@ def check_out(config: TrainConfig) -> None:
 def claim_out(config: TrainConfig) -> None:
     """Create the run's folder and write down whose it is."""
     out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    temporary = out / f".{CONFIG}"
-    temporary.write_text(json.dumps(to_json(config), indent=1) + "\n", encoding="utf-8")
-    temporary.replace(out / CONFIG)
+    write_json(out / CONFIG, to_json(config))
 
 
 def _check_data(config: TrainConfig) -> None:

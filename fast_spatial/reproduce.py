@@ -20,6 +20,7 @@ from fast_spatial.config import (
     option,
     parse,
 )
+from fast_spatial.files import write_json
 from fast_spatial.report import published_table, results_table, row_name
 from fast_spatial.runlog import say
 
@@ -122,10 +123,11 @@ def reproduce(config: ReproduceConfig, rows: list[Row], launch: Launch) -> None:
             launch("train", row.train)
             say(f"[{number}/{len(rows)}] {name}: evaluating")
             seconds_evaluate = launch("evaluate", row.evaluate)
-            _write(row.result_file, _result(row, seconds_evaluate))
+            write_json(row.result_file, _result(row, seconds_evaluate))
         results.append(json.loads(row.result_file.read_text(encoding="utf-8")))
-        _write(Path(config.out) / "results.json", results)
-    table = results_table(results, "ours, digits" if config.data == DIGITS else "ours")
+        write_json(Path(config.out) / "results.json", results)
+    pilot = ", pilot" if any(row.train.classes or row.train.max_train_images for row in rows) else ""
+    table = results_table(results, "ours" + (", digits" if config.data == DIGITS else "") + pilot)
     published = published_table([(r["mode"], r["degrees"]) for r in results])
     text = f"Top-1 accuracy in percent, judged at 30 degrees and 24 px.\n\n{table}\n\n{published}"
     (Path(config.out) / "results.md").write_text(text + "\n", encoding="utf-8")
@@ -146,9 +148,3 @@ def _result(row: Row, seconds_evaluate: float) -> dict[str, Any]:
         "seconds_train": round(seconds_train, 1),
         "seconds_evaluate": round(seconds_evaluate, 1),
     }
-
-
-def _write(path: Path, content: Any) -> None:
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)

@@ -86,7 +86,7 @@ class TrainStep:
         with record_function("optimizer"):
             self.scaler.step(self.optimizer)
             self.scaler.update()
-            distributed.average_buffers(self.model)
+            distributed.average_buffers(self.model.net)
             if self.scorer is not None:
                 self.scorer.refresh()
         return StepResult(torch.cat(losses), torch.cat(corrects), choice)

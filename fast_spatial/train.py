@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from fast_spatial.runlog import Bar, RunLog, say
 from fast_spatial.scoring import Scorer
 from fast_spatial.step import TrainStep
 from kernels.sampling import EVALUATION, TRAINING, augmentation_settings, pack_key, view_limits
-from pipelines.loader import Loader
+from pipelines.loader import Batch, Loader
 
 PROFILE_AFTER_STEPS = 10
 
@@ -42,6 +43,11 @@ def train(config: TrainConfig, world: World) -> None:
         models.group_batch_norm(net, config.bn_group)
     model = Classifier(net).to(world.device)
     limits_V2 = config.view_limits()
+    eval_warps = int((limits_V2 != 0).any(axis=1).sum())
+    # Measured once, before training fills the memory; a constant where runs must repeat to the bit.
+    score_chunk = config.score_chunk or (
+        256 if config.deterministic else default_score_chunk(world.device, config.side)
+    )
     optimizer = make_optimizer(config, model)
     step = TrainStep(
         model,
@@ -49,7 +55,7 @@ def train(config: TrainConfig, world: World) -> None:
         dtype=dtype,
         scored=len(limits_V2) > 1,
         accumulate=config.accumulate,
-        score_chunk=config.score_chunk or default_score_chunk(world.device, config.side),
+        score_chunk=score_chunk,
     )
     settings = augmentation_settings(
         center=mode.center,
@@ -77,7 +83,6 @@ def train(config: TrainConfig, world: World) -> None:
         exact_decoding=config.deterministic,
     )
     # Judged as the mode trains: nothing but the untouched image, one random view, or the worst of all.
-    eval_warps = int((limits_V2 != 0).any(axis=1).sum())
     eval_loader = open_loader(
         val_images,
         limits=view_limits(
@@ -87,6 +92,12 @@ def train(config: TrainConfig, world: World) -> None:
         key=pack_key(EVALUATION, 0),
         train=False,
     )
+
+    if 0 < loader.steps_per_epoch < PROFILE_AFTER_STEPS + config.profile and config.profile:
+        raise ValueError(
+            f"--profile {config.profile}: it starts after {PROFILE_AFTER_STEPS} steps, and an epoch has only "
+            f"{loader.steps_per_epoch}; lower --global-batch-size"
+        )
 
     # --- resume
     first_epoch, best_pct, elapsed_sec = 0, -1.0, 0.0
@@ -98,6 +109,11 @@ def train(config: TrainConfig, world: World) -> None:
         first_epoch, best_pct, elapsed_sec = saved["epoch"], saved["best_pct"], saved["elapsed_sec"]
         if step.scorer is not None:
             step.scorer.refresh()
+        if saved["world_size"] != world.world_size and not config.bn_group and world.rank == 0:
+            say(
+                f"continued on {world.world_size} processes instead of {saved['world_size']}: BatchNorm normalizes "
+                f"over batches of another size from here on (--bn-group fixes their size)"
+            )
     if not distributed.agree(first_epoch, world.device):
         raise ValueError(f"--out {out}: not every process finds the same checkpoint there; all nodes must share it")
     gpus = world.world_size if world.device.type == "cuda" else 0
@@ -106,6 +122,7 @@ def train(config: TrainConfig, world: World) -> None:
         say(describe(config, world, dtype, len(train_images), len(val_images), len(train_images.classes)))
 
     # --- train
+    evaluations = 0
     for epoch in range(first_epoch, config.epochs):
         set_lr(optimizer, lr_at(config, epoch))
         tally = Tally(world.device, "loss", "top1")
@@ -124,7 +141,7 @@ def train(config: TrainConfig, world: World) -> None:
                 if number % config.log_every == config.log_every - 1 and world.rank == 0:
                     means = tally.means(over_ranks=False)
                     bar.show(loss=means["loss"], top1_pct=100 * means["top1"])
-                    runlog.scalars("train", epoch * loader.steps_per_epoch + number, **means)
+                    runlog.scalars("train_step", epoch * loader.steps_per_epoch + number, **means)
                 if profiler is not None:
                     profiler.step()
         means = tally.means(over_ranks=True)
@@ -144,7 +161,23 @@ def train(config: TrainConfig, world: World) -> None:
         improved = False
         if last or (config.eval_every and (epoch + 1) % config.eval_every == 0):
             before = runlog.elapsed_sec
-            scores = validate(step.scorer or Scorer(model, dtype), eval_loader, world, config)
+            batches = eval_loader.epoch(evaluations)
+            evaluations += 1
+            bar = Bar(
+                batches,
+                total=eval_loader.steps_per_epoch,
+                images_per_batch=config.global_batch_size,
+                title="evaluate",
+                show=world.rank == 0,
+            )
+            scores = validate(
+                step.scorer or Scorer(model, dtype),
+                bar,
+                warps=eval_warps,
+                chunk=score_chunk,
+                device=world.device,
+                moved=lambda: distributed.progress(config.stall_minutes),
+            )
             runlog.record(
                 "evaluation",
                 (epoch + 1) * loader.steps_per_epoch,
@@ -167,6 +200,7 @@ def train(config: TrainConfig, world: World) -> None:
                 "epoch": epoch + 1,
                 "best_pct": best_pct,
                 "elapsed_sec": runlog.elapsed_sec,
+                "world_size": world.world_size,
                 "optimizer": optimizer.state_dict(),
                 "scaler": step.scaler.state_dict(),
             }
@@ -178,23 +212,24 @@ def train(config: TrainConfig, world: World) -> None:
     distributed.barrier()
 
 
-def validate(scorer: Scorer, loader: Loader, world: World, config: TrainConfig) -> dict[str, float | None]:
-    """Natural top-1, top-5 and loss on the validation images, and accuracy under the training attack (None without)."""
-    warps = int((config.view_limits() != 0).any(axis=1).sum())
-    tally = Tally(world.device, "top1", "top5", "loss", "attacked")
-    chunk = config.score_chunk or default_score_chunk(world.device, config.side)
-    bar = Bar(
-        loader.epoch(0),
-        total=loader.steps_per_epoch,
-        images_per_batch=config.global_batch_size,
-        title="evaluate",
-        show=world.rank == 0,
-    )
-    for batch in bar:
+def validate(
+    scorer: Scorer,
+    batches: Iterable[Batch],
+    *,
+    warps: int,
+    chunk: int,
+    device: torch.device,
+    moved: Callable[[], None],
+) -> dict[str, float | None]:
+    """Natural top-1, top-5 and loss on the validation images, and accuracy under the training attack (None without).
+
+    The batches' views are the untouched image and `warps` random ones; `moved` is called after every batch.
+    """
+    tally = Tally(device, "top1", "top5", "loss", "attacked")
+    for batch in batches:
         found = verdicts(judge_views(scorer, batch.views, chunk), batch.labels)
-        attacked = found.random if warps == 1 else found.worst
-        tally.add(found.natural, found.natural_top5, found.natural_loss, attacked)
-        distributed.progress(config.stall_minutes)
+        tally.add(found.natural, found.natural_top5, found.natural_loss, found.random if warps == 1 else found.worst)
+        moved()
     means = tally.means(over_ranks=True)
     return {
         "top1_pct": 100 * means["top1"],

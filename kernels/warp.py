@@ -54,17 +54,14 @@ def warp_reference(images_BSSC: Tensor, matrices_BV23: Tensor, colour_B34: Tenso
     dtype, device = matrices_BV23.dtype, images_BSSC.device
     pixels_BSSC = images_BSSC.to(dtype)
     if colour_B34 is not None:
-        colour_B34 = colour_B34.to(device, dtype)
-        coloured_BPC = torch.baddbmm(
-            colour_B34[:, None, :, 3], pixels_BSSC.flatten(1, 2), colour_B34[:, :, :3].transpose(1, 2)
-        )
-        pixels_BSSC = coloured_BPC.add_(0.5).floor_().clamp_(0, 255).view(B, S, S, 3)
+        m_B11C4 = colour_B34.to(device, dtype)[:, None, None]
+        channels = [(pixels_BSSC * m_B11C4[..., c, :3]).sum(dim=-1) + m_B11C4[..., c, 3] for c in range(3)]
+        pixels_BSSC = torch.stack(channels, dim=-1).add_(0.5).floor_().clamp_(0, 255)
+    # Element by element: a matrix product may be computed in TF32, whose ten bits are a tenth of a pixel.
+    m_BV2311 = matrices_BV23.to(device)[..., None, None]
     axis = torch.arange(S, dtype=dtype, device=device)
-    target_SS3 = torch.stack(
-        [axis.expand(S, S), axis[:, None].expand(S, S), torch.ones(S, S, dtype=dtype, device=device)], dim=-1
-    )
-    source_BVSS2 = torch.einsum("yxk,bvck->bvyxc", target_SS3, matrices_BV23.to(device))
-    locations = (source_BVSS2 * (2 / max(S - 1, 1)) - 1).view(B * V, S, S, 2)
+    source_BV2SS = m_BV2311[:, :, :, 0] * axis + m_BV2311[:, :, :, 1] * axis[:, None] + m_BV2311[:, :, :, 2]
+    locations = (source_BV2SS.movedim(2, -1) * (2 / max(S - 1, 1)) - 1).reshape(B * V, S, S, 2)
     inputs = pixels_BSSC.permute(0, 3, 1, 2).repeat_interleave(V, dim=0)
     warped = grid_sample(inputs, locations, mode="bilinear", padding_mode="zeros", align_corners=True)
     return warped.permute(0, 2, 3, 1).view(B, V, S, S, 3)

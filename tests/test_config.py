@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 
 import numpy as np
 import pytest
@@ -127,7 +128,7 @@ def test_translations_go_with_rotations_as_published_unless_they_are_given(kind,
 
 def test_the_defaults_are_the_reference_recipe():
     assert identity(train_config()) == {
-        **{"data": "d", "mode": "worst10", "seed": 0, "arch": "resnet18", "side": 224},
+        **{"data": os.path.abspath("d"), "mode": "worst10", "seed": 0, "arch": "resnet18", "side": 224},
         **{"degrees": 30.0, "translate_px": None, "views": 10},
         **{"epochs": 110, "global_batch_size": 256},
         **{"optimizer": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 0.0001},

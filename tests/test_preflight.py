@@ -78,7 +78,8 @@ def started(monkeypatch):
     """What torchrun is asked to start: (number of processes, task, configuration)."""
     calls = []
 
-    def torchrun(config, processes, words):
+    def torchrun(config, job, processes, words):
+        assert job.startswith(f"{config.rdzv_id}-")
         task, text = words
         assert from_json(type(config), json.loads(text)) == config
         calls.append((processes, task, config))
