@@ -44,7 +44,7 @@ COMMANDS = {
     "evaluate": Command("Judge a checkpoint under every attack.", options_of(EvaluateConfig), evaluate),
     "reproduce": Command(
         "Train and judge the rows of the published table; also takes the flags of train's recipe.",
-        options_of(ReproduceConfig) | options_of(TrainConfig, without=DECIDED),
+        options_of(ReproduceConfig, TrainConfig, without=DECIDED) | options_of(ReproduceConfig),
         reproduce,
     ),
 }

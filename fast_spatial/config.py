@@ -100,7 +100,9 @@ class LaunchOptions:
 class TrainConfig(LaunchOptions):
     """Train one model. The defaults are the reference recipe (110 epochs of ImageNet, ResNet-18)."""
 
-    data: str = option("", "folder with train/ and val/ (a folder per class), or digits", identity=True)
+    data: str = option(
+        "", "folder with train/ and val/ (a folder per class), or digits, which bring a small recipe of their own"
+    )
     out: str = option(
         "", "folder of this run: checkpoints, logs; created, or continued if it is the same run", identity=False
     )

@@ -27,7 +27,7 @@ from fast_spatial.runlog import say
 DIGITS_ROWS = ("nocrop", "standard", "random:30", "worst10:30")
 IMAGENET_ROWS = tuple(mode if not degrees else f"{mode}:{degrees:g}" for mode, degrees in PUBLISHED)
 # Options of `train` that reproduce decides itself.
-DECIDED = ("data", "out", "mode", "degrees", "translate_px", "seed")
+DECIDED = ("mode", "degrees", "translate_px", "seed")
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,9 @@ SETTINGS_WIDTH = 10
 # What `draw_image` decides about one image: the box to decode, the size to resize it to, the crop of the result.
 BOX_Y, BOX_X, BOX_H, BOX_W, RESIZED_H, RESIZED_W, CROP_Y, CROP_X, CROP_H, CROP_W = range(10)
 GEOMETRY_WIDTH = 10
-# Its colour numbers: three factors, the order they are applied in (0 to 5), and what the lighting adds, of 255.
-COLOUR_BRIGHTNESS, COLOUR_CONTRAST, COLOUR_SATURATION, COLOUR_ORDER, COLOUR_LIGHTING = range(5)
-COLOUR_WIDTH = 7
+# Its colour numbers: three factors, and what the lighting adds to red, green and blue, of 255.
+COLOUR_BRIGHTNESS, COLOUR_CONTRAST, COLOUR_SATURATION, COLOUR_LIGHTING = range(4)
+COLOUR_WIDTH = 6
 
 _MASK = np.uint64(0xFFFFFFFF)
 _SHIFT = np.uint64(32)
@@ -143,7 +143,6 @@ def _draw_colour(colour, settings, key, epoch, index):  # type: ignore[no-untype
     for i in range(3):
         strength = settings[BRIGHTNESS + i]
         colour[i] = _between(max(0.0, 1.0 - strength), 1.0 + strength, key, epoch, index, JITTER, i)
-    colour[COLOUR_ORDER] = int(6 * uniform(key, epoch, index, JITTER, 3))
     for channel in range(3):
         colour[COLOUR_LIGHTING + channel] = 0.0
     if settings[LIGHTING_STD] > 0:
