@@ -19,7 +19,8 @@ class Bar:
 
     def __init__(self, batches: Iterable[Any], *, total: int, images_per_batch: int, title: str, show: bool) -> None:
         self._batches, self._images_per_batch = batches, images_per_batch
-        self._bar = tqdm(total=total, desc=title, unit="batch", disable=None if show else True, leave=False)
+        layout = "{desc} {percentage:3.0f}% |{bar:16}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
+        self._bar = tqdm(total=total, desc=title, bar_format=layout, disable=None if show else True, leave=False)
         self.wait_sec = 0.0
         self.steps = 0
         self._start = time.perf_counter()
@@ -53,7 +54,7 @@ class Bar:
         if not self._bar.disable:
             shown = {name: f"{value:.4g}" for name, value in values.items()}
             rates = {"img/s": f"{self.images_per_sec:.0f}", "data wait": f"{self.data_wait_pct:.0f}%"}
-            self._bar.set_postfix(rates | shown)
+            self._bar.set_postfix(shown | rates)
 
 
 class RunLog:
