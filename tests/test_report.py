@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import launch
+from benchmarks import tables
 from fast_spatial import reproduce
 from fast_spatial.config import DIGITS_PRESET, EvaluateConfig, TrainConfig, parse
 from fast_spatial.report import published_table, results_table, row_name
@@ -316,3 +317,9 @@ def test_the_command_reproduces(tmp_path, monkeypatch, capsys):
     assert launch.main(words) == 0
     assert [task for task, _ in launched.calls] == ["train", "evaluate"]
     assert "| standard     |    99.0 |" in capsys.readouterr().out
+
+
+def test_the_tables_in_the_readme_are_those_of_the_result_files():
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    assert readme.count("<!-- results: ") >= 1
+    assert tables.fill(readme) == readme
