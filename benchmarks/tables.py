@@ -1,9 +1,10 @@
-"""Write the README's tables from the result files: `python -m benchmarks.tables`."""
+"""Write the README's tables from the result files: `python -m benchmarks.tables`; `--check` only compares."""
 
 from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,4 +43,7 @@ def fill(text: str) -> str:
 
 if __name__ == "__main__":
     readme = ROOT / "README.md"
-    readme.write_text(fill(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    text = readme.read_text(encoding="utf-8")
+    if sys.argv[1:] == ["--check"]:
+        sys.exit(0 if fill(text) == text else "README.md is stale: run python -m benchmarks.tables")
+    readme.write_text(fill(text), encoding="utf-8")

@@ -233,7 +233,7 @@ def test_colour_changes_before_the_warp_and_outside_stays_black(dali_warp):
     side = 64
     images = four_images(side)
     params = np.array([(0, 0.5, 0), (45, 0, 0), (30, 3 / 28, 3 / 28), (0, 0, -0.25), (-40, 0, 0), (0, 0, 0)], float)
-    numbers = np.tile(np.array([0.9, 1, 1, 0, 50, 60, 70], np.float32), (len(images), 1))
+    numbers = np.tile(np.array([0.9, 1, 1, 50, 60, 70], np.float32), (len(images), 1))
     colour = np.tile(np.array([[0.9, 0, 0, 50], [0, 0.9, 0, 60], [0, 0, 0.9, 70]], np.float32), (len(images), 1, 1))
     recoloured = np.floor(np.clip(0.9 * images.astype(np.float64) + (50, 60, 70), 0, 255) + 0.5)
     expected = exact_views(recoloured, params)
