@@ -17,7 +17,7 @@ $(READY):
 	touch $@
 
 test: install
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist loadfile
 
 test-slow: install
 	$(RUN) -m pytest -m slow

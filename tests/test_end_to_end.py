@@ -60,6 +60,7 @@ def test_one_and_two_processes_judge_alike(run, tmp_path):
     assert isinstance(first["natural"], bool)
 
 
+@pytest.mark.slow
 def test_a_failure_in_a_process_is_named_and_ends_in_status_1(tmp_path):
     for split in ("train", "val"):
         for name in ("cat", "dog"):
