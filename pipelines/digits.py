@@ -1,7 +1,7 @@
 """The digits data set: scikit-learn's handwritten digits, exported once as a folder of JPEG files.
 
 1,797 real images of 8x8 pixels (a part of the UCI set "Optical Recognition of Handwritten Digits"), enlarged and split
-into 1,497 for training and 300 for validation. It trains in seconds, and shows the trend of ImageNet's table.
+into 1,497 for training and 300 for validation. It trains in minutes, and shows the trend of ImageNet's table.
 """
 
 from __future__ import annotations
