@@ -82,7 +82,7 @@ def _warp_cpu(images_BSSC: Tensor, matrices_BV23: Tensor, colour_B34: Tensor | N
     def warp_one(b: int) -> None:
         scratch = getattr(_local, "scratch", None)
         if scratch is None or scratch.shape != (S + 2, S + 2):
-            scratch = _local.scratch = np.empty((S + 2, S + 2), np.uint64)
+            scratch = _local.scratch = np.empty((S + 2, S + 2), np.int32)
         warp_image(views[b], scratch, images[b], matrices[b], _IDENTITY_34 if colours is None else colours[b])
 
     for _ in _pool(cpus_per_process()).map(warp_one, range(B)):

@@ -120,7 +120,7 @@ def _views_run(outs, _out_shapes, _out_ndims, _outs, ins, in_shapes, _in_ndims, 
     write_colour_matrix(matrix, carray(_data_pointer(ins, 2), COLOUR_WIDTH, np.float32), mean)
     warp_image(
         carray(_data_pointer(outs, 0), (views, side, side, 3), np.uint8),
-        carray(_data_pointer(outs, 1), (side + 2, side + 2), np.uint64),
+        carray(_data_pointer(outs, 1), (side + 2, side + 2), np.int32),
         image,
         carray(_data_pointer(ins, 1), (views, 2, 3), np.float32),
         matrix,
@@ -132,7 +132,7 @@ def _views_operator() -> Any:
     return _CachedNumbaFunction(
         run_fn=_views_run,
         setup_fn=_views_setup,
-        out_types=[types.UINT8, types.UINT64],
+        out_types=[types.UINT8, types.INT32],
         outs_ndim=[4, 2],
         in_types=[types.UINT8, types.FLOAT, types.FLOAT],
         ins_ndim=[3, 3, 1],

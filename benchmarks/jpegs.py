@@ -1,0 +1,83 @@
+"""A folder of synthetic JPEG files of ImageNet's size and of photographs' statistics, made once.
+
+Amplitudes fall with the frequency, as in natural images; chroma is weaker than luma; the quality is chosen so that a
+file takes about 110 kB, as ImageNet's do on average, since decoding costs bits.
+"""
+
+from __future__ import annotations
+
+import io
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from kernels.cache import cache_folder
+from kernels.cpus import usable_cpus
+
+SIZES = ((500, 375), (375, 500), (500, 333), (500, 400))  # width, height
+CLASSES, PER_CLASS = 8, 64
+FILE_BYTES = 110_000
+_DONE = "complete"
+
+
+def synthetic_images() -> Path:
+    """The folder, `train/` and `val/` with the same 8 classes; made in the cache folder the first time."""
+    folder = cache_folder() / "synthetic-v1"
+    if (folder / _DONE).is_file():
+        return folder
+    print(f"making {2 * CLASSES * PER_CLASS} synthetic JPEG files in {folder}", flush=True)
+    jobs = [
+        (folder / split / f"class_{label}" / f"{number:03}.jpg", hash_of(split, label, number))
+        for split in ("train", "val")
+        for label in range(CLASSES)
+        for number in range(PER_CLASS)
+    ]
+    with ThreadPoolExecutor(usable_cpus()) as pool:
+        list(pool.map(lambda job: _write(*job), jobs))
+    (folder / _DONE).touch()
+    return folder
+
+
+def hash_of(split: str, label: int, number: int) -> int:
+    """A seed for every file."""
+    return ((split == "val") * CLASSES + label) * PER_CLASS + number
+
+
+def photograph(seed: int) -> NDArray[np.uint8]:
+    """Noise with a photograph's spectrum and a few flat, sharp-edged shapes: uint8 [H, W, 3]."""
+    rng = np.random.default_rng(seed)
+    width, height = SIZES[seed % len(SIZES)]
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None] * height, np.fft.rfftfreq(width) * width)
+    fall = 1 / np.maximum(frequency, 1.0)
+    planes = []
+    for strength in (50.0, 15.0, 15.0):
+        spectrum = fall * np.exp(2j * np.pi * rng.random(frequency.shape))
+        plane = np.fft.irfft2(spectrum, (height, width))
+        planes.append(strength * plane / plane.std())
+    luma, blue, red = planes
+    rows, columns = np.mgrid[:height, :width]
+    for _ in range(12):
+        y, x, radius = rng.uniform(0, height), rng.uniform(0, width), rng.uniform(10, 80)
+        luma += rng.uniform(-40, 40) * (np.hypot(rows - y, columns - x) < radius)
+    luma += rng.normal(0, 2.0, luma.shape)  # the sensor's noise
+    pixels = np.stack([luma + red, luma - 0.5 * red - 0.2 * blue, luma + blue], axis=-1) + 118
+    return pixels.clip(0, 255).astype(np.uint8)
+
+
+def _write(path: Path, seed: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(photograph(seed))
+    low, high = 50, 99
+    while low < high:  # the highest quality that stays below the size
+        quality = (low + high + 1) // 2
+        low, high = (quality, high) if len(_encode(image, quality)) <= FILE_BYTES else (low, quality - 1)
+    path.write_bytes(_encode(image, low))
+
+
+def _encode(image: Image.Image, quality: int) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()

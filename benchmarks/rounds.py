@@ -1,0 +1,86 @@
+"""Timing contenders in turn, so that a machine that drifts slows all of them alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to do the work.
+
+    Attributes:
+        name: what it is, and in which setting.
+        work: does a part of the work and returns how many items that was.
+        begin: brings it into its steady state, untimed; called before every round.
+
+    """
+
+    name: str
+    work: Callable[[], int]
+    begin: Callable[[], object] = lambda: None
+
+
+def rates_of(contenders: Sequence[Contender], *, rounds: int, seconds: float) -> list[list[float]]:
+    """Items per second of every contender in every round; the order turns from round to round."""
+    rates: list[list[float]] = [[] for _ in contenders]
+    for contender in contenders:
+        contender.begin()
+        contender.work()
+    for number in range(rounds):
+        for place in range(len(contenders)):
+            which = (place + number) % len(contenders)
+            contender = contenders[which]
+            contender.begin()
+            rates[which].append(_rate(contender.work, seconds))
+    return rates
+
+
+def _rate(work: Callable[[], int], seconds: float) -> float:
+    items, start = 0, _now()
+    while True:
+        items += work()
+        spent = _now() - start
+        if spent >= seconds:
+            return items / spent
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def compare(
+    name: str, unit: str, ours: Contender, baselines: Sequence[Contender], *, rounds: int, seconds: float
+) -> dict[str, Any]:
+    """How many times faster ours is than the best of the baseline's settings, round by round."""
+    mine, *theirs = rates_of([ours, *baselines], rounds=rounds, seconds=seconds)
+    best = max(range(len(theirs)), key=lambda which: statistics.median(theirs[which]))
+    ratios = [a / b for a, b in zip(mine, theirs[best])]
+    others = {
+        baseline.name: statistics.median(rates)
+        for baseline, rates in zip(baselines, theirs)
+        if baseline is not baselines[best]
+    }
+    return {
+        "name": name,
+        "unit": unit,
+        "rounds": rounds,
+        "ours": {"what": ours.name, **spread(mine)},
+        "baseline": {"what": baselines[best].name, **spread(theirs[best]), "other_settings": others},
+        "ratio": round(statistics.median(ratios), 3),
+        "ratio_min": round(min(ratios), 3),
+        "ratio_max": round(max(ratios), 3),
+    }
+
+
+def spread(rates: Sequence[float]) -> dict[str, float]:
+    """Median and range of rates."""
+    return {"median": round(statistics.median(rates), 2), "min": round(min(rates), 2), "max": round(max(rates), 2)}

@@ -1,0 +1,119 @@
+"""The GPU warp, in Triton: uint8 images and matrices to normalized channels_last views, in float or half precision.
+
+An image's colours are changed once, while it is packed: an int32 word per pixel holds its three channels, with a border
+of one black pixel. All views of a batch are then one launch, in which a pixel is four loads, and what is written is
+what a convolution reads. Views are rounded to 8 bits before they are normalized, as on every backend.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_TILE_Y, _TILE_X = 8, 64
+_BLOCK = 1024
+
+
+@triton.jit
+def _colour(m, channel: tl.constexpr, r, g, b):  # type: ignore[no-untyped-def]
+    """One channel of a changed colour, as an int32 of 0 to 255."""
+    at = m + 4 * channel
+    value = tl.load(at) * r + tl.load(at + 1) * g + tl.load(at + 2) * b + tl.load(at + 3)
+    return tl.minimum(tl.maximum(tl.floor(value + 0.5), 0.0), 255.0).to(tl.int32)
+
+
+@triton.jit
+def _pack_kernel(words, images, colours, side, CHANGED: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    image = tl.program_id(1).to(tl.int64)
+    width = side + 2
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    y, x = place // width - 1, place % width - 1
+    inside = (y >= 0) & (y < side) & (x >= 0) & (x < side)
+    pixel = images + image * side * side * 3 + (y * side + x) * 3
+    r = tl.load(pixel, mask=inside, other=0).to(tl.int32)
+    g = tl.load(pixel + 1, mask=inside, other=0).to(tl.int32)
+    b = tl.load(pixel + 2, mask=inside, other=0).to(tl.int32)
+    if CHANGED:
+        m = colours + image * 12
+        r_f, g_f, b_f = r.to(tl.float32), g.to(tl.float32), b.to(tl.float32)
+        r, g, b = _colour(m, 0, r_f, g_f, b_f), _colour(m, 1, r_f, g_f, b_f), _colour(m, 2, r_f, g_f, b_f)
+    word = tl.where(inside, r | (g << 8) | (b << 16), 0)
+    tl.store(words + image * width * width + place, word, mask=place < width * width)
+
+
+@triton.jit
+def _warp_kernel(  # type: ignore[no-untyped-def]
+    out, words, matrices, scale, shift, views, side, TILE_Y: tl.constexpr, TILE_X: tl.constexpr
+):
+    view = tl.program_id(1)
+    width = side + 2
+    tiles = tl.cdiv(side, TILE_X)
+    y = (tl.program_id(0) // tiles) * TILE_Y + tl.arange(0, TILE_Y)[:, None]
+    x = (tl.program_id(0) % tiles) * TILE_X + tl.arange(0, TILE_X)[None, :]
+    m = matrices + view * 6
+    y_f, x_f = y.to(tl.float32), x.to(tl.float32)
+    # Coordinates of the bordered image, so + 1; beyond the border there is nothing but black.
+    end = (side + 1).to(tl.float32)
+    source_x = tl.minimum(tl.maximum(tl.load(m) * x_f + tl.load(m + 1) * y_f + tl.load(m + 2) + 1.0, 0.0), end)
+    source_y = tl.minimum(tl.maximum(tl.load(m + 3) * x_f + tl.load(m + 4) * y_f + tl.load(m + 5) + 1.0, 0.0), end)
+    left, top = tl.minimum(source_x.to(tl.int32), side), tl.minimum(source_y.to(tl.int32), side)
+    fx, fy = source_x - left.to(tl.float32), source_y - top.to(tl.float32)
+    at = words + (view // views).to(tl.int64) * width * width + top * width + left
+    upper_left, upper_right = tl.load(at), tl.load(at + 1)
+    lower_left, lower_right = tl.load(at + width), tl.load(at + width + 1)
+    place = out + view.to(tl.int64) * side * side * 3 + (y * side + x) * 3
+    inside = (y < side) & (x < side)
+    for channel in tl.static_range(3):
+        a = ((upper_left >> (8 * channel)) & 255).to(tl.float32)
+        b = ((upper_right >> (8 * channel)) & 255).to(tl.float32)
+        c = ((lower_left >> (8 * channel)) & 255).to(tl.float32)
+        d = ((lower_right >> (8 * channel)) & 255).to(tl.float32)
+        upper, lower = a + fx * (b - a), c + fx * (d - c)
+        value = tl.floor(upper + fy * (lower - upper) + 0.5)
+        normalized = value * tl.load(scale + channel) + tl.load(shift + channel)
+        tl.store(place + channel, normalized.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _normalize_kernel(out, views, scale, shift, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < count
+    channel = (place % 3).to(tl.int32)
+    value = tl.load(views + place, mask=inside, other=0).to(tl.float32)
+    normalized = value * tl.load(scale + channel) + tl.load(shift + channel)
+    tl.store(out + place, normalized.to(out.dtype.element_ty), mask=inside)
+
+
+def warp_normalized(
+    images_BSSC: Tensor,
+    matrices_BV23: Tensor,
+    colour_B34: Tensor | None,
+    scale_C: Tensor,
+    shift_C: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`kernels.warp.warp_normalized` on a GPU."""
+    B, V = matrices_BV23.shape[:2]
+    S, device = images_BSSC.shape[1], images_BSSC.device
+    width = S + 2
+    words_BWW = torch.empty((B, width, width), dtype=torch.int32, device=device)
+    colours = words_BWW if colour_B34 is None else colour_B34.to(device, torch.float32).contiguous()
+    _pack_kernel[(triton.cdiv(width * width, _BLOCK), B)](
+        words_BWW, images_BSSC.contiguous(), colours, S, colour_B34 is not None, _BLOCK
+    )
+    out_NSSC = torch.empty((B * V, S, S, 3), dtype=dtype, device=device)
+    matrices = matrices_BV23.to(device, torch.float32).contiguous()
+    tiles = triton.cdiv(S, _TILE_Y) * triton.cdiv(S, _TILE_X)
+    _warp_kernel[(tiles, B * V)](out_NSSC, words_BWW, matrices, scale_C, shift_C, V, S, _TILE_Y, _TILE_X)
+    return out_NSSC.permute(0, 3, 1, 2)
+
+
+def normalize(views_NSSC: Tensor, scale_C: Tensor, shift_C: Tensor, dtype: torch.dtype) -> Tensor:
+    """`kernels.warp.normalize` on a GPU."""
+    views_NSSC = views_NSSC.contiguous()
+    out_NSSC = torch.empty(views_NSSC.shape, dtype=dtype, device=views_NSSC.device)
+    count = views_NSSC.numel()
+    _normalize_kernel[(triton.cdiv(count, _BLOCK),)](out_NSSC, views_NSSC, scale_C, shift_C, count, _BLOCK)
+    return out_NSSC.permute(0, 3, 1, 2)
