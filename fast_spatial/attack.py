@@ -15,26 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from fast_spatial.scoring import Judge
+from fast_spatial.scoring import Passes
 from kernels.spatial import GRID_IDENTITY, GRID_VIEWS, SpatialLimits, grid, matrices
-from kernels.warp import warp
-
-
-def judge_views(judge: Judge, views_BVSSC: Tensor, chunk: int = 0, *, pad: bool = False) -> Tensor:
-    """Logits float32 [B, V, K] of all views of a batch, in forward passes of `chunk` views (0: one pass).
-
-    With `pad`, every pass has exactly `chunk` views, so that a verdict cannot depend on how many were left over.
-    """
-    B, V, *shape = views_BVSSC.shape
-    views_NSSC = views_BVSSC.reshape(B * V, *shape)
-    if chunk == 0:
-        return judge(views_NSSC).view(B, V, -1)
-    logits = []
-    for part in torch.split(views_NSSC, chunk):
-        missing = chunk - len(part) if pad else 0
-        padded = torch.cat([part, part.new_zeros(missing, *shape)]) if missing else part
-        logits.append(judge(padded)[: len(part)])
-    return torch.cat(logits).view(B, V, -1)
 
 
 def losses_of(logits_BVK: Tensor, labels_B: Tensor) -> Tensor:
@@ -108,11 +90,10 @@ class GridSurvivors:
     cost, never the answer.
 
     Args:
-        judge: views to logits.
+        passes: forward passes of one shape.
         limits: of the grid.
         side: of the images.
-        batch: views in one forward pass.
-        moved: called after every forward pass.
+        moved: called after every turn.
 
     """
 
@@ -121,13 +102,13 @@ class GridSurvivors:
 
     def __init__(
         self,
-        judge: Judge,
+        passes: Passes,
         limits: SpatialLimits,
         side: int,
-        batch: int,
         moved: Callable[[], None] = lambda: None,
     ) -> None:
-        self._judge, self._batch, self._moved = judge, batch, moved
+        self._passes, self._moved = passes, moved
+        self._batch = passes.size
         params = grid(limits)
         self._matrices = torch.from_numpy(matrices(params, side))
         extent = np.abs(params) / np.maximum(np.abs(params).max(axis=0), 1e-12)
@@ -162,7 +143,7 @@ class GridSurvivors:
         chosen = [s.order[np.minimum(np.arange(s.tried, s.tried + turn), GRID_VIEWS - 2)] for s in playing]
         images_BSSC = torch.stack([s.image for s in playing])
         matrices_BV23 = self._matrices[np.stack(chosen)].to(images_BSSC.device)
-        logits_BVK = judge_views(self._judge, warp(images_BSSC, matrices_BV23), self._batch, pad=True)
+        logits_BVK = self._passes.warped(images_BSSC, matrices_BV23)
         labels_B = torch.tensor([s.label for s in playing], device=logits_BVK.device)
         wrong_BV = (logits_BVK.argmax(dim=2) != labels_B[:, None]).cpu().numpy()
         self.views_judged += wrong_BV.size

@@ -129,11 +129,20 @@ class TrainConfig(LaunchOptions):
     lighting: float = option(0.05, "standard deviation of the PCA lighting")
     bn_group: int = option(0, "BatchNorm over groups of so many images (the reference: 32); 0: each process's batch")
     dtype: str = option(
-        "auto", "arithmetic of training; auto: bfloat16, or float16, on a GPU, float32 on a CPU", choices=DTYPES
+        "auto",
+        "arithmetic of training; auto: bfloat16 where the hardware has it, else float16 on a GPU, float32 on a CPU",
+        choices=DTYPES,
     )
     accumulate: int = option(1, "split each process's batch into so many parts, for small GPUs")
     score_chunk: int = option(
-        0, "views judged in one forward pass; 0: all of a batch, if memory allows", identity=False
+        0, "views judged in one forward pass; 0: on GPUs all of a batch, less if memory runs out", identity=False
+    )
+    score_side: int = option(0, "choose the worst view from a forward pass at this smaller side; 0: at --side")
+    compile: str = option(
+        "auto",
+        "let torch.compile fuse the network (needs a C++ compiler); auto: on GPUs, unless --deterministic",
+        choices=("auto", "true", "false"),
+        identity=False,
     )
     seed: int = option(0, "seed of the weights and of every draw of the stream")
     classes: int = option(0, "pilot run: only the first so many classes; 0: all")
@@ -149,12 +158,14 @@ class TrainConfig(LaunchOptions):
 
     def __post_init__(self) -> None:
         _needed(self, "data", "mode", "out")
-        _choice(self, "mode", "dtype", "optimizer")
+        _choice(self, "mode", "dtype", "optimizer", "compile")
         self.limits  # noqa: B018  (validates degrees and translation)
         _at_least(self, 1, "epochs", "global_batch_size", "accumulate", "views", "log_every", "side")
         _at_least(self, 0, "lr", "momentum", "weight_decay", "lighting", "bn_group", "score_chunk", "classes")
         _at_least(self, 0, "max_train_images", "eval_every", "workers", "nproc_per_node", "seed", "profile", "gamma")
         _seed(self)
+        if self.score_side and not 8 <= self.score_side < self.side:
+            raise ValueError(f"--score-side {self.score_side}: it must be at least 8 and below --side {self.side}")
         if self.classes == 1:
             raise ValueError("--classes 1: a classifier needs at least 2")
         if self.momentum >= 1:
@@ -205,7 +216,7 @@ class EvaluateConfig(LaunchOptions):
     grid_images: str = option("", "file of paths (as in the JSON, one a line): only these meet the grid (partial)")
     allow_partial_classes: bool = option(False, "the folder may hold fewer classes than the model has outputs")
     batch_size_per_process: int = option(128, "images loaded at a time; never changes a verdict", identity=False)
-    judge_batch: int = option(0, "views in one forward pass; 0: 1024 on a GPU, 64 to 1024 on a CPU")
+    judge_batch: int = option(0, "views in one forward pass; 0: 1024 on a GPU, 2^20 pixels' worth on a CPU")
 
     def __post_init__(self) -> None:
         _needed(self, "checkpoint", "data")

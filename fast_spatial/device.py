@@ -19,10 +19,18 @@ def dtype_of(name: str, device: torch.device) -> torch.dtype:
     torch.backends.cuda.matmul.fp32_precision = tf32
     torch.backends.cudnn.conv.fp32_precision = tf32  # type: ignore[attr-defined]
     if name == "auto":
-        if device.type != "cuda":
-            return torch.float32
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        if has_bfloat16(device):
+            return torch.bfloat16
+        return torch.float16 if device.type == "cuda" else torch.float32
     return torch.float32 if name == "tf32" else getattr(torch, name)  # type: ignore[no-any-return]
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a device computes in bfloat16 by itself, without emulation."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    able = torch.cpu.get_capabilities()
+    return any(bool(able.get(name)) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 @contextlib.contextmanager
@@ -52,11 +60,11 @@ def seed_everything(seed: int, *, deterministic: bool) -> None:
         torch.use_deterministic_algorithms(True)
 
 
-def default_score_chunk(device: torch.device, side: int) -> int:
-    """Views in one judging pass: as many as a quarter of the free memory holds in ResNet-18's widest layers."""
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    per_view = 3 * 64 * (side / 2) ** 2 * 4 + 2 * 3 * side**2 * 4
-    return max(1, min(int(free / 4 / per_view), 1 << 16 if device.type == "cuda" else 1024))
+def default_pass_size(device: torch.device, side: int) -> int:
+    """Views in one forward pass where nothing else decides.
+
+    A GPU takes all there are, until memory runs out. A CPU is fastest while a layer's activations stay in its cache:
+    measured with ResNet-18 on 2 cores with 32 MiB, 2^20 pixels were about best at sides 224, 112, 64 and 32, and four
+    times as many up to half slower.
+    """
+    return 0 if device.type == "cuda" else max(1, (1 << 20) // side**2)

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from fast_spatial import distributed
-from fast_spatial.attack import GridSurvivors, judge_views, verdicts
+from fast_spatial.attack import GridSurvivors, verdicts
 from fast_spatial.config import EvaluateConfig, to_json
-from fast_spatial.device import dtype_of, exact_float32, seed_everything
+from fast_spatial.device import default_pass_size, dtype_of, exact_float32, seed_everything
 from fast_spatial.distributed import World
 from fast_spatial.files import write_json
 from fast_spatial.inputs import prepare
 from fast_spatial.runlog import Bar, say
-from fast_spatial.scoring import Judge, Scorer, module_judge
+from fast_spatial.scoring import Judge, ModuleJudge, Passes, Scorer
 from kernels.sampling import EVALUATION, augmentation_settings, draw_matrices, pack_key, view_limits
 from kernels.spatial import GRID_VIEWS, SpatialLimits
 from kernels.warp import warp
@@ -94,7 +94,7 @@ def evaluate(
         grid: whether to run the exhaustive attack.
         dtype: arithmetic of the verdicts.
         seed: of the random views, which depend on it and on each image's position alone.
-        judge_batch: views in one forward pass; 0 for 1024 on a GPU, 64 to 1024 on a CPU.
+        judge_batch: views in one forward pass; 0 for 1024 on a GPU, 2^20 pixels' worth on a CPU.
 
     Raises:
         ValueError: on images outside [0, 1], not square, or none at all.
@@ -106,7 +106,7 @@ def evaluate(
     with exact_float32(dtype == torch.float32):
         found = list(
             judge_batches(
-                module_judge(model, dtype),
+                ModuleJudge(model, dtype),
                 _views_of(batches, limits_V2, pack_key(EVALUATION, seed), device),
                 limits,
                 judge_batch=judge_batch,
@@ -133,11 +133,14 @@ def judge_batches(
         moved: called after every batch, and every forward pass over the grid.
 
     """
+    passes: Passes | None = None
     survivors: GridSurvivors | None = None
     waiting: dict[int, ImageVerdict] = {}
     for batch in batches:
-        judge_batch = judge_batch or default_judge_batch(batch.views.device, batch.views.shape[2])
-        found = verdicts(judge_views(judge, batch.views, judge_batch, pad=True), batch.labels)
+        if passes is None:
+            size = judge_batch or default_judge_batch(batch.views.device, batch.views.shape[2])
+            passes = Passes(judge, size, pad=True)
+        found = verdicts(passes(batch.views), batch.labels)
         columns = zip(
             batch.index.tolist(),
             batch.labels.tolist(),
@@ -154,7 +157,7 @@ def judge_batches(
                 yield verdict
         if for_grid:
             if survivors is None:
-                survivors = GridSurvivors(judge, limits, batch.views.shape[2], judge_batch, moved)
+                survivors = GridSurvivors(passes, limits, batch.views.shape[2], moved)
             images = batch.views[for_grid, 0]
             survivors.add(images, batch.labels[for_grid].tolist(), batch.index[for_grid].tolist())
             yield from _settled(survivors, waiting)
@@ -203,8 +206,8 @@ def summarize(found: list[ImageVerdict], limits: SpatialLimits, views: int, *, p
 
 
 def default_judge_batch(device: torch.device, side: int) -> int:
-    """Views in one forward pass: many, since passes over few small views are mostly overhead."""
-    return 1024 if device.type == "cuda" else max(64, min(1024, (1 << 20) // side**2))
+    """Views in one forward pass, whose shape is fixed."""
+    return default_pass_size(device, side) or 1024
 
 
 def _views_of(

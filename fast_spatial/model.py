@@ -9,6 +9,8 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn.functional import batch_norm
 
+from kernels.warp import normalize
+
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Their training forward returns more than one tensor.
 _MANY_OUTPUTS = ("googlenet", "inception_v3")
@@ -20,25 +22,31 @@ def known_archs() -> list[str]:
 
 
 class Classifier(nn.Module):
-    """Logits [N, K] of images, float [N, 3, S, S] in [0, 1]: the normalization lives in here."""
+    """Logits [N, K] of views, uint8 [N, S, S, 3], or images, float [N, 3, S, S] in [0, 1]: it normalizes by itself."""
 
-    mean: Tensor
-    std: Tensor
+    scale: Tensor
+    shift: Tensor
 
     def __init__(
         self, net: nn.Module, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
     ) -> None:
         super().__init__()
         self.net = net
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        deviations = torch.tensor(std)
+        self.register_buffer("scale", 1 / (255 * deviations), persistent=False)  # of values up to 255
+        self.register_buffer("shift", -torch.tensor(mean) / deviations, persistent=False)
 
-    def normalize(self, images: Tensor) -> Tensor:
-        """Images in [0, 1] to what the network takes."""
-        return (images - self.mean) / self.std
+    def normalize(self, images: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Views or images to what the network takes, [N, 3, S, S]; of views float32, of images theirs, unless told."""
+        if images.dtype == torch.uint8:
+            return normalize(images, self.scale, self.shift, dtype or torch.float32)
+        normalized = torch.addcmul(self.shift.view(3, 1, 1), 255 * images, self.scale.view(3, 1, 1))
+        return normalized if dtype is None else normalized.to(dtype)
 
     def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.net(self.normalize(images))
+        kind = images.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        logits: Tensor = self.net(self.normalize(images, dtype))
         return logits
 
 

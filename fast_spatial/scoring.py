@@ -1,35 +1,125 @@
-"""Judging views fast: an inference twin of the model with BatchNorm folded into its convolutions.
+"""Judging views fast: what a judge is, and an inference twin of the model with BatchNorm folded into its convolutions.
 
 The twin is a module of its own, so judging never touches the model's mode, gradients or running statistics. Folding
 happens in float32, from the model's weights, and is cast once into the twin's dtype, in place, after every step.
+
+N views, B images, V views of each, S side, K classes.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call
+from torch.nn.functional import interpolate
 
 from fast_spatial.model import Classifier, to_unit
+from kernels.warp import warp, warp_normalized
 
 log = logging.getLogger(__name__)
 
-# Views uint8 [N, S, S, 3] to logits float32 [N, K].
-Judge = Callable[[Tensor], Tensor]
+
+class Judge(ABC):
+    """Logits of views, in two parts: what the network takes, and the network."""
+
+    @abstractmethod
+    def inputs(self, views_NSSC: Tensor) -> Tensor:
+        """What the network takes, [N, ...], of views, uint8 [N, S, S, 3]."""
+
+    @abstractmethod
+    def logits(self, inputs: Tensor) -> Tensor:
+        """Logits, float32 [N, K], of what the network takes."""
+
+    def warped(self, images_BSSC: Tensor, matrices_BV23: Tensor) -> Tensor:
+        """What the network takes, [B * V, ...], of warps of images, uint8 [B, S, S, 3]."""
+        return self.inputs(warp(images_BSSC, matrices_BV23).flatten(0, 1))
+
+    def __call__(self, views_NSSC: Tensor) -> Tensor:
+        return self.logits(self.inputs(views_NSSC))
 
 
-class Scorer:
-    """Logits float32 [N, K] of views uint8 [N, S, S, 3] under a model's weights as of the last `refresh`.
+class Passes:
+    """A judge's forward passes over any number of views; halved when memory runs out, and smaller from then on.
+
+    Args:
+        judge: what is asked.
+        size: views in one pass; 0: all.
+        pad: fill the last pass up to `size`, so that all have one shape and a verdict cannot depend on how many views
+            were left over.
+        side: shrink the views to this side; 0: judge them as they are.
+
+    """
+
+    def __init__(self, judge: Judge, size: int, *, pad: bool = False, side: int = 0) -> None:
+        self.judge, self.size, self._pad, self._side = judge, size, pad, side
+
+    def __call__(self, views_BVSSC: Tensor) -> Tensor:
+        """Logits float32 [B, V, K] of uint8 views."""
+        B, V = views_BVSSC.shape[:2]
+        views_NSSC = views_BVSSC.flatten(0, 1)
+        return self._run(B * V, lambda part: self.judge.inputs(self._shrink(views_NSSC[part]))).view(B, V, -1)
+
+    def warped(self, images_BSSC: Tensor, matrices_BV23: Tensor) -> Tensor:
+        """Logits float32 [B, V, K] of warps of uint8 images."""
+        B, V = matrices_BV23.shape[:2]
+
+        def inputs(part: slice) -> Tensor:
+            if part.stop - part.start == B * V:
+                return self.judge.warped(images_BSSC, matrices_BV23)
+            image_N = torch.arange(part.start, part.stop, device=images_BSSC.device) // V
+            return self.judge.warped(images_BSSC[image_N], matrices_BV23.flatten(0, 1)[part, None])
+
+        return self._run(B * V, inputs).view(B, V, -1)
+
+    def _run(self, count: int, inputs: Callable[[slice], Tensor]) -> Tensor:
+        while True:
+            size = self.size or count
+            try:
+                parts = [slice(start, min(start + size, count)) for start in range(0, count, size)]
+                return torch.cat([self._one(inputs(part), size) for part in parts])
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    raise
+            # Outside the handler, or the exception would keep the failed pass in memory.
+            self.size = (min(size, count) + 1) // 2
+            log.warning("out of memory in a forward pass over %d views: %d from here on", min(size, count), self.size)
+            torch.cuda.empty_cache()
+
+    def _one(self, inputs: Tensor, size: int) -> Tensor:
+        missing = size - len(inputs) if self._pad else 0
+        if missing:
+            inputs = torch.cat([inputs, inputs.new_zeros(missing, *inputs.shape[1:])])
+        return self.judge.logits(inputs)[: len(inputs) - missing]
+
+    def _shrink(self, views_NSSC: Tensor) -> Tensor:
+        if not self._side:
+            return views_NSSC
+        images = views_NSSC.permute(0, 3, 1, 2)
+        if images.device.type != "cpu":  # bytes are taken on CPUs only
+            images = images.to(torch.float32)
+        small = interpolate(images, size=(self._side, self._side), mode="bilinear", antialias=True)
+        return (small if small.dtype == torch.uint8 else small.round_().to(torch.uint8)).permute(0, 2, 3, 1)
+
+
+class Scorer(Judge):
+    """A model's judge, under its weights as of the last `refresh`.
 
     Where folding does not apply (no BatchNorm after a convolution, or a network that cannot be traced), the model in
     evaluation mode serves, under autocast for half precision, and a log line says so.
+
+    Args:
+        model: what is judged with.
+        dtype: arithmetic of the network.
+        compiled: let torch.compile fuse the twin; worth its while for passes of one shape.
+
     """
 
-    def __init__(self, model: Classifier, dtype: torch.dtype) -> None:
+    def __init__(self, model: Classifier, dtype: torch.dtype, *, compiled: bool = False) -> None:
         self._model, self._dtype = model, dtype
         self._pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d, nn.Conv2d]] = []
         self._plain: list[tuple[Tensor, Tensor]] = []
@@ -38,6 +128,8 @@ class Scorer:
         if self._twin is None:
             log.info("scoring: no BatchNorm to fold; the model itself judges, in evaluation mode")
             self._fallback = copy.deepcopy(model.net).requires_grad_(False).eval()
+        elif compiled:
+            self._twin.compile(dynamic=False)
         self.refresh()
 
     @torch.no_grad()
@@ -53,10 +145,17 @@ class Scorer:
             torch._foreach_copy_([to for to, _ in self._plain], [of for _, of in self._plain])
 
     @torch.no_grad()
-    def __call__(self, views: Tensor) -> Tensor:
-        inputs = self._model.normalize(to_unit(views))
+    def inputs(self, views_NSSC: Tensor) -> Tensor:
+        return self._model.normalize(views_NSSC, self._dtype)
+
+    @torch.no_grad()
+    def warped(self, images_BSSC: Tensor, matrices_BV23: Tensor) -> Tensor:
+        return warp_normalized(images_BSSC, matrices_BV23, self._model.scale, self._model.shift, self._dtype)
+
+    @torch.no_grad()
+    def logits(self, inputs: Tensor) -> Tensor:
         if self._twin is not None:
-            logits: Tensor = self._twin(inputs.to(self._dtype))
+            logits: Tensor = self._twin(inputs)
             return logits.float()
         assert self._fallback is not None
         state = {**dict(self._model.net.named_parameters()), **dict(self._model.net.named_buffers())}
@@ -104,15 +203,17 @@ class Scorer:
         return twin
 
 
-def module_judge(model: nn.Module, dtype: torch.dtype) -> Judge:
+class ModuleJudge(Judge):
     """Judge with any module that takes images, float [N, 3, S, S] in [0, 1], as it is, in evaluation mode."""
-    twin = copy.deepcopy(model).requires_grad_(False).eval()
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        self._twin, self._dtype = copy.deepcopy(model).requires_grad_(False).eval(), dtype
+
+    def inputs(self, views_NSSC: Tensor) -> Tensor:
+        return to_unit(views_NSSC)
 
     @torch.no_grad()
-    def judge(views: Tensor) -> Tensor:
-        images = to_unit(views)
-        with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
-            logits: Tensor = twin(images)
+    def logits(self, inputs: Tensor) -> Tensor:
+        with torch.autocast(inputs.device.type, self._dtype, enabled=self._dtype != torch.float32):
+            logits: Tensor = self._twin(inputs)
         return logits.float()
-
-    return judge

@@ -13,9 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
 from fast_spatial import distributed
-from fast_spatial.attack import judge_views, losses_of, take_views, worst_view
-from fast_spatial.model import Classifier, to_unit
-from fast_spatial.scoring import Scorer
+from fast_spatial.attack import losses_of, take_views, worst_view
+from fast_spatial.model import Classifier
+from fast_spatial.scoring import Passes, Scorer
 from pipelines.loader import Batch
 
 
@@ -37,6 +37,8 @@ class TrainStep:
         scored: whether batches have several views to choose from.
         accumulate: parts of a batch trained on one after the other, as one step.
         score_chunk: views in one judging pass; 0 for all.
+        score_side: judge the views at this smaller side, and train at the full one; 0: judge them as they are.
+        compiled: let torch.compile fuse the network and the scorer's.
 
     """
 
@@ -49,12 +51,17 @@ class TrainStep:
         scored: bool,
         accumulate: int = 1,
         score_chunk: int = 0,
+        score_side: int = 0,
+        compiled: bool = False,
     ) -> None:
         self.model, self.optimizer, self.dtype = model, optimizer, dtype
-        self._accumulate, self._score_chunk = accumulate, score_chunk
-        self._device = model.mean.device
+        self._accumulate = accumulate
+        self._device = model.scale.device
         self.scaler = torch.amp.GradScaler(self._device.type, enabled=dtype == torch.float16)
-        self.scorer = Scorer(model, dtype) if scored else None
+        self.scorer = Scorer(model, dtype, compiled=compiled) if scored else None
+        self._passes = Passes(self.scorer, score_chunk, pad=compiled, side=score_side) if self.scorer else None
+        if compiled:
+            model.net.compile(dynamic=False)
         self._parallel: nn.Module = model
         if torch.distributed.is_initialized():
             devices = [self._device.index] if self._device.type == "cuda" else None
@@ -77,7 +84,7 @@ class TrainStep:
         for number, (part, labels) in enumerate(parts):
             with self._sync(last=number == len(parts) - 1):
                 with record_function("forward"), self._autocast():
-                    logits = self._parallel(to_unit(part))
+                    logits = self._parallel(part)
                     loss = cross_entropy(logits, labels, reduction="none")
                 with record_function("backward"):
                     self.scaler.scale(loss.sum() / len(views)).backward()  # type: ignore[no-untyped-call]
@@ -92,10 +99,9 @@ class TrainStep:
         return StepResult(torch.cat(losses), torch.cat(corrects), choice)
 
     def _choose(self, batch: Batch) -> Tensor:
-        if self.scorer is None:
+        if self._passes is None:
             return torch.zeros_like(batch.labels)
-        logits = judge_views(self.scorer, batch.views, self._score_chunk)
-        return worst_view(losses_of(logits, batch.labels))
+        return worst_view(losses_of(self._passes(batch.views), batch.labels))
 
     def _autocast(self) -> Any:
         return torch.autocast(self._device.type, self.dtype, enabled=self.dtype != torch.float32)

@@ -12,17 +12,17 @@ import torch
 
 from fast_spatial import checkpoint, distributed
 from fast_spatial import model as models
-from fast_spatial.attack import judge_views, verdicts
+from fast_spatial.attack import verdicts
 from fast_spatial.config import MODES, TrainConfig, to_json
 from fast_spatial.data import load_split
-from fast_spatial.device import default_score_chunk, dtype_of, seed_everything
+from fast_spatial.device import default_pass_size, dtype_of, seed_everything
 from fast_spatial.distributed import World
 from fast_spatial.memory import estimate
 from fast_spatial.metrics import Tally
 from fast_spatial.model import Classifier
 from fast_spatial.optim import lr_at, make_optimizer, set_lr
 from fast_spatial.runlog import Bar, RunLog, say
-from fast_spatial.scoring import Scorer
+from fast_spatial.scoring import Passes, Scorer
 from fast_spatial.step import TrainStep
 from kernels.sampling import EVALUATION, TRAINING, augmentation_settings, pack_key, view_limits
 from pipelines.loader import Batch, Loader
@@ -44,10 +44,8 @@ def train(config: TrainConfig, world: World) -> None:
     model = Classifier(net).to(world.device)
     limits_V2 = config.view_limits()
     eval_warps = int((limits_V2 != 0).any(axis=1).sum())
-    # Measured once, before training fills the memory; a constant where runs must repeat to the bit.
-    score_chunk = config.score_chunk or (
-        256 if config.deterministic else default_score_chunk(world.device, config.side)
-    )
+    score_chunk = config.score_chunk or default_pass_size(world.device, config.score_side or config.side)
+    compiled = config.compile == "true" or (config.compile == "auto" and world.device.type == "cuda")
     optimizer = make_optimizer(config, model)
     step = TrainStep(
         model,
@@ -56,6 +54,8 @@ def train(config: TrainConfig, world: World) -> None:
         scored=len(limits_V2) > 1,
         accumulate=config.accumulate,
         score_chunk=score_chunk,
+        score_side=config.score_side,
+        compiled=compiled and not config.deterministic,
     )
     settings = augmentation_settings(
         center=mode.center,
@@ -171,10 +171,9 @@ def train(config: TrainConfig, world: World) -> None:
                 show=world.rank == 0,
             )
             scores = validate(
-                step.scorer or Scorer(model, dtype),
+                Passes(step.scorer or Scorer(model, dtype), default_pass_size(world.device, config.side)),
                 bar,
                 warps=eval_warps,
-                chunk=score_chunk,
                 device=world.device,
                 moved=lambda: distributed.progress(config.stall_minutes),
             )
@@ -213,11 +212,10 @@ def train(config: TrainConfig, world: World) -> None:
 
 
 def validate(
-    scorer: Scorer,
+    passes: Passes,
     batches: Iterable[Batch],
     *,
     warps: int,
-    chunk: int,
     device: torch.device,
     moved: Callable[[], None],
 ) -> dict[str, float | None]:
@@ -227,7 +225,7 @@ def validate(
     """
     tally = Tally(device, "top1", "top5", "loss", "attacked")
     for batch in batches:
-        found = verdicts(judge_views(scorer, batch.views, chunk), batch.labels)
+        found = verdicts(passes(batch.views), batch.labels)
         tally.add(found.natural, found.natural_top5, found.natural_loss, found.random if warps == 1 else found.worst)
         moved()
     means = tally.means(over_ranks=True)

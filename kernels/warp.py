@@ -40,8 +40,38 @@ def warp(images_BSSC: Tensor, matrices_BV23: Tensor, colour_B34: Tensor | None =
         raise ValueError(f"colour has shape {tuple(colour_B34.shape)}: expected [{B}, 3, 4]")
     if images_BSSC.device.type == "cpu":
         return _warp_cpu(images_BSSC, matrices_BV23, colour_B34)
-    exact = warp_reference(images_BSSC, matrices_BV23, colour_B34)
-    return exact.round_().clamp_(0, 255).to(torch.uint8)
+    from kernels import warp_cuda
+
+    ones, noughts = images_BSSC.new_ones(3, dtype=torch.float32), images_BSSC.new_zeros(3, dtype=torch.float32)
+    views = warp_cuda.warp_normalized(images_BSSC, matrices_BV23, colour_B34, ones, noughts, torch.uint8)
+    return views.permute(0, 2, 3, 1).view(B, -1, S, S, 3)
+
+
+def warp_normalized(
+    images_BSSC: Tensor, matrices_BV23: Tensor, scale_C: Tensor, shift_C: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """The views of `warp` as a network takes them: [B * V, 3, S, S] channels_last, value * scale + shift.
+
+    On a GPU this is one launch over all views, behind one that packs the images.
+    """
+    if images_BSSC.device.type == "cpu":
+        return normalize(warp(images_BSSC, matrices_BV23).flatten(0, 1), scale_C, shift_C, dtype)
+    from kernels import warp_cuda
+
+    return warp_cuda.warp_normalized(images_BSSC, matrices_BV23, None, scale_C, shift_C, dtype)
+
+
+def normalize(views_NSSC: Tensor, scale_C: Tensor, shift_C: Tensor, dtype: torch.dtype) -> Tensor:
+    """Views, uint8 [N, S, S, 3], as a network takes them: [N, 3, S, S] channels_last, value * scale + shift.
+
+    On a GPU this is one pass over the views.
+    """
+    if views_NSSC.device.type == "cpu":
+        values = views_NSSC.permute(0, 3, 1, 2).to(torch.float32)
+        return torch.addcmul(shift_C.view(3, 1, 1), values, scale_C.view(3, 1, 1)).to(dtype)
+    from kernels import warp_cuda
+
+    return warp_cuda.normalize(views_NSSC, scale_C, shift_C, dtype)
 
 
 def warp_reference(images_BSSC: Tensor, matrices_BV23: Tensor, colour_B34: Tensor | None = None) -> Tensor:

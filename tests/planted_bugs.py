@@ -68,8 +68,8 @@ BUGS = (
     Bug(
         "BatchNorm in training mode while scoring",
         "fast_spatial/step.py",
-        "judge_views(self.scorer, batch.views, self._score_chunk)",
-        "judge_views(lambda v: self.model(to_unit(v)).detach(), batch.views, self._score_chunk)",
+        "self._passes(batch.views)",
+        "self.model(batch.views.flatten(0, 1)).detach().view(*batch.views.shape[:2], -1)",
         "tests/test_step.py",
     ),
     Bug(

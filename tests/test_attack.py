@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from fast_spatial.attack import GridSurvivors, judge_views, losses_of, take_views, verdicts, worst_view
+from fast_spatial.attack import GridSurvivors, losses_of, take_views, verdicts, worst_view
 from fast_spatial.evaluate import judge_batches, summarize
-from fast_spatial.model import to_unit
+from fast_spatial.scoring import Judge, ModuleJudge, Passes
 from kernels.sampling import EVALUATION, draw_matrices, pack_key, view_limits
 from kernels.spatial import GRID_IDENTITY, GRID_VIEWS, SpatialLimits, grid, matrices
 from kernels.warp import warp
 from pipelines.loader import Batch
 
 LIMITS = SpatialLimits.from_px(30)
+
+
+class FunctionJudge(Judge):
+    """A judge that is a function of the views."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        self._function = function
+
+    def inputs(self, views_NSSC: Tensor) -> Tensor:
+        return views_NSSC
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        return self._function(inputs)
 
 
 def planted(losses_BV: Tensor):
@@ -33,7 +49,7 @@ def planted(losses_BV: Tensor):
         margin = torch.log(torch.expm1(losses_BV[image, view]))
         return torch.stack([torch.zeros_like(margin), margin], dim=1)
 
-    return views, judge, calls
+    return views, FunctionJudge(judge), calls
 
 
 @pytest.mark.parametrize("k", range(1, 21))
@@ -43,7 +59,7 @@ def test_the_view_of_highest_loss_is_picked(k):
     views, judge, _ = planted(losses)
     labels = torch.zeros(6, dtype=torch.long)
     for chunk in (0, 1, 5, 1000):
-        logits = judge_views(judge, views, chunk)
+        logits = Passes(judge, chunk)(views)
         torch.testing.assert_close(losses_of(logits, labels), losses)
         choice = worst_view(losses_of(logits, labels))
         assert choice.tolist() == losses.numpy().argmax(axis=1).tolist()
@@ -60,16 +76,69 @@ def test_the_first_of_equal_losses_wins_and_not_a_number_is_the_worst():
 def test_padded_passes_have_one_shape_and_change_nothing():
     losses = torch.rand(7, 3) + 0.1
     views, judge, calls = planted(losses)
-    padded = judge_views(judge, views, 8, pad=True)
+    padded = Passes(judge, 8, pad=True)(views)
     assert calls == [8, 8, 8]
-    torch.testing.assert_close(padded, judge_views(judge, views), rtol=0, atol=0)
+    torch.testing.assert_close(padded, Passes(judge, 0)(views), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("pad", [False, True])
+def test_passes_that_run_out_of_memory_are_halved_and_stay_so(caplog, pad):
+    losses = torch.rand(5, 4) + 0.1
+    views, judge, calls = planted(losses)
+
+    def small(inputs):
+        if len(inputs) > 6:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return judge(inputs)
+
+    passes = Passes(FunctionJudge(small), 0, pad=pad)
+    with caplog.at_level(logging.WARNING):
+        found = [passes(views), passes(views)]
+    assert calls == [5, 5, 5, 5] * 2
+    for logits in found:
+        torch.testing.assert_close(logits, Passes(judge, 0)(views), rtol=0, atol=0)
+    assert [record.getMessage().split(":")[1] for record in caplog.records] == [" 10 from here on", " 5 from here on"]
+
+    def never(inputs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        Passes(FunctionJudge(never), 0, pad=pad)(views)
+
+
+@pytest.mark.parametrize("size", [0, 4, 7, 12])
+def test_warps_are_judged_alike_in_any_number_of_passes(size):
+    images = torch.randint(0, 256, (4, 9, 9, 3), dtype=torch.uint8)
+    rows = torch.from_numpy(matrices(np.random.default_rng(0).uniform(-1, 1, (4, 3, 3)) * [30, 0.1, 0.1], 9))
+    judge = FunctionJudge(lambda views: views.flatten(1).float())
+    expected = warp(images, rows).flatten(2).float()
+    for pad in (False, True):
+        torch.testing.assert_close(Passes(judge, size, pad=pad).warped(images, rows), expected, rtol=0, atol=0)
+
+
+def test_views_are_shrunk_as_a_mean_of_their_pixels():
+    views = torch.randint(0, 256, (2, 3, 16, 16, 3), dtype=torch.uint8)
+    seen = []
+
+    def look(small):
+        seen.append(small)
+        return small.flatten(1).float()
+
+    judge = FunctionJudge(look)
+    Passes(judge, 0, side=8)(views)
+    assert seen[0].dtype == torch.uint8
+    assert seen[0].shape == (6, 8, 8, 3)
+    assert (seen[0].float().mean((1, 2)) - views.flatten(0, 1).float().mean((1, 2))).abs().max() < 3
+    flat = torch.full((1, 1, 16, 16, 3), 77, dtype=torch.uint8)
+    Passes(judge, 0, side=5)(flat)
+    assert (seen[1] == 77).all()
 
 
 def test_verdicts_follow_the_original_definition():
     # Columns: untouched, first random view, second; a loss above log 2 = 0.69 is a wrong answer.
     losses = torch.tensor([[0.1, 0.2, 0.3], [0.1, 0.9, 0.3], [0.9, 0.1, 0.1], [0.1, 0.2, 0.8]])
     views, judge, _ = planted(losses)
-    found = verdicts(judge_views(judge, views), torch.zeros(4, dtype=torch.long))
+    found = verdicts(Passes(judge, 0)(views), torch.zeros(4, dtype=torch.long))
     assert found.natural.tolist() == [True, True, False, True]
     assert found.random.tolist() == [True, False, True, True]
     assert found.worst.tolist() == [True, False, False, False]
@@ -107,9 +176,7 @@ def crowd():
     images = torch.from_numpy(np.random.default_rng(5).integers(0, 256, (40, 9, 9, 3)).astype(np.uint8))
     net = TinyNet().eval()
 
-    @torch.no_grad()
-    def judge(views):
-        return net(to_unit(views))
+    judge = ModuleJudge(net, torch.float32)
 
     # Blends with a flat image make some images robust, and some not.
     images = (images * torch.linspace(0.15, 1, 40)[:, None, None, None]).to(torch.uint8)
@@ -130,7 +197,7 @@ def test_the_planted_crowd_is_worth_testing(crowd):
 def test_pooled_survivors_equal_brute_force(crowd, batch, portion):
     images, labels, judge, brute_BG = crowd
     natural = brute_BG[:, GRID_IDENTITY].nonzero()[:, 0]
-    pool = GridSurvivors(judge, LIMITS, 9, batch)
+    pool = GridSurvivors(Passes(judge, batch, pad=True), LIMITS, 9)
     found: dict[int, bool] = {}
     for part in natural.split(portion):
         pool.add(images[part], labels[part].tolist(), part.tolist())
@@ -185,7 +252,7 @@ def test_random_views_never_remove_a_survivor(crowd):
 
     assert known
     batch = Batch(batches[0].views, torch.zeros(40, dtype=torch.long), batches[0].index)
-    found = list(judge_batches(judge, [batch], LIMITS, judge_batch=64, wants_grid=lambda i: True))
+    found = list(judge_batches(FunctionJudge(judge), [batch], LIMITS, judge_batch=64, wants_grid=lambda i: True))
     assert all(v.natural and v.grid and not v.random and not v.worst10 and not v.worst10_any for v in found)
 
 

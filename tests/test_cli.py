@@ -57,6 +57,8 @@ TRAIN_OPTIONS = {
     "dtype": "auto",
     "accumulate": 1,
     "score_chunk": 0,
+    "score_side": 0,
+    "compile": "auto",
     "seed": 0,
     "classes": 0,
     "max_train_images": 0,

@@ -51,6 +51,7 @@ ANOTHER_RUN = {
     "bn_group": 32,
     "dtype": "float32",
     "accumulate": 2,
+    "score_side": 128,
     "seed": 1,
     "classes": 100,
     "max_train_images": 1000,
@@ -59,6 +60,7 @@ ANOTHER_RUN = {
 SAME_RUN = {
     "out": "elsewhere",
     "score_chunk": 64,
+    "compile": "false",
     "eval_every": 5,
     "log_every": 1,
     "profile": 10,
@@ -136,7 +138,7 @@ def test_the_defaults_are_the_reference_recipe():
         **{"crop_scale": [0.08, 1.0], "crop_ratio": [0.75, 4 / 3], "flip_prob": 0.5},
         **{"jitter": [0.1, 0.1, 0.1], "lighting": 0.05},
         **{"dtype": "auto", "bn_group": 0, "accumulate": 1, "deterministic": False},
-        **{"classes": 0, "max_train_images": 0},
+        **{"classes": 0, "max_train_images": 0, "score_side": 0},
     }
 
 
@@ -217,6 +219,9 @@ def test_what_is_not_given_has_its_default():
         (TrainConfig, {"lighting": "-1"}, ["--lighting -1", "at least 0"]),
         (TrainConfig, {"bn_group": "-1"}, ["--bn-group -1", "at least 0"]),
         (TrainConfig, {"score_chunk": "-1"}, ["--score-chunk -1", "at least 0"]),
+        (TrainConfig, {"score_side": "224"}, ["--score-side 224", "below --side 224"]),
+        (TrainConfig, {"score_side": "4"}, ["--score-side 4", "at least 8"]),
+        (TrainConfig, {"compile": "yes"}, ["--compile yes", "auto, true, false"]),
         (TrainConfig, {"classes": "-1"}, ["--classes -1", "at least 0"]),
         (TrainConfig, {"max_train_images": "-1"}, ["--max-train-images -1", "at least 0"]),
         (TrainConfig, {"eval_every": "-1"}, ["--eval-every -1", "at least 0"]),

@@ -18,7 +18,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 from fast_spatial import model as models
 from fast_spatial.model import Classifier, to_unit
-from fast_spatial.scoring import Scorer, module_judge
+from fast_spatial.scoring import ModuleJudge, Scorer
 from fast_spatial.step import TrainStep
 from kernels.spatial import SpatialLimits, matrices
 from kernels.warp import warp
@@ -184,7 +184,7 @@ def test_the_folded_scorer_equals_the_model_in_evaluation_mode(trained):
     assert (step.scorer(views) - exact_logits(model, views)).abs().max() < 1e-5 * scale
 
 
-@pytest.mark.parametrize("make", [lambda m: Scorer(m, torch.float32), lambda m: module_judge(m, torch.float32)])
+@pytest.mark.parametrize("make", [lambda m: Scorer(m, torch.float32), lambda m: ModuleJudge(m, torch.float32)])
 def test_judging_leaves_modes_gradients_and_statistics_alone(trained, make):
     model, _, views = trained
     model.train()
