@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
 import zlib
@@ -12,7 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from fast_spatial.cli import NAME, Command, dispatch, options_of
-from fast_spatial.config import DIGITS, DIGITS_PRESET, EvaluateConfig, LaunchOptions, TrainConfig, parse, to_json
+from fast_spatial.config import (
+    DIGITS,
+    DIGITS_PRESET,
+    BenchConfig,
+    EvaluateConfig,
+    LaunchOptions,
+    TrainConfig,
+    parse,
+    to_json,
+)
 from fast_spatial.reproduce import DECIDED, ReproduceConfig, plan
 from fast_spatial.reproduce import reproduce as reproduce_rows
 
@@ -39,6 +49,16 @@ def reproduce(raw: dict[str, str]) -> None:
     reproduce_rows(config, rows, launch)
 
 
+def bench(raw: dict[str, str]) -> None:
+    from fast_spatial import preflight
+
+    config = parse(BenchConfig, raw)
+    preflight.check_bench(config)
+    _set_environment()
+    command = [sys.executable, "-m", "benchmarks.bench", json.dumps(to_json(config))]
+    raise SystemExit(subprocess.run(command, check=False).returncode)
+
+
 COMMANDS = {
     "train": Command("Train one model; the defaults are the reference recipe.", options_of(TrainConfig), train),
     "evaluate": Command("Judge a checkpoint under every attack.", options_of(EvaluateConfig), evaluate),
@@ -46,6 +66,9 @@ COMMANDS = {
         "Train and judge the rows of the published table; also takes the flags of train's recipe.",
         options_of(ReproduceConfig, TrainConfig, without=DECIDED) | options_of(ReproduceConfig),
         reproduce,
+    ),
+    "bench": Command(
+        "Measure the hot parts side by side with what they replace.", options_of(BenchConfig), bench, positional="what"
     ),
 }
 
@@ -91,10 +114,8 @@ def torchrun(config: LaunchOptions, job: str, processes: int, words: list[str]) 
         ]
     else:
         options.append("--standalone")
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cpus() // processes)))
-    # Threads that spin at torch's barriers take the cores from the loader's, and from everything else.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    _set_environment()
     try:
         run.main([*options, "-m", "fast_spatial.worker", *words])
     except ChildFailedError as error:
@@ -105,6 +126,13 @@ def torchrun(config: LaunchOptions, job: str, processes: int, words: list[str]) 
         raise SystemExit(1) from None
     except SignalException as stopped:
         raise SystemExit(128 + stopped.sigval) from None
+
+
+def _set_environment() -> None:
+    """What processes started from here inherit."""
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    # Threads that spin at torch's barriers take the cores from the loader's, and from everything else.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def main(argv: list[str]) -> int:

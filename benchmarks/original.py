@@ -6,6 +6,7 @@ here as an option, so that the comparison is with the better of the two.
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,12 +14,13 @@ from typing import Any
 
 import torch
 import torchvision
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import affine_grid, cross_entropy, grid_sample
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
-from fast_spatial.model import IMAGENET_MEAN, IMAGENET_STD
+from fast_spatial.model import Classifier
+from kernels.spatial import SpatialLimits
 
 GRID_CHUNK = 200  # views in a forward pass of the grid
 # PCA of ImageNet's colours, of colours in [0, 1].
@@ -28,7 +30,7 @@ _EIGENVECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.583
 
 def coordinates_by_matmul(matrices_N23: Tensor, side: int) -> Tensor:
     """Sampling locations [N, S, S, 2] from a matrix product per pixel, as the original computes them."""
-    axis = torch.linspace(-1, 1, side)
+    axis = torch.linspace(-1, 1, side, device=matrices_N23.device)
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     homogeneous = torch.stack([x, y, torch.ones_like(x)], dim=-1)[None, ..., None]
     return (matrices_N23[:, None, None].expand(-1, side, side, -1, -1) @ homogeneous).squeeze(-1)
@@ -53,29 +55,24 @@ def transform(images_N3SS: Tensor, angles_N: Tensor, shifts_N2: Tensor, coordina
 def random_transform(images_N3SS: Tensor, degrees: float, translate: float, coordinates: Coordinates) -> Tensor:
     """A random warp of every image."""
     N = len(images_N3SS)
-    angles = torch.empty(N).uniform_(-degrees, degrees)
-    shifts = torch.empty(N, 2).uniform_(-translate, translate)
+    angles = torch.empty(N, device=images_N3SS.device).uniform_(-degrees, degrees)
+    shifts = torch.empty(N, 2, device=images_N3SS.device).uniform_(-translate, translate)
     return transform(images_N3SS, angles, shifts, coordinates)
 
 
 class Original:
     """Attack and training step of the original on one process: `worst_of`, `step`, `survives_grid`."""
 
-    def __init__(
-        self, net: nn.Module, *, degrees: float, translate: float, coordinates: Coordinates, channels_last: bool
-    ) -> None:
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        self.net = net.to(memory_format=layout)  # type: ignore[call-overload]
-        self._layout, self._coordinates = layout, coordinates
-        self._degrees, self._translate = degrees, translate
-        self._mean = torch.tensor(IMAGENET_MEAN).view(3, 1, 1)
-        self._std = torch.tensor(IMAGENET_STD).view(3, 1, 1)
-        self._optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9, weight_decay=1e-4)
+    def __init__(self, model: Classifier, *, limits: SpatialLimits, coordinates: Coordinates) -> None:
+        self.net = copy.deepcopy(model.net).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        self._std = 1 / (255 * model.scale.view(3, 1, 1))
+        self._mean = -model.shift.view(3, 1, 1) * self._std
+        self._degrees, self._translate, self._coordinates = limits.degrees, limits.translate, coordinates
+        self._optimizer = torch.optim.SGD(self.net.parameters(), 0.01, momentum=0.9, weight_decay=1e-4)
 
     def logits(self, images: Tensor) -> Tensor:
         """The model behind its normalization."""
-        inputs = ((images - self._mean) / self._std).contiguous(memory_format=self._layout)
-        logits: Tensor = self.net(inputs)
+        logits: Tensor = self.net((images - self._mean) / self._std)
         return logits
 
     @torch.no_grad()
@@ -108,7 +105,7 @@ class Original:
         self.net.eval()
         angles = torch.linspace(-self._degrees, self._degrees, rotations)
         shifts = torch.linspace(-self._translate, self._translate, translations)
-        views = torch.tensor(list(itertools.product(angles, shifts, shifts)))
+        views = torch.tensor(list(itertools.product(angles, shifts, shifts)), device=image.device)
         warped = transform(image.repeat(len(views), 1, 1, 1), views[:, 0], views[:, 1:], self._coordinates)
         parts = torch.split(warped, GRID_CHUNK)
         return all(bool((self.logits(part).argmax(dim=1) == label).all()) for part in parts)

@@ -27,11 +27,15 @@ Options = dict[str, "Field[Any]"]
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """A command: what it does in a sentence, the fields that are its flags, and the function its raw values go to."""
+    """A command: what it does in a sentence, the fields that are its flags, and the function its raw values go to.
+
+    `positional` names the field that may be given as the first word, without its flag.
+    """
 
     help: str
     options: Options
     call: Callable[[dict[str, str]], None]
+    positional: str = ""
 
 
 def options_of(*kinds: type, without: Sequence[str] = ()) -> Options:
@@ -58,6 +62,9 @@ def dispatch(commands: dict[str, Command], argv: Sequence[str]) -> None:
     if "--help" in words or "-h" in words:
         print(_help(name, functions[name]))
         return
+    positional = commands[name].positional
+    if positional and words and not words[0].startswith("-"):
+        words[0] = f"{flag(positional)}={words[0]}"
     raw = read_flags(words, commands[name].options)
     fire.Fire(functions, command=[name, *(f"--{key}={value}" for key, value in raw.items())], name=NAME)
 

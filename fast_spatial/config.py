@@ -232,6 +232,40 @@ class EvaluateConfig(LaunchOptions):
         return _limits(self)
 
 
+BENCH_GROUPS = ("warp", "pipeline", "score", "step", "grid", "all")
+SYNTHETIC = "synthetic"
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """Measure the hot parts of training and evaluation side by side with what they replace."""
+
+    what: str = option("all", "which part", choices=BENCH_GROUPS)
+    data: str = option(
+        SYNTHETIC, "folder with train/ and val/, digits, or synthetic: JPEG files of ImageNet's size, made once"
+    )
+    json: str = option("", "write the comparisons, with hardware, versions and commit, to this file")
+    checkpoint: str = option(
+        "", "judge this model on --data for the grid and --score-side; default a small one, trained once on the digits"
+    )
+    rounds: int = option(7, "rounds, in which all contenders take turns; medians and ranges are over them")
+    seconds: float = option(1.0, "seconds per contender and round, at least one unit of work")
+    side: int = option(224, "side of the views, pixels (the grid's: the checkpoint's)")
+    grid_images: int = option(2, "images a round on the grid")
+    workers: int = option(0, "threads of ours, workers or threads of the others; 0: the CPUs there are")
+    ffcv_python: str = option("", "a Python that has FFCV, to compare with; it needs an environment of its own")
+
+    def __post_init__(self) -> None:
+        _choice(self, "what")
+        _at_least(self, 1, "rounds", "grid_images")
+        _at_least(self, 16, "side")
+        _at_least(self, 0, "workers")
+        if self.seconds <= 0:
+            raise ValueError(f"--seconds {self.seconds:g}: it must be more than 0")
+        if self.checkpoint and self.data == SYNTHETIC:
+            raise ValueError(f"--checkpoint {self.checkpoint}: its images are needed; name their folder with --data")
+
+
 Config = TypeVar("Config")
 
 

@@ -7,10 +7,19 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fast_spatial.config import DIGITS, EvaluateConfig, LaunchOptions, TrainConfig, identity, to_json
+from fast_spatial.config import (
+    DIGITS,
+    SYNTHETIC,
+    BenchConfig,
+    EvaluateConfig,
+    LaunchOptions,
+    TrainConfig,
+    identity,
+    to_json,
+)
 from fast_spatial.data import data_folder
 from fast_spatial.files import write_json
-from pipelines.dataset import check_classes_agree, check_divides, check_not_empty, count_images
+from pipelines.dataset import check_classes_agree, check_divides, check_not_empty, count_images, read_index
 
 CONFIG = "config.json"
 
@@ -37,17 +46,36 @@ def check_train(config: TrainConfig) -> None:
     _check_model(config)
 
 
+def check_bench(config: BenchConfig) -> None:
+    """Raise a ValueError if this benchmark cannot work."""
+    _check_json(config.json)
+    if config.data != SYNTHETIC:
+        folder = data_folder(config.data)
+        for split in ("train", "val") if config.what in ("pipeline", "all") else ("val",):
+            read_index(folder, split)
+    if config.ffcv_python and not Path(config.ffcv_python).is_file():
+        raise ValueError(f"--ffcv-python {config.ffcv_python}: there is no such file; name a Python that has FFCV")
+    if config.checkpoint:
+        from fast_spatial.inputs import prepare
+
+        prepare(EvaluateConfig(checkpoint=config.checkpoint, data=config.data, allow_partial_classes=True))
+
+
 def check_evaluate(config: EvaluateConfig) -> None:
     """Raise a ValueError if this evaluation cannot work; reads the checkpoint and the folder's listing."""
     from fast_spatial.inputs import prepare
 
     check_launch(config)
-    if config.json and Path(config.json).is_dir():
-        raise ValueError(f"--json {config.json}: that is a folder; name a file")
-    for folder in Path(config.json).parents if config.json else ():
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"--json {config.json}: {folder} is a file, not a folder")
+    _check_json(config.json)
     prepare(config)
+
+
+def _check_json(json: str) -> None:
+    if json and Path(json).is_dir():
+        raise ValueError(f"--json {json}: that is a folder; name a file")
+    for folder in Path(json).parents if json else ():
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"--json {json}: {folder} is a file, not a folder")
 
 
 def check_launch(config: LaunchOptions) -> int:

@@ -1,0 +1,62 @@
+"""What every group of benchmarks is given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fast_spatial.config import BenchConfig
+from kernels.spatial import SpatialLimits
+
+
+@dataclass(frozen=True)
+class Job:
+    """A benchmark's configuration, and what follows from it."""
+
+    config: BenchConfig
+    device: torch.device
+    threads: int
+    images: Path
+
+    @property
+    def limits(self) -> SpatialLimits:
+        """The published limits of 30 degrees."""
+        return SpatialLimits.from_px(30)
+
+    @property
+    def timing(self) -> dict[str, Any]:
+        """How long to time: arguments of `compare` and `rates_of`."""
+        return {"rounds": self.config.rounds, "seconds": self.config.seconds}
+
+
+@dataclass
+class Findings:
+    """What a group found.
+
+    Attributes:
+        comparisons: ours against a baseline (`rounds.compare`).
+        stages: images per second that each stage of training could reach alone, by stage.
+        facts: other measurements, by name.
+        skipped: what was not run, and why.
+
+    """
+
+    comparisons: list[dict[str, Any]]
+    stages: dict[str, float]
+    facts: dict[str, Any]
+    skipped: dict[str, str]
+
+    @classmethod
+    def none(cls) -> Findings:
+        """Nothing yet."""
+        return cls([], {}, {}, {})
+
+    def add(self, other: Findings) -> None:
+        """Take in another group's findings."""
+        self.comparisons += other.comparisons
+        self.stages |= other.stages
+        self.facts |= other.facts
+        self.skipped |= other.skipped

@@ -1,0 +1,189 @@
+"""From JPEG files to views in memory, against torchvision's DataLoader and FFCV; what each stage could do alone."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from nvidia.dali import fn, pipeline_def, types
+
+from benchmarks import original
+from benchmarks.jobs import Findings, Job
+from benchmarks.rounds import Contender, compare, rates_of, spread
+from fast_spatial.config import MODES
+from kernels.sampling import TRAINING, augmentation_settings, pack_key, view_limits
+from pipelines.dataset import ImageIndex, read_index
+from pipelines.loader import Loader
+
+BATCH = 32
+IN_FLIGHT = 6  # batches that any contender may have ready before the clock starts
+SETTLE_SEC = 0.5  # for threads and workers of the contender before to come to rest
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(job: Job) -> Findings:
+    """Compare modes with the way of the original, and standard with FFCV; time the stages."""
+    found = Findings.none()
+    index = read_index(job.images, "train")
+    for mode, warps in (("standard", 0), ("random", 1), ("worst10", 10)):
+        baselines = [_torchvision(job, warps, in_workers=True)]
+        if warps:
+            baselines.append(_torchvision(job, warps, in_workers=False))
+        ours = _ours(job, index, mode)
+        found.comparisons.append(compare(f"pipeline.{mode}", "images/s", ours, baselines, **job.timing))
+        found.stages[f"loader: {mode}"] = found.comparisons[-1]["ours"]["median"]
+    _against_ffcv(job, index, found)
+    decode, read = rates_of([_decoding(job, index), _reading(index)], **job.timing)
+    found.stages["decode"] = spread(decode)["median"]
+    found.stages["read"] = spread(read)["median"]
+    return found
+
+
+def _steady(name: str, batches: Iterator[Any], batch: int = BATCH) -> Contender:
+    """A contender that consumes batches, of which some may be ready before the clock starts."""
+
+    def begin() -> None:
+        time.sleep(SETTLE_SEC)
+        for _ in range(IN_FLIGHT):
+            next(batches)
+
+    def work() -> int:
+        next(batches)
+        return batch
+
+    return Contender(name, work, begin)
+
+
+def _ours(job: Job, index: ImageIndex, mode: str) -> Contender:
+    limits, warps = job.limits, MODES[mode].warps
+    loader = Loader(
+        index,
+        limits=view_limits(
+            10 if warps is None else warps,
+            untouched_first=MODES[mode].untouched,
+            degrees=limits.degrees,
+            translate=limits.translate,
+        ),
+        settings=augmentation_settings(
+            center=False,
+            scale=(0.08, 1.0),
+            ratio=(3 / 4, 4 / 3),
+            flip_prob=0.5,
+            jitter=(0.1, 0.1, 0.1),
+            lighting_std=0.05,
+        ),
+        side=job.config.side,
+        global_batch_size=BATCH,
+        key=pack_key(TRAINING, 0),
+        train=True,
+        threads=job.threads,
+        device=job.device,
+        exact_decoding=False,
+    )
+    batches = (batch for epoch in itertools.count() for batch in loader.epoch(epoch))
+    return _steady(f"fast_spatial {mode}, {job.threads} threads", batches)
+
+
+def _torchvision(job: Job, warps: int, *, in_workers: bool) -> Contender:
+    batches = original.loader(
+        job.images,
+        side=job.config.side,
+        batch=BATCH,
+        workers=job.threads,
+        warps=warps,
+        degrees=job.limits.degrees,
+        translate=job.limits.translate,
+        in_workers=in_workers,
+    )
+    where = "" if not warps else f", grid_sample in the {'workers' if in_workers else 'main process'}"
+    return _steady(f"torchvision and PIL, {job.threads} workers{where}", batches)
+
+
+def _decoding(job: Job, index: ImageIndex) -> Contender:
+    """DALI's decoder alone, on whole files."""
+    paths = itertools.cycle(index.paths)
+
+    @pipeline_def
+    def graph() -> Any:
+        names = fn.external_source(lambda: np.stack(list(itertools.islice(paths, BATCH))), batch=True)
+        encoded = fn.io.file.read(names, dont_use_mmap=True)
+        device = "mixed" if job.device.type == "cuda" else "cpu"
+        return fn.decoders.image(encoded, device=device, output_type=types.RGB, adjust_orientation=False)
+
+    built = graph(
+        batch_size=BATCH, num_threads=job.threads, device_id=0 if job.device.type == "cuda" else None, exec_dynamic=True
+    )
+    return _steady("decode", (built.run() for _ in itertools.count()))
+
+
+def _reading(index: ImageIndex) -> Contender:
+    """Reading files one after the other, as they are in the system's cache now."""
+    paths = itertools.cycle(path.tobytes().rstrip(b"\0") for path in index.paths)
+
+    def work() -> int:
+        for path in itertools.islice(paths, BATCH):
+            with open(path, "rb") as file:
+                file.read()
+        return BATCH
+
+    return Contender("read", work)
+
+
+class _Ffcv:
+    """FFCV in an environment of its own: a process that times itself when asked."""
+
+    def __init__(self, python: str, job: Job) -> None:
+        words = [python, str(ROOT / "benchmarks" / "ffcv_jpg.py"), str(job.images), str(job.config.side)]
+        words += [str(BATCH), str(job.threads)]
+        self._process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.about = self.ask("about")
+
+    def ask(self, word: str) -> dict[str, Any]:
+        """Send a word, and read a line of JSON."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        print(word, file=self._process.stdin, flush=True)
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError("FFCV's process ended; its messages are above")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def work(self) -> int:
+        """Consume a batch."""
+        return int(self.ask("batch")["images"])
+
+    def begin(self) -> None:
+        """Come into a steady state."""
+        time.sleep(SETTLE_SEC)
+        for _ in range(IN_FLIGHT):
+            self.ask("batch")
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.terminate()
+        self._process.wait()
+
+
+def _against_ffcv(job: Job, index: ImageIndex, found: Findings) -> None:
+    if not job.config.ffcv_python:
+        found.skipped["pipeline.ffcv_jpg"] = "no FFCV: give --ffcv-python, a Python that has it"
+        return
+    try:
+        ffcv = _Ffcv(job.config.ffcv_python, job)
+    except (OSError, RuntimeError) as error:
+        found.skipped["pipeline.ffcv_jpg"] = f"--ffcv-python {job.config.ffcv_python} failed: {error}"
+        print(error, file=sys.stderr)
+        return
+    theirs = Contender(
+        f"FFCV {ffcv.about['version']}, JPEG, crop and flip, {job.threads} threads", ffcv.work, ffcv.begin
+    )
+    ours = _ours(job, index, "standard")
+    found.comparisons.append(compare("pipeline.ffcv_jpg", "images/s", ours, [theirs], **job.timing))
+    ffcv.close()

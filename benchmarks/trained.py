@@ -1,0 +1,54 @@
+"""A trained model and images to judge it on: the user's, or a small one on the digits, trained once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import launch
+from benchmarks.jobs import Job
+from fast_spatial.config import DIGITS, EvaluateConfig
+from fast_spatial.inputs import prepare
+from fast_spatial.model import Classifier
+from kernels.cache import cache_folder
+from kernels.sampling import EVALUATION, augmentation_settings, pack_key, view_limits
+from pipelines.loader import Loader
+
+# Large enough for the grid to be hard work, small enough to be trained in a minute or two.
+SIDE = 64
+
+
+def trained(job: Job, count: int) -> tuple[Classifier, Tensor, Tensor]:
+    """(model, images uint8 [B, S, S, 3], labels [B]) of up to `count` random validation images.
+
+    They are those of `--checkpoint` and `--data`; without, of a ResNet-18 trained on random warps of the digits.
+    """
+    if job.config.checkpoint:
+        asked = EvaluateConfig(checkpoint=job.config.checkpoint, data=str(job.images), allow_partial_classes=True)
+    else:
+        asked = EvaluateConfig(checkpoint=_digits_checkpoint(), data=DIGITS)
+    model, images, _, side = prepare(asked)
+    loader = Loader(
+        images.random_subset(min(count, len(images))),
+        limits=view_limits(0, untouched_first=True, degrees=0.0, translate=0.0),
+        settings=augmentation_settings(center=True),
+        side=side,
+        global_batch_size=32,
+        key=pack_key(EVALUATION, 0),
+        train=False,
+        threads=job.threads,
+        device=job.device,
+    )
+    batches = list(loader.epoch(0))
+    model.to(job.device)
+    return model, torch.cat([b.views[:, 0] for b in batches]), torch.cat([b.labels for b in batches])
+
+
+def _digits_checkpoint() -> str:
+    out = cache_folder() / f"bench-digits-{SIDE}"
+    if not (out / "best.pt").is_file():
+        print("training a small model on the digits, once, for the grid and for --score-side", flush=True)
+        words = ["--data", DIGITS, "--mode", "random", "--side", str(SIDE), "--eval-every", "0", "--out", str(out)]
+        if launch.main(["train", *words, "--in-process"]):
+            raise SystemExit(1)
+    return str(out / "best.pt")
