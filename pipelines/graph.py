@@ -7,7 +7,7 @@ from typing import Any
 
 from nvidia.dali import fn, pipeline_def, types
 
-from kernels.sampling import BOX_H, BOX_Y, CROP_H, CROP_Y, RESIZED_H
+from kernels.sampling import BOX_H, BOX_Y
 from pipelines import ops
 
 
@@ -23,10 +23,12 @@ def view_graph(
 ) -> tuple[ops.Node, ops.Node]:
     """(views uint8 [V, S, S, 3], header int64) of each image of a batch.
 
-    `source` yields (paths, headers, limits, settings), each one contiguous array per batch. `warp_backend` is "numba"
-    (host memory only) or "dali".
+    `source` yields (paths, headers, limits, settings) and, for "numba", a canvas (`ops.numba_views`), each one
+    contiguous array per batch. `warp_backend` is "numba" (host memory only) or "dali".
     """
-    paths, header, limits, settings = fn.external_source(source, num_outputs=4, batch=True, batch_info=True)
+    numba = warp_backend == "numba"
+    fed = fn.external_source(source, num_outputs=5 if numba else 4, batch=True, batch_info=True)
+    paths, header, limits, settings = fed[:4]
     encoded = fn.io.file.read(paths, dont_use_mmap=True)
     geometry, colour, matrices = ops.draw(
         header, fn.peek_image_shape(encoded, adjust_orientation=False), limits, settings
@@ -43,10 +45,7 @@ def view_graph(
         use_fast_idct=False,
         **decoder,
     )
-    size = fn.cast(geometry[RESIZED_H : RESIZED_H + 2], dtype=types.FLOAT)
-    images = fn.resize(images, size=size, interp_type=types.INTERP_LINEAR, antialias=True)
-    if center:
-        images = fn.slice(images, start=geometry[CROP_Y : CROP_Y + 2], shape=geometry[CROP_H : CROP_H + 2], axes=(0, 1))
-    if warp_backend == "numba":
-        return ops.numba_views(images, matrices, colour), header
+    if numba:
+        return ops.numba_views(fed[4], images, geometry, matrices, colour), header
+    images = ops.dali_resize(images, geometry, center=center)
     return ops.dali_views(images, matrices, colour, views), header

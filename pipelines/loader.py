@@ -90,12 +90,17 @@ class Loader:
         self._orders: dict[int, NDArray[np.int64]] = {}
         self._next_ticket = 0
         self._delivered = -1
-        self._limits = np.repeat(limits[None], self._batch_size, axis=0)
-        self._settings = np.repeat(settings[None], self._batch_size, axis=0)
+        self._views = len(limits)
         self._threads = threads or cpus_per_process()
         self._readers = ThreadPoolExecutor(4, thread_name_prefix="read-ahead")
         self._device = device or torch.device("cpu")
         on_gpu = self._device.type == "cuda"
+        # The same for all images, fed with every batch.
+        self._constants: list[NDArray[Any]] = [
+            np.repeat(row[None], self._batch_size, axis=0) for row in (limits, settings)
+        ]
+        if not on_gpu:
+            self._constants.append(np.zeros((self._batch_size, side), np.uint8))
         batch_bytes = self._batch_size * len(limits) * side * side * 3
         self._pipeline: Any = view_graph(
             self._source,
@@ -133,7 +138,7 @@ class Loader:
             outputs = self._pipeline.run()
         views, header = (from_dlpack(output.as_tensor()) for output in outputs)
         # An exception inside a numba operator is printed and ignored, and leaves an empty output.
-        assert views.shape == (len(header), self._limits.shape[1], self._side, self._side, 3)
+        assert views.shape == (len(header), self._views, self._side, self._side, 3)
         self._delivered = int(header[0, TICKET])
         return views, header
 
@@ -164,7 +169,7 @@ class Loader:
         headers = np.zeros((len(positions), HEADER_WIDTH), np.int64)
         headers[:, LABEL], headers[:, INDEX] = self.images.labels[positions], positions
         headers[:, KEY], headers[:, EPOCH], headers[:, SIDE], headers[:, TICKET] = self._key, epoch, self._side, ticket
-        return paths, headers, self._limits[: len(positions)], self._settings[: len(positions)]
+        return paths, headers, *(array[: len(positions)] for array in self._constants)
 
 
 def _read_ahead(paths: NDArray[np.uint8], positions: NDArray[np.int64]) -> None:

@@ -17,7 +17,19 @@ from nvidia.dali import fn, types
 from nvidia.dali.plugin.numba import NumbaFunction, address_as_void_pointer  # type: ignore[attr-defined]
 
 from kernels.colour import write_colour_matrix, write_mean_rgb
-from kernels.sampling import COLOUR_WIDTH, GEOMETRY_WIDTH, HEADER_WIDTH, SETTINGS_WIDTH, draw_image
+from kernels.resize import resize_window
+from kernels.sampling import (
+    COLOUR_WIDTH,
+    CROP_H,
+    CROP_X,
+    CROP_Y,
+    GEOMETRY_WIDTH,
+    HEADER_WIDTH,
+    RESIZED_H,
+    RESIZED_W,
+    SETTINGS_WIDTH,
+    draw_image,
+)
 from kernels.warp_cpu import warp_image
 
 Node = Any  # DALI's DataNode
@@ -102,26 +114,38 @@ def draw(header: Node, shape: Node, limits: Node, settings: Node) -> tuple[Node,
 @cfunc(_SETUP, cache=True)
 def _views_setup(out_shapes, _out_ndims, _outs, in_shapes, _in_ndims, _ins, samples):  # type: ignore[no-untyped-def]
     for sample in range(samples):
-        side = _sample_shape(in_shapes, 0, sample, samples, 3)[0]
+        side = _sample_shape(in_shapes, 0, sample, samples, 1)[0]
         views = _sample_shape(out_shapes, 0, sample, samples, 4)
         views[0] = _sample_shape(in_shapes, 1, sample, samples, 3)[0]
         views[1], views[2], views[3] = side, side, 3
-        scratch = _sample_shape(out_shapes, 1, sample, samples, 2)
-        scratch[0], scratch[1] = side + 2, side + 2
+        words = _sample_shape(out_shapes, 1, sample, samples, 2)
+        words[0], words[1] = side + 2, side + 2
+        resized = _sample_shape(out_shapes, 2, sample, samples, 3)
+        resized[0], resized[1], resized[2] = side, side, 3
 
 
 @cfunc(_RUN, cache=True)
 def _views_run(outs, _out_shapes, _out_ndims, _outs, ins, in_shapes, _in_ndims, _ins):  # type: ignore[no-untyped-def]
-    side, views = _shape_of(in_shapes, 0, 3)[0], _shape_of(in_shapes, 1, 3)[0]
-    image = carray(_data_pointer(ins, 0), (side, side, 3), np.uint8)
+    side, views = _shape_of(in_shapes, 0, 1)[0], _shape_of(in_shapes, 1, 3)[0]
+    shape = _shape_of(in_shapes, 2, 3)
+    geometry = carray(_data_pointer(ins, 3), GEOMETRY_WIDTH, np.int32)
+    resized = carray(_data_pointer(outs, 2), (side, side, 3), np.uint8)
+    resize_window(
+        resized,
+        carray(_data_pointer(ins, 2), (shape[0], shape[1], 3), np.uint8),
+        geometry[RESIZED_H],
+        geometry[RESIZED_W],
+        geometry[CROP_Y],
+        geometry[CROP_X],
+    )
     mean = np.empty(3, np.float32)
     matrix = np.empty((3, 4), np.float32)
-    write_mean_rgb(mean, image)
-    write_colour_matrix(matrix, carray(_data_pointer(ins, 2), COLOUR_WIDTH, np.float32), mean)
+    write_mean_rgb(mean, resized)
+    write_colour_matrix(matrix, carray(_data_pointer(ins, 4), COLOUR_WIDTH, np.float32), mean)
     warp_image(
         carray(_data_pointer(outs, 0), (views, side, side, 3), np.uint8),
         carray(_data_pointer(outs, 1), (side + 2, side + 2), np.int32),
-        image,
+        resized,
         carray(_data_pointer(ins, 1), (views, 2, 3), np.float32),
         matrix,
     )
@@ -132,10 +156,10 @@ def _views_operator() -> Any:
     return _CachedNumbaFunction(
         run_fn=_views_run,
         setup_fn=_views_setup,
-        out_types=[types.UINT8, types.INT32],
-        outs_ndim=[4, 2],
-        in_types=[types.UINT8, types.FLOAT, types.FLOAT],
-        ins_ndim=[3, 3, 1],
+        out_types=[types.UINT8, types.INT32, types.UINT8],
+        outs_ndim=[4, 2, 3],
+        in_types=[types.UINT8, types.FLOAT, types.UINT8, types.INT32, types.FLOAT],
+        ins_ndim=[1, 3, 3, 1, 1],
     )
 
 
@@ -167,14 +191,26 @@ def _colour_operator() -> Any:
     )
 
 
-def numba_views(images: Node, matrices: Node, colour: Node) -> Node:
-    """uint8 [V, S, S, 3] views of uint8 [S, S, 3] images in host memory: colours changed once, then V warps."""
-    views, _scratch = _views_operator()(images, matrices, colour)
+def numba_views(canvas: Node, images: Node, geometry: Node, matrices: Node, colour: Node) -> Node:
+    """uint8 [V, S, S, 3] views of decoded uint8 images in host memory: resized, colours changed once, then V warps.
+
+    `canvas` is uint8 [S]: an operator learns the shapes of its inputs, not what is in them, before it says its own.
+    """
+    views, _words, _resized = _views_operator()(canvas, matrices, images, geometry, colour)
     return views
 
 
+def dali_resize(images: Node, geometry: Node, *, center: bool) -> Node:
+    """Decoded images at the side of the views, from DALI's own operators, in host or GPU memory."""
+    size = fn.cast(geometry[RESIZED_H : RESIZED_H + 2], dtype=types.FLOAT)
+    images = fn.resize(images, size=size, interp_type=types.INTERP_LINEAR, antialias=True)
+    if center:
+        images = fn.slice(images, start=geometry[CROP_Y : CROP_Y + 2], shape=geometry[CROP_H : CROP_H + 2], axes=(0, 1))
+    return images
+
+
 def dali_views(images: Node, matrices: Node, colour: Node, views: int) -> Node:
-    """The same from DALI's own operators, in host or GPU memory."""
+    """uint8 [V, S, S, 3] views of uint8 [S, S, 3] images, from DALI's own operators, in host or GPU memory."""
     mean = fn.reductions.mean(images, axes=(0, 1)).cpu()
     images = fn.coord_transform(images, MT=_colour_operator()(colour, mean), dtype=types.UINT8)
     frames = fn.sequence_rearrange(fn.expand_dims(images, axes=[0], new_axis_names="F"), new_order=[0] * views)
