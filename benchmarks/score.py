@@ -79,7 +79,6 @@ def run(job: Job) -> Findings:
     return found
 
 
-@torch.no_grad()
 def fidelity(job: Job) -> dict[str, Any]:
     """How often half the side picks the view that the full side picks, and how much of its loss it finds."""
     model, images, labels = trained(job, FIDELITY_IMAGES)
