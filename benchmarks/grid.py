@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from benchmarks.original import Original, coordinates_by_affine_grid, coordinate
 from benchmarks.rounds import spread
 from benchmarks.trained import trained
 from fast_spatial.attack import GridSurvivors
+from fast_spatial.device import has_bfloat16
 from fast_spatial.evaluate import default_judge_batch
 from fast_spatial.model import Classifier
 from fast_spatial.scoring import Passes, Scorer
@@ -21,9 +23,11 @@ from fast_spatial.scoring import Passes, Scorer
 class Ours:
     """The natural view first, then the pool of survivors, which keeps what it learns from round to round."""
 
-    def __init__(self, job: Job, model: Classifier, side: int) -> None:
-        self._passes = Passes(Scorer(model, torch.float32), default_judge_batch(job.device, side), pad=True)
+    def __init__(self, job: Job, model: Classifier, side: int, dtype: torch.dtype) -> None:
+        self._passes = Passes(Scorer(model, dtype), default_judge_batch(job.device, side), pad=True)
         self.pool = GridSurvivors(self._passes, job.limits, side)
+        self.views: list[int] = []
+        self.views_broken: list[int] = []
 
     def survive(self, images: Tensor, labels: Tensor) -> list[bool]:
         """Which images are classified correctly on every view."""
@@ -32,56 +36,71 @@ class Ours:
         self.pool.add(images[rows], labels[rows].tolist(), rows)
         while self.pool.pending:
             self.pool.turn()
-        survived = dict(self.pool.take_verdicts())
-        return [survived.get(row, False) for row in range(len(images))]
+        verdicts = {verdict.index: verdict for verdict in self.pool.take_verdicts()}
+        self.views += [verdict.views_judged for verdict in verdicts.values()]
+        self.views_broken += [verdict.views_judged for verdict in verdicts.values() if not verdict.survived]
+        return [row in verdicts and verdicts[row].survived for row in range(len(images))]
 
 
 def run(job: Job) -> Findings:
-    """Judge the same images in both ways, a few of them a round, in float32."""
+    """Judge the same images in both ways, a few of them a round: in float32, and where it is fast in bfloat16."""
     found = Findings.none()
     per_round = job.config.grid_images
     model, images, labels = trained(job, per_round * job.config.rounds)
     floats = (images.permute(0, 3, 1, 2).to(torch.float32) / 255).contiguous()
-    parts = torch.split(torch.arange(len(images)), per_round)
-    mine = Ours(job, model, images.shape[1])
+    dtypes = [torch.float32, *([torch.bfloat16] if has_bfloat16(job.device) else [])]
+    mine = [Ours(job, model, images.shape[1], dtype) for dtype in dtypes]
     ways = {
         name: Original(model, limits=job.limits, coordinates=coordinates)
-        for name, coordinates in (("affine_grid", coordinates_by_affine_grid), ("matmul", coordinates_by_matmul))
+        for name, coordinates in (
+            ("affine_grid", coordinates_by_affine_grid),
+            ("a matrix product per pixel", coordinates_by_matmul),
+        )
     }
+    for way in ways.values():
+        way.survives_grid(floats[0], int(labels[0]), rotations=1)
     name = min(ways, key=lambda way: _seconds(lambda: ways[way].survives_grid(floats[0], int(labels[0]))))
-    rates: tuple[list[float], list[float]] = ([], [])
-    answers: tuple[list[bool], list[bool]] = ([], [])
-    mine.survive(images[:1], labels[:1])  # compiled and warm
-    for part in parts:
-        rows = part.to(images.device)
-        start = time.perf_counter()
-        answers[0].extend(mine.survive(images[rows], labels[rows]))
-        middle = time.perf_counter()
-        answers[1].extend(ways[name].survives_grid(floats[row], int(labels[row])) for row in part.tolist())
-        rates[0].append(len(part) / (middle - start))
-        rates[1].append(len(part) / (time.perf_counter() - middle))
-    ratios = [a / b for a, b in zip(*rates)]
-    same = sum(a == b for a, b in zip(*answers))
-    found.comparisons.append(
-        {
-            "name": "grid",
-            "unit": "images/s",
-            "rounds": len(parts),
-            "ours": {"what": "pooled survivors, float32", **spread(rates[0])},
-            "baseline": {"what": f"one image at a time, float32, {name}", **spread(rates[1])},
-            "ratio": round(statistics.median(ratios), 3),
-            "ratio_min": round(min(ratios), 3),
-            "ratio_max": round(max(ratios), 3),
-            "same_answer": f"{same} of {len(images)} images",
-        }
-    )
+    for ours in mine:
+        ours.survive(images[:1], labels[:1])  # warm
+    rates: list[list[float]] = [[] for _ in [*mine, name]]
+    answers: list[list[bool]] = [[] for _ in [*mine, name]]
+    for rows in torch.split(torch.arange(len(images), device=images.device), per_round):
+        works = [partial(ours.survive, images[rows], labels[rows]) for ours in mine]
+        works.append(partial(_one_by_one, ways[name], floats[rows], labels[rows]))
+        for which, work in enumerate(works):
+            start = time.perf_counter()
+            answers[which].extend(work())
+            rates[which].append(len(rows) / (time.perf_counter() - start))
+    for which, dtype in enumerate(dtypes):
+        ratios = [a / b for a, b in zip(rates[which], rates[-1])]
+        about = str(dtype).removeprefix("torch.")
+        different = [n for n, (a, b) in enumerate(zip(answers[which], answers[-1])) if a != b]
+        found.comparisons.append(
+            {
+                "name": "grid" if dtype == torch.float32 else f"grid.{about}",
+                "unit": "images/s",
+                "rounds": len(ratios),
+                "ours": {"what": f"pooled survivors, {about}", **spread(rates[which])},
+                "baseline": {"what": f"one image at a time, float32, {name}", **spread(rates[-1])},
+                "ratio": round(statistics.median(ratios), 3),
+                "ratio_min": round(min(ratios), 3),
+                "ratio_max": round(max(ratios), 3),
+                "same_answer": f"{len(images) - len(different)} of {len(images)} images",
+            }
+        )
+    first = mine[0]
     found.facts["grid"] = {
         "model": job.config.checkpoint or "digits",
         "images": len(images),
         "survivors": sum(answers[0]),
-        "different_answers": [index for index, (a, b) in enumerate(zip(*answers)) if a != b],
+        "views_per_image": round(statistics.mean(first.views), 1) if first.views else None,
+        "views_per_broken_image": round(statistics.mean(first.views_broken), 1) if first.views_broken else None,
     }
     return found
+
+
+def _one_by_one(way: Original, images: Tensor, labels: Tensor) -> list[bool]:
+    return [way.survives_grid(image, label) for image, label in zip(images, labels.tolist())]
 
 
 def _seconds(work: object) -> float:

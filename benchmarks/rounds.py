@@ -83,4 +83,8 @@ def compare(
 
 def spread(rates: Sequence[float]) -> dict[str, float]:
     """Median and range of rates."""
-    return {"median": round(statistics.median(rates), 2), "min": round(min(rates), 2), "max": round(max(rates), 2)}
+    return {"median": _short(statistics.median(rates)), "min": _short(min(rates)), "max": _short(max(rates))}
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.5g}")

@@ -20,13 +20,17 @@ def table(result: dict[str, Any]) -> str:
     rows = []
     for found in result["comparisons"]:
         ours, baseline = found["ours"], found["baseline"]
-        rate = f"{ours['median']:>10,.1f} against {baseline['median']:>9,.1f} {found['unit']}"
+        rate = f"{_number(ours['median']):>9} against {_number(baseline['median']):>7} {found['unit']}"
         range_ = f"{found['ratio']:6.2f} x ({found['ratio_min']:.2f} to {found['ratio_max']:.2f})"
         rows.append(f"  {found['name']:<22}{range_:<26}{rate}   {baseline['what']}")
     rows += [f"  {name:<22}skipped: {why}" for name, why in result["skipped"].items()]
-    facts = [f"  {name}: {', '.join(f'{k} {v}' for k, v in about.items())}" for name, about in result["facts"].items()]
+    facts = [f"{name}: {', '.join(f'{k} {v}' for k, v in about.items())}" for name, about in result["facts"].items()]
     head = f"on {result['hardware']}; ratio: how many times faster ours is, median (range) over rounds"
     return "\n".join([head, *rows, *facts])
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def stage_seconds(stages: dict[str, float]) -> dict[str, dict[str, float]]:

@@ -73,6 +73,15 @@ def verdicts(logits_BVK: Tensor, labels_B: Tensor) -> Verdicts:
     )
 
 
+@dataclass(frozen=True)
+class GridVerdict:
+    """Whether an image was right on all 775 views, and how many were judged to know it."""
+
+    index: int
+    survived: bool
+    views_judged: int
+
+
 @dataclass
 class _Survivor:
     image: Tensor
@@ -115,16 +124,15 @@ class GridSurvivors:
         self._broke = np.sqrt((extent**2).sum(axis=1) / 3)  # a prior worth one image: far views first
         self._met = np.ones(GRID_VIEWS)
         self._pool: list[_Survivor] = []
-        self._settled: list[tuple[int, bool]] = []
-        self.views_judged = 0
+        self._settled: list[GridVerdict] = []
 
     @property
     def pending(self) -> int:
         """Images whose verdict is still open."""
         return len(self._pool)
 
-    def take_verdicts(self) -> list[tuple[int, bool]]:
-        """(index, survived all 775 views) of the images settled since the last call."""
+    def take_verdicts(self) -> list[GridVerdict]:
+        """The verdicts of the images settled since the last call."""
         settled, self._settled = self._settled, []
         return settled
 
@@ -146,14 +154,14 @@ class GridSurvivors:
         logits_BVK = self._passes.warped(images_BSSC, matrices_BV23)
         labels_B = torch.tensor([s.label for s in playing], device=logits_BVK.device)
         wrong_BV = (logits_BVK.argmax(dim=2) != labels_B[:, None]).cpu().numpy()
-        self.views_judged += wrong_BV.size
         finished = set()
         for survivor, views, wrong in zip(playing, chosen, wrong_BV):
             np.add.at(self._broke, views, wrong)
             np.add.at(self._met, views, 1)
             survivor.tried += turn
             if wrong.any() or survivor.tried >= GRID_VIEWS - 1:
-                self._settled.append((survivor.index, not wrong.any()))
+                views_judged = min(survivor.tried, GRID_VIEWS - 1) + 1  # the natural view was judged before
+                self._settled.append(GridVerdict(survivor.index, not wrong.any(), views_judged))
                 finished.add(id(survivor))
         self._pool = [s for s in self._pool if id(s) not in finished]
         self._moved()

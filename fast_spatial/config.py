@@ -251,7 +251,7 @@ class BenchConfig:
     rounds: int = option(7, "rounds, in which all contenders take turns; medians and ranges are over them")
     seconds: float = option(1.0, "seconds per contender and round, at least one unit of work")
     side: int = option(224, "side of the views, pixels (the grid's: the checkpoint's)")
-    grid_images: int = option(2, "images a round on the grid")
+    grid_images: int = option(16, "images a round on the grid; at 224 pixels without a GPU, 2 take a minute")
     workers: int = option(0, "threads of ours, workers or threads of the others; 0: the CPUs there are")
     ffcv_python: str = option("", "a Python that has FFCV, to compare with; it needs an environment of its own")
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class ImageVerdict:
     """What one image survived; `grid` is None where the image did not meet the grid.
 
     `natural_margin` is the gap between the two largest logits of the untouched image: near 0, arithmetic decides.
+    `grid_views` is how many of the grid's 775 views were judged to know the answer, the untouched image included.
     """
 
     index: int
@@ -46,6 +47,7 @@ class ImageVerdict:
     worst10_any: bool
     grid: bool | None
     natural_margin: float
+    grid_views: int = field(default=0, compare=False)  # a cost, which depends on what was learnt before
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,9 @@ class Summary:
     """Top-1 accuracy in percent under each attack, over `num_images` distinct images.
 
     `worst10` counts the view of highest loss among the untouched image and the random ones, `worst10_any` is right on
-    all of them, `grid` on all 775 views of the grid. `partial` marks a result that was limited on purpose.
+    all of them, `grid` on all 775 views of the grid. `grid_views_per_image` is how many of these were judged, on
+    average, to know the answer; `grid_views_per_broken_image` the same of images that are right untouched and broken by
+    another view. `partial` marks a result that was limited on purpose.
     """
 
     natural_top1_pct: float
@@ -63,6 +67,8 @@ class Summary:
     grid_top1_pct: float | None
     num_images: int
     grid_num_images: int
+    grid_views_per_image: float | None = field(compare=False)
+    grid_views_per_broken_image: float | None = field(compare=False)
     degrees: float
     translate_px: float
     views: int
@@ -149,7 +155,8 @@ def judge_batches(
         for_grid = []
         for row, (index, label, natural, random, worst, all_views, margin) in enumerate(columns):
             meets = wants_grid is not None and wants_grid(index)
-            verdict = ImageVerdict(index, label, natural, random, worst, all_views, False if meets else None, margin)
+            grid = False if meets else None
+            verdict = ImageVerdict(index, label, natural, random, worst, all_views, grid, margin, int(meets))
             if meets and natural:
                 waiting[index] = verdict
                 for_grid.append(row)
@@ -170,8 +177,9 @@ def judge_batches(
 
 
 def _settled(survivors: GridSurvivors, waiting: dict[int, ImageVerdict]) -> Iterator[ImageVerdict]:
-    for index, survived in survivors.take_verdicts():
-        yield dataclasses.replace(waiting.pop(index), grid=survived)
+    for found in survivors.take_verdicts():
+        verdict = waiting.pop(found.index)
+        yield dataclasses.replace(verdict, grid=found.survived, grid_views=found.views_judged)
 
 
 def summarize(found: list[ImageVerdict], limits: SpatialLimits, views: int, *, partial: bool) -> Summary:
@@ -186,6 +194,10 @@ def summarize(found: list[ImageVerdict], limits: SpatialLimits, views: int, *, p
     if len({v.index for v in found}) != len(found):
         raise ValueError("an image was judged more than once; the percentages would be wrong")
     on_grid = [v for v in found if v.grid is not None]
+    broken = [v for v in on_grid if v.natural and not v.grid]
+
+    def mean_views(values: list[ImageVerdict]) -> float | None:
+        return sum(v.grid_views for v in values) / len(values) if values else None
 
     def pct(values: list[bool | None]) -> float:
         return 100 * sum(map(bool, values)) / len(values)
@@ -198,6 +210,8 @@ def summarize(found: list[ImageVerdict], limits: SpatialLimits, views: int, *, p
         grid_top1_pct=pct([v.grid for v in on_grid]) if on_grid else None,
         num_images=len(found),
         grid_num_images=len(on_grid),
+        grid_views_per_image=mean_views(on_grid),
+        grid_views_per_broken_image=mean_views(broken),
         degrees=limits.degrees,
         translate_px=limits.translate_px,
         views=views,
@@ -291,7 +305,10 @@ def summary_table(summary: Summary) -> str:
     ]
     if summary.grid_top1_pct is not None:
         few = f", {summary.grid_num_images} images" if summary.grid_num_images != summary.num_images else ""
-        rows.append((f"grid of {GRID_VIEWS}", summary.grid_top1_pct, "right on every view" + few))
+        judged = f"; {summary.grid_views_per_image:.0f} views judged per image"
+        if summary.grid_views_per_broken_image is not None:
+            judged += f", {summary.grid_views_per_broken_image:.1f} per image they broke"
+        rows.append((f"grid of {GRID_VIEWS}", summary.grid_top1_pct, "right on every view" + few + judged))
     head = (
         f"top-1 accuracy on {summary.num_images} images, up to {summary.degrees:g} degrees and "
         f"{summary.translate_px:g} px (at side 224)" + (", PARTIAL" if summary.partial else "")
