@@ -5,31 +5,34 @@ python -m benchmarks.bench JSON
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import grid, pipeline, score, step, warp
 from benchmarks.jobs import Findings, Job
-from benchmarks.jpegs import synthetic_images
 from benchmarks.machine import machine
 from benchmarks.verdict import table, verdict
-from fast_spatial.config import SYNTHETIC, BenchConfig, from_json, to_json
-from fast_spatial.data import data_folder
+from fast_spatial.config import BenchConfig, from_json, to_json
 from fast_spatial.files import write_json
 from kernels.cpus import usable_cpus
 
-GROUPS: dict[str, Callable[[Job], Findings]] = {
-    "warp": warp.run,
-    "pipeline": pipeline.run,
-    "score": score.run,
-    "step": step.run,
-    "grid": grid.run,
-}
+GROUPS = ("warp", "pipeline", "score", "step", "grid", "gpu")
+
+
+def run_group(name: str, job: Job) -> Findings:
+    """Run a group's module, or say which package it lacks."""
+    try:
+        found: Findings = importlib.import_module(f"benchmarks.{name}").run(job)
+    except ModuleNotFoundError as error:
+        if error.name and error.name.split(".")[0] in ("benchmarks", "fast_spatial", "kernels", "pipelines"):
+            raise
+        found = Findings.none()
+        found.skipped[name] = f"it needs {error.name}, which is not installed"
+    return found
 
 
 def run(config: BenchConfig) -> dict[str, Any]:
@@ -37,13 +40,12 @@ def run(config: BenchConfig) -> dict[str, Any]:
     threads = config.workers or usable_cpus()
     torch.set_num_threads(threads)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    folder = synthetic_images() if config.data == SYNTHETIC else data_folder(config.data)
-    job = Job(config, device, threads, folder)
+    job = Job(config, device, threads)
     found = Findings.none()
-    for name, group in GROUPS.items():
-        if config.what in (name, "all"):
+    for name in GROUPS:
+        if config.what == name or (config.what == "all" and (name != "gpu" or device.type == "cuda")):
             print(f"{name} ...", flush=True)
-            found.add(group(job))
+            found.add(run_group(name, job))
     words = [f"--{key.replace('_', '-')} {value}" for key, value in to_json(config).items() if value and key != "what"]
     return {
         **machine(),

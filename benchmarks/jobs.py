@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fast_spatial.config import BenchConfig
+from fast_spatial.config import SYNTHETIC, BenchConfig
+from fast_spatial.data import data_folder
 from kernels.spatial import SpatialLimits
 
 
@@ -19,7 +21,15 @@ class Job:
     config: BenchConfig
     device: torch.device
     threads: int
-    images: Path
+
+    @cached_property
+    def images(self) -> Path:
+        """The folder of images; synthetic ones are made when they are first asked for."""
+        if self.config.data == SYNTHETIC:
+            from benchmarks.jpegs import synthetic_images
+
+            return synthetic_images()
+        return data_folder(self.config.data)
 
     @property
     def limits(self) -> SpatialLimits:

@@ -18,7 +18,7 @@ from kernels.cache import cache_folder
 from kernels.cpus import usable_cpus
 
 SIZES = ((500, 375), (375, 500), (500, 333), (500, 400))  # width, height
-CLASSES, PER_CLASS = 8, 64
+CLASSES, PER_CLASS = 8, {"train": 64, "val": 8}
 FILE_BYTES = 110_000
 _DONE = "complete"
 
@@ -28,22 +28,17 @@ def synthetic_images() -> Path:
     folder = cache_folder() / "synthetic-v1"
     if (folder / _DONE).is_file():
         return folder
-    print(f"making {2 * CLASSES * PER_CLASS} synthetic JPEG files in {folder}", flush=True)
-    jobs = [
-        (folder / split / f"class_{label}" / f"{number:03}.jpg", hash_of(split, label, number))
-        for split in ("train", "val")
+    names = [
+        folder / split / f"class_{label}" / f"{number:03}.jpg"
+        for split, count in PER_CLASS.items()
         for label in range(CLASSES)
-        for number in range(PER_CLASS)
+        for number in range(count)
     ]
+    print(f"making {len(names)} synthetic JPEG files in {folder}", flush=True)
     with ThreadPoolExecutor(usable_cpus()) as pool:
-        list(pool.map(lambda job: _write(*job), jobs))
+        list(pool.map(_write, names, range(len(names))))
     (folder / _DONE).touch()
     return folder
-
-
-def hash_of(split: str, label: int, number: int) -> int:
-    """A seed for every file."""
-    return ((split == "val") * CLASSES + label) * PER_CLASS + number
 
 
 def photograph(seed: int) -> NDArray[np.uint8]:

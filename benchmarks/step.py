@@ -17,7 +17,7 @@ from fast_spatial.step import TrainStep
 from pipelines.loader import Batch
 
 
-def make_step(job: Job, *, scored: bool, score_side: int = 0) -> TrainStep:
+def make_step(job: Job, *, scored: bool, score_side: int = 0, side: int = 0, compiled: bool | None = None) -> TrainStep:
     """A step as `launch.py train` makes it."""
     model = Classifier(models.build("resnet18", 1000)).to(job.device)
     return TrainStep(
@@ -25,9 +25,9 @@ def make_step(job: Job, *, scored: bool, score_side: int = 0) -> TrainStep:
         torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=1e-4, fused=True),
         dtype=dtype_of("auto", job.device),
         scored=scored,
-        score_chunk=default_pass_size(job.device, score_side or job.config.side),
+        score_chunk=default_pass_size(job.device, score_side or side or job.config.side),
         score_side=score_side,
-        compiled=job.device.type == "cuda",
+        compiled=job.device.type == "cuda" if compiled is None else compiled,
     )
 
 

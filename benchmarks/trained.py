@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-import launch
 from benchmarks.jobs import Job
-from fast_spatial.config import DIGITS, EvaluateConfig
+from fast_spatial.config import DIGITS, DIGITS_PRESET, EvaluateConfig, TrainConfig, to_json
 from fast_spatial.inputs import prepare
 from fast_spatial.model import Classifier
 from kernels.cache import cache_folder
@@ -45,10 +44,13 @@ def trained(job: Job, count: int) -> tuple[Classifier, Tensor, Tensor]:
 
 
 def _digits_checkpoint() -> str:
+    # As on ImageNet, crops of many sizes: a network that knows one scale alone cannot judge at a smaller side.
+    preset = {**DIGITS_PRESET, "side": SIDE, "crop_scale": (0.15, 1.0), "eval_every": 0}
     out = cache_folder() / f"bench-digits-{SIDE}"
+    config = TrainConfig(data=DIGITS, mode="random", out=str(out), **preset)
     if not (out / "best.pt").is_file():
+        from fast_spatial.worker import run
+
         print("training a small model on the digits, once, for the grid and for --score-side", flush=True)
-        words = ["--data", DIGITS, "--mode", "random", "--side", str(SIDE), "--eval-every", "0", "--out", str(out)]
-        if launch.main(["train", *words, "--in-process"]):
-            raise SystemExit(1)
+        run("train", to_json(config))
     return str(out / "best.pt")

@@ -232,7 +232,7 @@ class EvaluateConfig(LaunchOptions):
         return _limits(self)
 
 
-BENCH_GROUPS = ("warp", "pipeline", "score", "step", "grid", "all")
+BENCH_GROUPS = ("warp", "pipeline", "score", "step", "grid", "gpu", "all")
 SYNTHETIC = "synthetic"
 
 

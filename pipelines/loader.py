@@ -21,7 +21,6 @@ from torch.utils.dlpack import from_dlpack
 from kernels.cpus import cpus_per_process
 from kernels.sampling import CENTER, EPOCH, HEADER_WIDTH, INDEX, KEY, LABEL, SIDE, TICKET, epoch_order
 from pipelines.dataset import ImageIndex, check_divides
-from pipelines.graph import view_graph
 
 # What DALI may hold ready, beyond the batch in use: at least one batch, at most this much or four batches.
 _PREFETCH_BYTES = 1 << 30
@@ -102,6 +101,8 @@ class Loader:
         if not on_gpu:
             self._constants.append(np.zeros((self._batch_size, side), np.uint8))
         batch_bytes = self._batch_size * len(limits) * side * side * 3
+        from pipelines.graph import view_graph  # a batch is a batch where DALI is missing, too
+
         self._pipeline: Any = view_graph(
             self._source,
             views=len(limits),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -9,11 +11,11 @@ import torch
 from fast_spatial import model as models
 from fast_spatial.evaluate import evaluate
 from fast_spatial.model import Classifier
-from fast_spatial.scoring import Scorer
+from fast_spatial.scoring import Passes, Scorer
 from fast_spatial.step import TrainStep
 from kernels.sampling import TRAINING, augmentation_settings, pack_key, view_limits
 from kernels.spatial import SpatialLimits, matrices
-from kernels.warp import warp, warp_reference
+from kernels.warp import warp, warp_normalized, warp_reference
 from pipelines.dataset import read_index
 from pipelines.digits import export_digits
 from pipelines.loader import Batch, Loader
@@ -33,13 +35,62 @@ def images_and_matrices():
 
 def test_the_gpu_warp_is_the_reference(images_and_matrices):
     images, matrices_BV23 = images_and_matrices
-    exact = warp_reference(images, matrices_BV23.double())
-    found = warp(images.to(CUDA), matrices_BV23.to(CUDA)).cpu()
-    assert (found - exact).abs().max() <= 0.6
+    colour = torch.eye(3, 4).expand(len(images), 3, 4) * 0.9
+    for change in (None, colour):
+        exact = warp_reference(images, matrices_BV23.double(), change)
+        found = warp(images.to(CUDA), matrices_BV23.to(CUDA), None if change is None else change.to(CUDA)).cpu()
+        assert (found - exact).abs().max() <= 0.52
+        assert (found == exact.round()).double().mean() >= 0.98
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02), (torch.float16, 2e-3)])
+def test_views_are_normalized_on_the_gpu_as_on_the_cpu(images_and_matrices, dtype, error):
+    images, matrices_BV23 = images_and_matrices
+    model = Classifier(torch.nn.Identity())
+    on_gpu = copy.deepcopy(model).to(CUDA)
+    expected = model.normalize(warp(images, matrices_BV23).flatten(0, 1))
+    fused = warp_normalized(images.to(CUDA), matrices_BV23.to(CUDA), on_gpu.scale, on_gpu.shift, dtype)
+    cast = on_gpu.normalize(warp(images, matrices_BV23).flatten(0, 1).to(CUDA), dtype)
+    for found in (fused, cast):
+        assert found.dtype == dtype
+        assert found.is_contiguous(memory_format=torch.channels_last)
+    assert (cast.cpu().float() - expected).abs().max() <= error
+    # The two backends round a few pixels to either side.
+    difference = (fused.cpu().float() - expected).abs()
+    assert (difference <= error).double().mean() >= 0.98
+    assert difference.max() <= error + 1.02 / 255 / 0.22
+
+
+def test_compiled_networks_judge_and_train_as_plain_ones():
+    torch.manual_seed(0)
+    views = torch.randint(0, 256, (8, 3, 64, 64, 3), dtype=torch.uint8, device=CUDA)
+    labels = torch.arange(8, device=CUDA)
+    losses = []
+    for compiled in (False, True):
+        torch.manual_seed(1)
+        model = Classifier(models.build("resnet18", 10)).to(CUDA)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, fused=True)
+        step = TrainStep(model, optimizer, dtype=torch.bfloat16, scored=True, score_chunk=16, compiled=compiled)
+        losses.append([step(Batch(views, labels, torch.arange(8))).loss.mean().item() for _ in range(10)])
+    assert losses[1][-1] < 0.7 * losses[1][0]
+    assert abs(losses[0][0] - losses[1][0]) < 0.02 * losses[0][0]
+
+
+def test_passes_that_run_out_of_gpu_memory_are_halved():
+    model = Classifier(models.build("resnet18", 10)).to(CUDA)
+    scorer = Scorer(model, torch.float32)
+    total = torch.cuda.get_device_properties(CUDA).total_memory
+    count = min(int(1.2 * total / (224 * 224 * 3 * 4)), 60_000)
+    views = torch.zeros(1, 1, 224, 224, 3, dtype=torch.uint8, device=CUDA).expand(count, 1, -1, -1, -1)
+    passes = Passes(scorer, 0)
+    assert passes(views).shape == (count, 1, 10)
+    assert 0 < passes.size < count
 
 
 @pytest.mark.parametrize("center", [False, True])
 def test_the_gpu_stream_has_the_draws_of_the_cpu_and_nearly_its_pixels(center):
+    pytest.importorskip("nvidia.dali")
+    pytest.importorskip("sklearn")
     index = read_index(export_digits(), "train").random_subset(64)
     batches = []
     for device in (torch.device("cpu"), CUDA):
