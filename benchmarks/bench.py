@@ -46,7 +46,9 @@ def run(config: BenchConfig) -> dict[str, Any]:
         if config.what == name or (config.what == "all" and (name != "gpu" or device.type == "cuda")):
             print(f"{name} ...", flush=True)
             found.add(run_group(name, job))
-    words = [f"--{key.replace('_', '-')} {value}" for key, value in to_json(config).items() if value and key != "what"]
+    # Of paths the last part: where files lie on this machine says nothing to others.
+    asked = {key: Path(value).name if isinstance(value, str) else value for key, value in to_json(config).items()}
+    words = [f"--{key.replace('_', '-')} {value}" for key, value in asked.items() if value and key != "what"]
     return {
         **machine(),
         "command": " ".join([f"launch.py bench {config.what}", *words]),

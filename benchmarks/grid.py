@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -90,7 +91,7 @@ def run(job: Job) -> Findings:
         )
     first = mine[0]
     found.facts["grid"] = {
-        "model": job.config.checkpoint or "digits",
+        "model": Path(job.config.checkpoint).name or "digits",
         "images": len(images),
         "survivors": sum(answers[0]),
         "views_per_image": round(statistics.mean(first.views), 1) if first.views else None,

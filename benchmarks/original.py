@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -119,8 +120,25 @@ class Lighting:
         return image + (torch.tensor(_EIGENVECTORS) @ weights).view(3, 1, 1)
 
 
+@dataclass(frozen=True)
+class Warps:
+    """Random warps of a batch of images: float [B, warps, 3, S, S]."""
+
+    warps: int
+    limits: SpatialLimits
+
+    def __call__(self, images: Tensor) -> Tensor:
+        degrees, translate = self.limits.degrees, self.limits.translate
+        views = [random_transform(images, degrees, translate, coordinates_by_affine_grid) for _ in range(self.warps)]
+        return torch.stack(views, dim=1)
+
+    def of_one(self, image: Tensor) -> Tensor:
+        """Random warps of one image: float [warps, 3, S, S]."""
+        return self(image[None])[0]
+
+
 def loader(
-    folder: Path, *, side: int, batch: int, workers: int, warps: int, degrees: float, translate: float, in_workers: bool
+    folder: Path, *, side: int, batch: int, workers: int, warps: int, limits: SpatialLimits, in_workers: bool
 ) -> Iterator[Tensor]:
     """Endless batches of torchvision's DataLoader over PIL: float [B, max(warps, 1), 3, S, S].
 
@@ -129,11 +147,7 @@ def loader(
         in_workers: warp in the workers, image by image, instead of in the main process, batch by batch.
 
     """
-
-    def warp(images: Tensor) -> Tensor:
-        views = [random_transform(images, degrees, translate, coordinates_by_affine_grid) for _ in range(warps)]
-        return torch.stack(views, dim=1)
-
+    warp = Warps(warps, limits)
     steps: list[Any] = [
         transforms.RandomResizedCrop(side),
         transforms.RandomHorizontalFlip(),
@@ -142,14 +156,15 @@ def loader(
         Lighting(),
     ]
     if warps and in_workers:
-        steps.append(lambda image: warp(image[None])[0])
+        steps.append(warp.of_one)
     data = DataLoader(
         torchvision.datasets.ImageFolder(str(folder / "train"), transforms.Compose(steps)),
         batch_size=batch,
         shuffle=True,
         num_workers=workers,
         drop_last=True,
-        persistent_workers=workers > 0,
+        persistent_workers=True,
+        multiprocessing_context="spawn",  # a fork of a process that has threads may crash
     )
     while True:
         for images, _ in data:

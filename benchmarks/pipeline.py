@@ -98,8 +98,7 @@ def _torchvision(job: Job, warps: int, *, in_workers: bool) -> Contender:
         batch=BATCH,
         workers=job.threads,
         warps=warps,
-        degrees=job.limits.degrees,
-        translate=job.limits.translate,
+        limits=job.limits,
         in_workers=in_workers,
     )
     where = "" if not warps else f", grid_sample in the {'workers' if in_workers else 'main process'}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -95,7 +96,7 @@ def fidelity(job: Job) -> dict[str, Any]:
         picked += losses.gather(1, small[:, None]).sum().item()
         highest += losses.gather(1, full[:, None]).sum().item()
     return {
-        "model": job.config.checkpoint or "digits",
+        "model": Path(job.config.checkpoint).name or "digits",
         "images": len(images),
         "side": side,
         "score_side": side // 2,

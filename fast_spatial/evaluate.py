@@ -323,7 +323,7 @@ def write_report(
     rows = []
     for verdict in found:
         values = dataclasses.asdict(verdict)
-        values.pop("index")
+        del values["index"], values["grid_views"]  # the same file, whatever the number of processes
         rows.append({"path": images.relative_path(verdict.index), **values})
     content = {"summary": dataclasses.asdict(summary), "config": to_json(config), "images": rows}
     write_json(path, content)

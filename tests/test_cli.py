@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -86,6 +88,18 @@ EVALUATE_OPTIONS = {
     "batch_size_per_process": 128,
     "judge_batch": 0,
     **LAUNCH_OPTIONS,
+}
+BENCH_OPTIONS = {
+    "what": "all",
+    "data": "synthetic",
+    "json": "",
+    "checkpoint": "",
+    "rounds": 7,
+    "seconds": 1.0,
+    "side": 224,
+    "grid_images": 16,
+    "workers": 0,
+    "ffcv_python": "",
 }
 REPRODUCE_DECIDES = {"mode", "degrees", "translate_px", "seed"}
 
@@ -316,8 +330,44 @@ def test_the_options_of_train_are_the_frozen_ones():
     assert defaults("train") == TRAIN_OPTIONS
 
 
-def test_the_options_of_evaluate_are_the_frozen_ones():
+def test_the_options_of_evaluate_and_bench_are_the_frozen_ones():
     assert defaults("evaluate") == EVALUATE_OPTIONS
+    assert defaults("bench") == BENCH_OPTIONS
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [(["warp"], "warp"), (["--what", "step"], "step"), ([], "all"), (["grid", "--rounds", "1"], "grid")],
+)
+def test_the_part_to_measure_may_come_first(monkeypatch, words, what):
+    asked = []
+
+    def start(command, **_):
+        asked.append(command)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(subprocess, "run", start)
+    with pytest.raises(SystemExit) as ended:
+        launch.main(["bench", *words])
+    assert ended.value.code == 0
+    assert json.loads(asked[0][-1])["what"] == what
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["wrap"], "--what wrap: choose one of warp, pipeline"),
+        (["warp", "step"], "step: a stray word"),
+        (["warp", "--what", "step"], "--what: given twice"),
+        (["--checkpoint", "a.pt"], "name their folder with --data"),
+        (["pipeline", "--data", "nowhere"], "nowhere"),
+        (["--ffcv-python", "nowhere/python"], "--ffcv-python nowhere/python: there is no such file"),
+        (["--rounds", "0"], "--rounds 0: it must be at least 1"),
+        (["--seconds", "0"], "--seconds 0: it must be more than 0"),
+    ],
+)
+def test_a_benchmark_that_cannot_work_is_refused(capsys, words, expected):
+    assert expected in refused(capsys, "bench", *words)[0]
 
 
 def test_reproduce_takes_its_own_options_and_those_of_the_recipe():

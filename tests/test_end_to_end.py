@@ -52,12 +52,42 @@ def test_one_and_two_processes_judge_alike(run, tmp_path):
     assert "PARTIAL" in ended.stdout
     reports = {processes: json.loads((tmp_path / f"{processes}.json").read_text()) for processes in (1, 2)}
     assert reports[1]["images"] == reports[2]["images"]
+    views = [reports[processes]["summary"].pop("grid_views_per_image") for processes in (1, 2)]
+    assert all(1 <= number <= 775 for number in views)
+    for report in reports.values():
+        del report["summary"]["grid_views_per_broken_image"]
     assert reports[1]["summary"] == reports[2]["summary"]
     assert reports[1]["summary"]["partial"]
     assert reports[1]["summary"]["num_images"] == 20
     first = reports[1]["images"][0]
     assert first["path"].startswith("val/")
     assert isinstance(first["natural"], bool)
+
+
+COMPARISONS = ["warp.opencv", "warp.grid_sample", "warp.dali_cpu"]
+COMPARISONS += [f"pipeline.{mode}" for mode in ("standard", "random", "worst10")]
+COMPARISONS += ["score.11views", "step.worst10", "step.worst10_score16", "grid"]
+
+
+def test_the_benchmark_compares_every_part_and_says_what_limits_training(run, tmp_path):
+    """On few and small images: what is said about speed here means nothing, and is not asked."""
+    out, _ = run
+    words = ["--data", "digits", "--checkpoint", out / "best.pt", "--side", 32, "--rounds", 2, "--seconds", 0.01]
+    ended = launch("bench", "all", *words, "--grid-images", 2, "--json", tmp_path / "bench.json", timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads((tmp_path / "bench.json").read_text())
+    compared = {row["name"]: row for row in found["comparisons"]}
+    assert set(COMPARISONS) <= compared.keys() | found["skipped"].keys()
+    assert found["skipped"].keys() <= {"warp.opencv", "pipeline.ffcv_jpg"}
+    for row in compared.values():
+        assert row["ratio_min"] <= row["ratio"] <= row["ratio_max"]
+        assert 0 < row["ours"]["min"] <= row["ours"]["median"] <= row["ours"]["max"]
+        assert 0.1 < row["ratio"] / (row["ours"]["median"] / row["baseline"]["median"]) < 10
+    assert compared["grid"]["same_answer"] == "4 of 4 images"
+    assert found["facts"]["score_side"]["images"] == 256
+    assert any("limits training here" in line for line in found["verdict"])
+    for text in ("warp.grid_sample", "pipeline.ffcv_jpg", "skipped", "what to do"):
+        assert text in ended.stdout
 
 
 @pytest.mark.slow
