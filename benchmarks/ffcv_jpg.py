@@ -16,26 +16,31 @@ from pathlib import Path
 from typing import Any
 
 
-def write(folder: Path, target: Path, threads: int) -> None:
-    """Pack the folder's JPEG files as they are."""
+def write(folder: Path, target: Path, threads: int) -> int:
+    """Pack the folder's images as JPEG of quality 90: FFCV encodes them anew."""
     from ffcv.fields import IntField, RGBImageField
     from ffcv.writer import DatasetWriter
     from torchvision.datasets import ImageFolder
 
-    fields = {"image": RGBImageField(write_mode="jpg", max_resolution=512, jpeg_quality=90), "label": IntField()}
+    fields = {"image": RGBImageField(write_mode="jpg", jpeg_quality=90), "label": IntField()}
     writer = DatasetWriter(str(target), fields, num_workers=threads)
-    writer.from_indexed_dataset(ImageFolder(str(folder)))
+    images = ImageFolder(str(folder))
+    writer.from_indexed_dataset(images)
+    return len(images)
 
 
-def batches(target: Path, side: int, batch: int, threads: int) -> Iterator[Any]:
+def batches(target: Path, count: int, side: int, batch: int, threads: int) -> Iterator[Any]:
     """Endless batches of cropped, flipped images."""
     from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
     from ffcv.transforms import RandomHorizontalFlip, ToTensor, ToTorchImage
 
     pipeline = [RandomResizedCropRGBImageDecoder((side, side)), RandomHorizontalFlip(), ToTensor(), ToTorchImage()]
+    # An epoch without an end: on few images, threads would wait for one another at the end of every one.
+    indices = list(range(count)) * max(1, 500_000 // count)
     loader = Loader(
         str(target),
+        indices=indices,
         batch_size=batch,
         num_workers=threads,
         order=OrderOption.QUASI_RANDOM,
@@ -53,11 +58,11 @@ def main(folder: str, side: str, batch: str, threads: str) -> None:
 
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(scratch) / "images.beton"
-        write(Path(folder) / "train", target, int(threads))
-        endless = batches(target, int(side), int(batch), int(threads))
+        count = write(Path(folder) / "train", target, int(threads))
+        endless = batches(target, count, int(side), int(batch), int(threads))
         for line in sys.stdin:
             if line.strip() == "about":
-                answer: dict[str, Any] = {"version": version("ffcv")}
+                answer: dict[str, Any] = {"version": version("ffcv"), "bytes_per_image": target.stat().st_size // count}
             else:
                 answer = {"images": len(next(endless)[0])}
             print(json.dumps(answer), flush=True)

@@ -136,7 +136,11 @@ def _score(
     views = torch.randint(0, 256, (batch, 1, side, side, 3), dtype=torch.uint8, device=device)
     flops = _flops(lambda: Scorer(model, dtype)(views[:2, 0])) / 2 * batch
     spent = _seconds(lambda: passes(views), device)
-    return {"views_per_sec": round(batch / spent, 1), "flop_utilization_pct": round(100 * flops / spent / peak, 1)}
+    return {
+        "views_per_pass": passes.size,
+        "views_per_sec": round(batch / spent, 1),
+        "flop_utilization_pct": round(100 * flops / spent / peak, 1),
+    }
 
 
 def _train(job: Job, views: int, side: int, batch: int, peak: float, compiled: bool) -> dict[str, Any]:

@@ -7,8 +7,10 @@ set -uo pipefail
 out=${1:?give a folder for the results: benchmarks/gpu.sh OUT [PYTHON]}
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
+python=${2:+$(command -v "$2")}
+python=${python:+$(realpath -s "$python")}
 cd "$(dirname "$0")/.."
-python=${2:-$([ -x .venv/bin/python ] && echo .venv/bin/python || command -v python3)}
+python=${python:-$([ -x .venv/bin/python ] && echo .venv/bin/python || command -v python3)}
 status=0
 
 if ! "$python" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())'; then

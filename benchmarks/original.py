@@ -17,7 +17,7 @@ import torch
 import torchvision
 from torch import Tensor
 from torch.nn.functional import affine_grid, cross_entropy, grid_sample
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler
 from torchvision import transforms
 
 from fast_spatial.model import Classifier
@@ -157,20 +157,21 @@ def loader(
     ]
     if warps and in_workers:
         steps.append(warp.of_one)
+    images = torchvision.datasets.ImageFolder(str(folder / "train"), transforms.Compose(steps))
     data = DataLoader(
-        torchvision.datasets.ImageFolder(str(folder / "train"), transforms.Compose(steps)),
+        images,
         batch_size=batch,
-        shuffle=True,
+        # An epoch without an end: on few images, workers would wait for one another at the end of every one.
+        sampler=RandomSampler(images, replacement=True, num_samples=1 << 30),
         num_workers=workers,
         drop_last=True,
         persistent_workers=True,
         multiprocessing_context="spawn",  # a fork of a process that has threads may crash
     )
-    while True:
-        for images, _ in data:
-            if not warps:
-                yield images[:, None]
-            elif in_workers:
-                yield images
-            else:
-                yield warp(images)
+    for floats, _ in data:
+        if not warps:
+            yield floats[:, None]
+        elif in_workers:
+            yield floats
+        else:
+            yield warp(floats)

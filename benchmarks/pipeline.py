@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ from pipelines.dataset import ImageIndex, read_index
 from pipelines.loader import Loader
 
 BATCH = 32
-IN_FLIGHT = 6  # batches that any contender may have ready before the clock starts
 SETTLE_SEC = 0.5  # for threads and workers of the contender before to come to rest
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -33,32 +33,40 @@ def run(job: Job) -> Findings:
     found = Findings.none()
     index = read_index(job.images, "train")
     for mode, warps in (("standard", 0), ("random", 1), ("worst10", 10)):
-        baselines = [_torchvision(job, warps, in_workers=True)]
+        baselines = [_torchvision(job, warps, job.threads, in_workers=True)]
         if warps:
-            baselines.append(_torchvision(job, warps, in_workers=False))
+            baselines.append(_torchvision(job, warps, job.threads, in_workers=False))
+        if job.config.read_latency_ms:  # against a slow disk, people take more workers
+            baselines.append(_torchvision(job, warps, 4 * job.threads, in_workers=True))
         ours = _ours(job, index, mode)
         found.comparisons.append(compare(f"pipeline.{mode}", "images/s", ours, baselines, **job.timing))
         found.stages[f"loader: {mode}"] = found.comparisons[-1]["ours"]["median"]
     _against_ffcv(job, index, found)
-    decode, read = rates_of([_decoding(job, index), _reading(index)], **job.timing)
+    decode, read = rates_of([_decoding(job, index), _reading(job, index)], **job.timing)
     found.stages["decode"] = spread(decode)["median"]
     found.stages["read"] = spread(read)["median"]
     return found
 
 
-def _steady(name: str, batches: Iterator[Any], batch: int = BATCH) -> Contender:
+def _steady(job: Job, name: str, batches: Iterator[Any]) -> Contender:
     """A contender that consumes batches, of which some may be ready before the clock starts."""
+    ready = _in_flight(job)
 
     def begin() -> None:
         time.sleep(SETTLE_SEC)
-        for _ in range(IN_FLIGHT):
+        for _ in range(ready):
             next(batches)
 
     def work() -> int:
         next(batches)
-        return batch
+        return BATCH
 
     return Contender(name, work, begin)
+
+
+def _in_flight(job: Job) -> int:
+    """Batches that a contender may have ready: they do not count."""
+    return max(6, 2 * job.threads + 2)
 
 
 def _ours(job: Job, index: ImageIndex, mode: str) -> Contender:
@@ -88,21 +96,21 @@ def _ours(job: Job, index: ImageIndex, mode: str) -> Contender:
         exact_decoding=False,
     )
     batches = (batch for epoch in itertools.count() for batch in loader.epoch(epoch))
-    return _steady(f"fast_spatial {mode}, {job.threads} threads", batches)
+    return _steady(job, f"fast_spatial {mode}, {job.threads} threads", batches)
 
 
-def _torchvision(job: Job, warps: int, *, in_workers: bool) -> Contender:
+def _torchvision(job: Job, warps: int, workers: int, *, in_workers: bool) -> Contender:
     batches = original.loader(
         job.images,
         side=job.config.side,
         batch=BATCH,
-        workers=job.threads,
+        workers=workers,
         warps=warps,
         limits=job.limits,
         in_workers=in_workers,
     )
     where = "" if not warps else f", grid_sample in the {'workers' if in_workers else 'main process'}"
-    return _steady(f"torchvision and PIL, {job.threads} workers{where}", batches)
+    return _steady(job, f"torchvision and PIL, {workers} workers{where}", batches)
 
 
 def _decoding(job: Job, index: ImageIndex) -> Contender:
@@ -119,29 +127,34 @@ def _decoding(job: Job, index: ImageIndex) -> Contender:
     built = graph(
         batch_size=BATCH, num_threads=job.threads, device_id=0 if job.device.type == "cuda" else None, exec_dynamic=True
     )
-    return _steady("decode", (built.run() for _ in itertools.count()))
+    return _steady(job, "decode", (built.run() for _ in itertools.count()))
 
 
-def _reading(index: ImageIndex) -> Contender:
-    """Reading files one after the other, as they are in the system's cache now."""
+def _reading(job: Job, index: ImageIndex) -> Contender:
+    """Reading files, as many at a time as the loader asks for ahead."""
     paths = itertools.cycle(path.tobytes().rstrip(b"\0") for path in index.paths)
+    pool = ThreadPoolExecutor(max(4, job.threads))
 
     def work() -> int:
-        for path in itertools.islice(paths, BATCH):
-            with open(path, "rb") as file:
-                file.read()
-        return BATCH
+        return sum(pool.map(_read, itertools.islice(paths, BATCH)))
 
     return Contender("read", work)
 
 
+def _read(path: bytes) -> int:
+    with open(path, "rb") as file:
+        file.read()
+    return 1
+
+
 class _Ffcv:
-    """FFCV in an environment of its own: a process that times itself when asked."""
+    """FFCV in an environment of its own: a process that makes a batch when asked."""
 
     def __init__(self, python: str, job: Job) -> None:
         words = [python, str(ROOT / "benchmarks" / "ffcv_jpg.py"), str(job.images), str(job.config.side)]
         words += [str(BATCH), str(job.threads)]
         self._process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._ready = _in_flight(job)
         self.about = self.ask("about")
 
     def ask(self, word: str) -> dict[str, Any]:
@@ -161,7 +174,7 @@ class _Ffcv:
     def begin(self) -> None:
         """Come into a steady state."""
         time.sleep(SETTLE_SEC)
-        for _ in range(IN_FLIGHT):
+        for _ in range(self._ready):
             self.ask("batch")
 
     def close(self) -> None:
@@ -171,6 +184,9 @@ class _Ffcv:
 
 
 def _against_ffcv(job: Job, index: ImageIndex, found: Findings) -> None:
+    if job.config.read_latency_ms:
+        found.skipped["pipeline.ffcv_jpg"] = "FFCV reads one large file, which --read-latency-ms does not slow down"
+        return
     if not job.config.ffcv_python:
         found.skipped["pipeline.ffcv_jpg"] = "no FFCV: give --ffcv-python, a Python that has it"
         return
@@ -180,8 +196,11 @@ def _against_ffcv(job: Job, index: ImageIndex, found: Findings) -> None:
         found.skipped["pipeline.ffcv_jpg"] = f"--ffcv-python {job.config.ffcv_python} failed: {error}"
         print(error, file=sys.stderr)
         return
+    size = ffcv.about["bytes_per_image"] / 1000
     theirs = Contender(
-        f"FFCV {ffcv.about['version']}, JPEG, crop and flip, {job.threads} threads", ffcv.work, ffcv.begin
+        f"FFCV {ffcv.about['version']}, JPEG of {size:.0f} kB, crop and flip, {job.threads} threads",
+        ffcv.work,
+        ffcv.begin,
     )
     ours = _ours(job, index, "standard")
     found.comparisons.append(compare("pipeline.ffcv_jpg", "images/s", ours, [theirs], **job.timing))

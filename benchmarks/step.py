@@ -9,7 +9,7 @@ import torch
 from benchmarks.jobs import Findings, Job
 from benchmarks.original import Original
 from benchmarks.rounds import Contender, compare, rates_of, spread
-from benchmarks.score import BATCH, TRIES, original_ways, random_batch, views_of
+from benchmarks.score import TRIES, original_ways, random_batch, views_of
 from fast_spatial import model as models
 from fast_spatial.device import default_pass_size, dtype_of
 from fast_spatial.model import Classifier
@@ -35,21 +35,21 @@ def run(job: Job) -> Findings:
     """Compare steps at the full and at half the scoring side; time training on one view."""
     found = Findings.none()
     images, floats, labels = random_batch(job)
-    index = torch.arange(BATCH)
+    index = torch.arange(len(labels))
     half = job.config.side // 2
     dtype = str(dtype_of("auto", job.device)).removeprefix("torch.")
 
     def mine(step: TrainStep, views: Callable[[], torch.Tensor]) -> Callable[[], int]:
         def work() -> int:
             step(Batch(views(), labels, index))
-            return BATCH
+            return len(labels)
 
         return work
 
     def theirs(way: Original) -> Callable[[], int]:
         def work() -> int:
             way.step(floats, labels, TRIES)
-            return BATCH
+            return len(labels)
 
         return work
 

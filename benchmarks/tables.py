@@ -28,7 +28,31 @@ def digits(content: dict[str, Any]) -> str:
     )
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"digits": digits}
+def speed(content: dict[str, Any]) -> str:
+    """Ours against what it replaces."""
+    rows = [["part", "ours", "theirs", "times faster", "they are"]]
+    for found in content["comparisons"]:
+        unit = found["unit"]
+        ratio = f"**{found['ratio']:.1f}** ({found['ratio_min']:.1f} to {found['ratio_max']:.1f})"
+        rates = [f"{number(found[side]['median'])} {unit}" for side in ("ours", "baseline")]
+        rows.append([f"`{found['name']}`", *rates, ratio, found["baseline"]["what"]])
+    rows.insert(1, ["---", "---:", "---:", "---:", "---"])
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    rounds = {found["rounds"] for found in content["comparisons"]}
+    about = (
+        f"(Median and range of {' or '.join(map(str, sorted(rounds)))} rounds in which all took turns, on "
+        f"{content['hardware']} ({', '.join(content['cpu_flags'])}), torch {content['versions']['torch']}: "
+        f"`{content['command']}`.)"
+    )
+    return "\n".join([*lines, "", about])
+
+
+def number(value: float) -> str:
+    """Three digits are enough."""
+    return f"{float(f'{value:.3g}'):,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"digits": digits, "cpu": speed, "grid-224": speed}
 
 
 def fill(text: str) -> str:
@@ -38,7 +62,7 @@ def fill(text: str) -> str:
         content = json.loads((RESULTS / f"{match[1]}.json").read_text(encoding="utf-8"))
         return f"<!-- results: {match[1]} -->\n{TABLES[match[1]](content)}\n<!-- end -->"
 
-    return re.sub(r"<!-- results: (\w+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
+    return re.sub(r"<!-- results: ([\w-]+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import zlib
+
 import torch
 from torch import Tensor
 
 from benchmarks.jobs import Job
-from fast_spatial.config import DIGITS, DIGITS_PRESET, EvaluateConfig, TrainConfig, to_json
+from fast_spatial.config import DIGITS, DIGITS_PRESET, EvaluateConfig, TrainConfig, identity, to_json
 from fast_spatial.inputs import prepare
 from fast_spatial.model import Classifier
 from kernels.cache import cache_folder
@@ -46,8 +50,9 @@ def trained(job: Job, count: int) -> tuple[Classifier, Tensor, Tensor]:
 def _digits_checkpoint() -> str:
     # As on ImageNet, crops of many sizes: a network that knows one scale alone cannot judge at a smaller side.
     preset = {**DIGITS_PRESET, "side": SIDE, "crop_scale": (0.15, 1.0), "eval_every": 0}
-    out = cache_folder() / f"bench-digits-{SIDE}"
-    config = TrainConfig(data=DIGITS, mode="random", out=str(out), **preset)
+    recipe = TrainConfig(data=DIGITS, mode="random", out="bench", **preset)
+    out = cache_folder() / f"bench-digits-{zlib.crc32(json.dumps(identity(recipe)).encode()):08x}"
+    config = dataclasses.replace(recipe, out=str(out))
     if not (out / "best.pt").is_file():
         from fast_spatial.worker import run
 

@@ -10,8 +10,8 @@ KNOBS = {
     "decode": "give the loader more CPUs (--workers), or smaller files",
     "augment": "give the loader more CPUs (--workers)",
     "warp": "fewer candidates (--views) or more CPUs (--workers)",
-    "score": "judge at a smaller side (--score-side)",
-    "train": "a smaller --side, or half precision (--dtype)",
+    "score": "judge at a smaller side (--score-side), or fewer candidates (--views)",
+    "train": "train at a smaller --side, or on hardware with faster half precision",
 }
 
 
@@ -33,34 +33,46 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def stage_seconds(stages: dict[str, float]) -> dict[str, dict[str, float]]:
-    """Seconds per image of each stage of training, by mode, from what was measured (images per second by stage).
+def stage_seconds(stages: dict[str, float]) -> dict[str, dict[str, dict[str, float]]]:
+    """Seconds per image of the loader's and of the network's stages, by mode.
 
-    The loader's rates hold what came before: decoding is part of the standard pipeline, that is part of worst10's.
+    Made of what was measured (images per second by stage): the loader's rates hold what came before, since decoding is
+    part of the standard pipeline, which is part of worst10's.
     """
     needed = ("read", "decode", "loader: standard", "loader: worst10", "forward and backward", "score")
     if any(name not in stages for name in needed):
         return {}
     one = {name: 1 / rate for name, rate in stages.items()}
-    common = {
-        "read": one["read"],
-        "decode": max(one["decode"] - one["read"], 0.0),
+    read = min(one["read"], one["loader: standard"])  # the loader reads ahead
+    loader = {
+        "read": read,
+        "decode": max(one["decode"] - read, 0.0),
         "augment": max(one["loader: standard"] - one["decode"], 0.0),
-        "train": one["forward and backward"],
     }
-    warps = max(one["loader: worst10"] - one["loader: standard"], 0.0)
-    return {"standard": common, "worst10": {**common, "warp": warps, "score": one["score"]}}
+    warp = {"warp": max(one["loader: worst10"] - one["loader: standard"], 0.0)}
+    network = {"train": one["forward and backward"]}
+    return {
+        "standard": {"loader": loader, "network": network},
+        "worst10": {"loader": loader | warp, "network": {"score": one["score"]} | network},
+    }
 
 
-def verdict(stages: dict[str, float]) -> list[str]:
-    """What limits training, each stage's ceiling, and the knob to turn; empty if not all stages were measured."""
+def verdict(stages: dict[str, float], *, overlapping: bool) -> list[str]:
+    """What limits training, each stage's ceiling, and the knob to turn; empty if not all stages were measured.
+
+    `overlapping`: the network runs on a GPU while the loader works on CPUs, so that the slower of the two decides.
+    """
     lines = []
-    for mode, seconds in stage_seconds(stages).items():
-        slowest = max(seconds, key=lambda stage: seconds[stage])
+    for mode, sides in stage_seconds(stages).items():
+        slower = max(sides, key=lambda side: sum(sides[side].values()))
+        seconds = sides["loader"] | sides["network"]
+        candidates = sides[slower] if overlapping else seconds
+        slowest = max(candidates, key=lambda stage: candidates[stage])
         ceilings = ", ".join(f"{stage} {1 / spent:,.0f}" for stage, spent in seconds.items() if spent > 0)
-        share = 100 * seconds[slowest] / sum(seconds.values())
+        share = 100 * seconds[slowest] / sum(candidates.values())
+        what = f"of the {slower}'s work for an image" if overlapping else "of the work for an image"
         lines += [
-            f"{mode}: {slowest} limits training here ({share:.0f} % of the work of an image)",
+            f"{mode}: {slowest} limits training here ({share:.0f} % {what})",
             f"  images/s that each stage could reach alone: {ceilings}",
             f"  what to do: {KNOBS[slowest]}",
         ]

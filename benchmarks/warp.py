@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
 
 from benchmarks.jobs import Findings, Job
@@ -109,6 +108,12 @@ def _against_torch(
 
 
 def _against_dali(job: Job, images: np.ndarray[Any, Any], rows: np.ndarray[Any, Any], found: Findings) -> None:
+    try:
+        from nvidia.dali import fn, pipeline_def, types
+    except ImportError:
+        found.skipped["warp.dali_cpu"] = "it needs nvidia.dali, which is not installed"
+        return
+
     def pipeline(as_frames: bool) -> Contender:
         @pipeline_def
         def graph() -> Any:

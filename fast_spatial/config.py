@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from kernels.sampling import view_limits
-from kernels.spatial import NOMINAL_SIDE, SpatialLimits
+from kernels.spatial import MAX_SIDE, NOMINAL_SIDE, SpatialLimits
 
 MAX_SEED = 2**31 - 1
 
@@ -140,7 +140,7 @@ class TrainConfig(LaunchOptions):
     score_side: int = option(0, "choose the worst view from a forward pass at this smaller side; 0: at --side")
     compile: str = option(
         "auto",
-        "let torch.compile fuse the network (needs a C++ compiler); auto: on GPUs, unless --deterministic",
+        "let torch.compile fuse the network (on CPUs it needs a C++ compiler); auto: on GPUs; never if --deterministic",
         choices=("auto", "true", "false"),
         identity=False,
     )
@@ -164,6 +164,7 @@ class TrainConfig(LaunchOptions):
         _at_least(self, 0, "lr", "momentum", "weight_decay", "lighting", "bn_group", "score_chunk", "classes")
         _at_least(self, 0, "max_train_images", "eval_every", "workers", "nproc_per_node", "seed", "profile", "gamma")
         _seed(self)
+        _side(self)
         if self.score_side and not 8 <= self.score_side < self.side:
             raise ValueError(f"--score-side {self.score_side}: it must be at least 8 and below --side {self.side}")
         if self.classes == 1:
@@ -225,6 +226,7 @@ class EvaluateConfig(LaunchOptions):
         _at_least(self, 1, "views", "batch_size_per_process")
         _at_least(self, 0, "side", "seed", "max_images", "judge_batch", "workers", "nproc_per_node")
         _seed(self)
+        _side(self)
 
     @property
     def limits(self) -> SpatialLimits:
@@ -253,13 +255,21 @@ class BenchConfig:
     side: int = option(224, "side of the views, pixels (the grid's: the checkpoint's)")
     grid_images: int = option(16, "images a round on the grid; at 224 pixels without a GPU, 2 take a minute")
     workers: int = option(0, "threads of ours, workers or threads of the others; 0: the CPUs there are")
+    read_latency_ms: float = option(
+        0.0, "pipeline: pretend that every file takes so long to come from the disk (needs a C compiler)"
+    )
     ffcv_python: str = option("", "a Python that has FFCV, to compare with; it needs an environment of its own")
 
     def __post_init__(self) -> None:
         _choice(self, "what")
         _at_least(self, 1, "rounds", "grid_images")
         _at_least(self, 16, "side")
+        _side(self)
         _at_least(self, 0, "workers")
+        if self.read_latency_ms < 0 or (self.read_latency_ms and self.what != "pipeline"):
+            raise ValueError(
+                f"--read-latency-ms {self.read_latency_ms:g}: it must be at least 0, and is for bench pipeline alone"
+            )
         if self.seconds <= 0:
             raise ValueError(f"--seconds {self.seconds:g}: it must be more than 0")
         if self.checkpoint and self.data == SYNTHETIC:
@@ -357,6 +367,11 @@ def _limits(config: Any) -> SpatialLimits:
 def _seed(config: Any) -> None:
     if config.seed > MAX_SEED:
         raise ValueError(f"--seed {config.seed}: it must be at most {MAX_SEED}")
+
+
+def _side(config: Any) -> None:
+    if config.side > MAX_SIDE:
+        raise ValueError(f"--side {config.side}: it must be at most {MAX_SIDE}")
 
 
 def _choice(config: Any, *names: str) -> None:

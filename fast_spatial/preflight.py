@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,8 @@ def check_bench(config: BenchConfig) -> None:
         folder = data_folder(config.data)
         for split in ("train", "val") if config.what in ("pipeline", "all") else ("val",):
             read_index(folder, split)
+    if config.read_latency_ms and not has_compiler("cc"):
+        raise ValueError("--read-latency-ms: it needs a C compiler, and there is none\ninstall gcc")
     if config.ffcv_python and not Path(config.ffcv_python).is_file():
         raise ValueError(f"--ffcv-python {config.ffcv_python}: there is no such file; name a Python that has FFCV")
     if config.checkpoint:
@@ -95,9 +98,17 @@ def check_launch(config: LaunchOptions) -> int:
     gpus = gpu_count()
     if gpus and config.nproc_per_node > gpus:
         raise ValueError(f"--nproc-per-node {config.nproc_per_node}: this node has {gpus} GPUs, one process each")
+    if gpus and not has_compiler("cc"):
+        raise ValueError("there is no C compiler, which Triton needs to start its kernels on GPUs\ninstall gcc")
     if config.in_process and (config.nproc_per_node > 1 or config.nnodes != "1"):
         raise ValueError("--in-process: it runs one process; leave --nproc-per-node and --nnodes away")
     return nodes * local_processes(config)
+
+
+def has_compiler(name: str) -> bool:
+    """Whether a compiler for C ("cc") or C++ ("c++") is to be found, as Triton and torch.compile look for it."""
+    variable, names = {"cc": ("CC", ("gcc", "clang", "cc")), "c++": ("CXX", ("g++", "clang++", "c++"))}[name]
+    return variable in os.environ or any(map(shutil.which, names))
 
 
 def local_processes(config: LaunchOptions) -> int:
@@ -171,5 +182,7 @@ def _check_model(config: TrainConfig) -> None:
         raise ValueError(f"--arch {config.arch} cannot take views of --side {config.side}: {reason}") from None
     if config.optimizer == "apex":
         find_apex_sgd()
+    if config.compile == "true" and not gpu_count() and not has_compiler("c++"):
+        raise ValueError("--compile true: on CPUs it needs a C++ compiler, and there is none\ninstall g++")
     if config.dtype == "float16" and not torch.cuda.is_available():
         raise ValueError("--dtype float16: it needs a GPU, and none is visible; use float32 or bfloat16")

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, pad
 
 from fast_spatial.model import Classifier, to_unit
 from kernels.warp import warp, warp_normalized
@@ -86,14 +86,15 @@ class Passes:
                 if size == 1:
                     raise
             # Outside the handler, or the exception would keep the failed pass in memory.
-            self.size = (min(size, count) + 1) // 2
-            log.warning("out of memory in a forward pass over %d views: %d from here on", min(size, count), self.size)
+            failed = size if self._pad else min(size, count)
+            self.size = (failed + 1) // 2
+            log.warning("out of memory in a forward pass over %d views: %d from here on", failed, self.size)
             torch.cuda.empty_cache()
 
     def _one(self, inputs: Tensor, size: int) -> Tensor:
         missing = size - len(inputs) if self._pad else 0
-        if missing:
-            inputs = torch.cat([inputs, inputs.new_zeros(missing, *inputs.shape[1:])])
+        if missing:  # `pad` keeps the layout in memory, which decides how a convolution is computed
+            inputs = pad(inputs, (0, 0) * (inputs.ndim - 1) + (0, missing))
         return self.judge.logits(inputs)[: len(inputs) - missing]
 
     def _shrink(self, views_NSSC: Tensor) -> Tensor:

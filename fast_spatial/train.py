@@ -46,6 +46,7 @@ def train(config: TrainConfig, world: World) -> None:
     eval_warps = int((limits_V2 != 0).any(axis=1).sum())
     score_chunk = config.score_chunk or default_pass_size(world.device, config.score_side or config.side)
     compiled = config.compile == "true" or (config.compile == "auto" and world.device.type == "cuda")
+    compiled = compiled and not config.deterministic
     optimizer = make_optimizer(config, model)
     step = TrainStep(
         model,
@@ -55,7 +56,13 @@ def train(config: TrainConfig, world: World) -> None:
         accumulate=config.accumulate,
         score_chunk=score_chunk,
         score_side=config.score_side,
-        compiled=compiled and not config.deterministic,
+        compiled=compiled,
+    )
+    judge = step.scorer or Scorer(model, dtype)
+    # Of the training passes' shape, or a compiled network would be compiled again.
+    eval_pass = config.score_chunk or default_pass_size(world.device, config.side)
+    eval_passes = Passes(
+        judge, eval_pass or config.global_batch_size // world.world_size * len(limits_V2), pad=compiled
     )
     settings = augmentation_settings(
         center=mode.center,
@@ -109,6 +116,8 @@ def train(config: TrainConfig, world: World) -> None:
         first_epoch, best_pct, elapsed_sec = saved["epoch"], saved["best_pct"], saved["elapsed_sec"]
         if step.scorer is not None:
             step.scorer.refresh()
+        if saved["dtype"] != str(dtype) and world.rank == 0:
+            say(f"continued in {dtype} instead of {saved['dtype']}, which this machine is best at")
         if saved["world_size"] != world.world_size and not config.bn_group and world.rank == 0:
             say(
                 f"continued on {world.world_size} processes instead of {saved['world_size']}: BatchNorm normalizes "
@@ -161,6 +170,7 @@ def train(config: TrainConfig, world: World) -> None:
         improved = False
         if last or (config.eval_every and (epoch + 1) % config.eval_every == 0):
             before = runlog.elapsed_sec
+            judge.refresh()
             batches = eval_loader.epoch(evaluations)
             evaluations += 1
             bar = Bar(
@@ -171,7 +181,7 @@ def train(config: TrainConfig, world: World) -> None:
                 show=world.rank == 0,
             )
             scores = validate(
-                Passes(step.scorer or Scorer(model, dtype), default_pass_size(world.device, config.side)),
+                eval_passes,
                 bar,
                 warps=eval_warps,
                 device=world.device,
@@ -200,6 +210,7 @@ def train(config: TrainConfig, world: World) -> None:
                 "best_pct": best_pct,
                 "elapsed_sec": runlog.elapsed_sec,
                 "world_size": world.world_size,
+                "dtype": str(dtype),
                 "optimizer": optimizer.state_dict(),
                 "scaler": step.scaler.state_dict(),
             }

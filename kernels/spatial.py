@@ -24,6 +24,8 @@ from numpy.typing import NDArray
 NOMINAL_SIDE = 224
 GRID_ANGLES, GRID_SHIFTS = 31, 5
 GRID_VIEWS = GRID_ANGLES * GRID_SHIFTS * GRID_SHIFTS
+# The largest side: coordinates are 32-bit fixed point on CPUs.
+MAX_SIDE = 4096
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import grid_sample
 
 from kernels.cpus import cpus_per_process
+from kernels.spatial import MAX_SIDE
 from kernels.warp_cpu import warp_image
 
 # B images, V views, S side, C = 3 channels.
@@ -34,6 +35,8 @@ def warp(images_BSSC: Tensor, matrices_BV23: Tensor, colour_B34: Tensor | None =
     B, S = images_BSSC.shape[0], images_BSSC.shape[1]
     if images_BSSC.dtype != torch.uint8 or images_BSSC.shape != (B, S, S, 3):
         raise ValueError(f"images are {images_BSSC.dtype} {tuple(images_BSSC.shape)}: expected uint8 [B, S, S, 3]")
+    if not 1 <= S <= MAX_SIDE:
+        raise ValueError(f"images have a side of {S}: it must be between 1 and {MAX_SIDE}")
     if matrices_BV23.ndim != 4 or matrices_BV23.shape[0] != B or matrices_BV23.shape[2:] != (2, 3):
         raise ValueError(f"matrices have shape {tuple(matrices_BV23.shape)}: expected [{B}, V, 2, 3]")
     if colour_B34 is not None and colour_B34.shape != (B, 3, 4):

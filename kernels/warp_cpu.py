@@ -142,7 +142,7 @@ def _inside(start, step, low, high, first, last):  # type: ignore[no-untyped-def
         end = min(end, (start - low) // -step + 1)
     elif not low <= start < high:
         end = begin
-    return (begin, end) if begin < end else (first, first)
+    return (begin, end) if begin < end else (np.int64(0), np.int64(0))
 
 
 @njit(cache=True, nogil=True)

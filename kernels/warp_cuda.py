@@ -7,6 +7,9 @@ what a convolution reads. Views are rounded to 8 bits before they are normalized
 
 from __future__ import annotations
 
+import contextlib
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -26,9 +29,9 @@ def _colour(m, channel: tl.constexpr, r, g, b):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _pack_kernel(words, images, colours, side, CHANGED: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    image = tl.program_id(1).to(tl.int64)
+    image = tl.program_id(0).to(tl.int64)  # the first axis of a launch is the one without a limit
     width = side + 2
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     y, x = place // width - 1, place % width - 1
     inside = (y >= 0) & (y < side) & (x >= 0) & (x < side)
     pixel = images + image * side * side * 3 + (y * side + x) * 3
@@ -47,15 +50,15 @@ def _pack_kernel(words, images, colours, side, CHANGED: tl.constexpr, BLOCK: tl.
 def _warp_kernel(  # type: ignore[no-untyped-def]
     out, words, matrices, scale, shift, views, side, TILE_Y: tl.constexpr, TILE_X: tl.constexpr
 ):
-    view = tl.program_id(1)
+    view = tl.program_id(0)
     width = side + 2
     tiles = tl.cdiv(side, TILE_X)
-    y = (tl.program_id(0) // tiles) * TILE_Y + tl.arange(0, TILE_Y)[:, None]
-    x = (tl.program_id(0) % tiles) * TILE_X + tl.arange(0, TILE_X)[None, :]
+    y = (tl.program_id(1) // tiles) * TILE_Y + tl.arange(0, TILE_Y)[:, None]
+    x = (tl.program_id(1) % tiles) * TILE_X + tl.arange(0, TILE_X)[None, :]
     m = matrices + view * 6
     y_f, x_f = y.to(tl.float32), x.to(tl.float32)
     # Coordinates of the bordered image, so + 1; beyond the border there is nothing but black.
-    end = (side + 1).to(tl.float32)
+    end = side + 1.0
     source_x = tl.minimum(tl.maximum(tl.load(m) * x_f + tl.load(m + 1) * y_f + tl.load(m + 2) + 1.0, 0.0), end)
     source_y = tl.minimum(tl.maximum(tl.load(m + 3) * x_f + tl.load(m + 4) * y_f + tl.load(m + 5) + 1.0, 0.0), end)
     left, top = tl.minimum(source_x.to(tl.int32), side), tl.minimum(source_y.to(tl.int32), side)
@@ -86,6 +89,11 @@ def _normalize_kernel(out, views, scale, shift, count, BLOCK: tl.constexpr):  # 
     tl.store(out + place, normalized.to(out.dtype.element_ty), mask=inside)
 
 
+def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Make a device current: Triton launches there, wherever the tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
 def warp_normalized(
     images_BSSC: Tensor,
     matrices_BV23: Tensor,
@@ -100,13 +108,14 @@ def warp_normalized(
     width = S + 2
     words_BWW = torch.empty((B, width, width), dtype=torch.int32, device=device)
     colours = words_BWW if colour_B34 is None else colour_B34.to(device, torch.float32).contiguous()
-    _pack_kernel[(triton.cdiv(width * width, _BLOCK), B)](
-        words_BWW, images_BSSC.contiguous(), colours, S, colour_B34 is not None, _BLOCK
-    )
     out_NSSC = torch.empty((B * V, S, S, 3), dtype=dtype, device=device)
     matrices = matrices_BV23.to(device, torch.float32).contiguous()
     tiles = triton.cdiv(S, _TILE_Y) * triton.cdiv(S, _TILE_X)
-    _warp_kernel[(tiles, B * V)](out_NSSC, words_BWW, matrices, scale_C, shift_C, V, S, _TILE_Y, _TILE_X)
+    with _current(device):
+        _pack_kernel[(B, triton.cdiv(width * width, _BLOCK))](
+            words_BWW, images_BSSC.contiguous(), colours, S, colour_B34 is not None, _BLOCK
+        )
+        _warp_kernel[(B * V, tiles)](out_NSSC, words_BWW, matrices, scale_C, shift_C, V, S, _TILE_Y, _TILE_X)
     return out_NSSC.permute(0, 3, 1, 2)
 
 
@@ -115,5 +124,6 @@ def normalize(views_NSSC: Tensor, scale_C: Tensor, shift_C: Tensor, dtype: torch
     views_NSSC = views_NSSC.contiguous()
     out_NSSC = torch.empty(views_NSSC.shape, dtype=dtype, device=views_NSSC.device)
     count = views_NSSC.numel()
-    _normalize_kernel[(triton.cdiv(count, _BLOCK),)](out_NSSC, views_NSSC, scale_C, shift_C, count, _BLOCK)
+    with _current(views_NSSC.device):
+        _normalize_kernel[(triton.cdiv(count, _BLOCK),)](out_NSSC, views_NSSC, scale_C, shift_C, count, _BLOCK)
     return out_NSSC.permute(0, 3, 1, 2)

@@ -81,6 +81,24 @@ def test_padded_passes_have_one_shape_and_change_nothing():
     torch.testing.assert_close(padded, Passes(judge, 0)(views), rtol=0, atol=0)
 
 
+def test_padded_passes_have_one_layout_in_memory():
+    """It decides how a convolution is computed, and so how its result is rounded."""
+    strides = []
+
+    class Layouts(FunctionJudge):
+        def inputs(self, views_NSSC):
+            return views_NSSC.permute(0, 3, 1, 2).float()
+
+    def look(inputs):
+        strides.append(inputs.stride())
+        return inputs.flatten(1)
+
+    judge = Layouts(look)
+    Passes(judge, 4, pad=True)(torch.zeros(3, 2, 5, 5, 3, dtype=torch.uint8))
+    assert len(strides) == 2
+    assert len(set(strides)) == 1
+
+
 @pytest.mark.parametrize("pad", [False, True])
 def test_passes_that_run_out_of_memory_are_halved_and_stay_so(caplog, pad):
     losses = torch.rand(5, 4) + 0.1

@@ -99,6 +99,7 @@ BENCH_OPTIONS = {
     "side": 224,
     "grid_images": 16,
     "workers": 0,
+    "read_latency_ms": 0.0,
     "ffcv_python": "",
 }
 REPRODUCE_DECIDES = {"mode", "degrees", "translate_px", "seed"}
@@ -362,6 +363,7 @@ def test_the_part_to_measure_may_come_first(monkeypatch, words, what):
         (["--checkpoint", "a.pt"], "name their folder with --data"),
         (["pipeline", "--data", "nowhere"], "nowhere"),
         (["--ffcv-python", "nowhere/python"], "--ffcv-python nowhere/python: there is no such file"),
+        (["warp", "--read-latency-ms", "5"], "is for bench pipeline alone"),
         (["--rounds", "0"], "--rounds 0: it must be at least 1"),
         (["--seconds", "0"], "--seconds 0: it must be more than 0"),
     ],

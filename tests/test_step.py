@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -205,6 +206,28 @@ def test_every_kind_of_network_is_judged_as_in_evaluation_mode(arch):
     expected = exact_logits(model, views)
     found = Scorer(model, torch.float32)(views)
     assert (found - expected).abs().max() < 1e-4 * expected.abs().max().clamp(min=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPUs")
+def test_compiled_networks_choose_and_train_as_plain_ones():
+    views, labels = photographs(32, 24).view(8, 3, 32, 32, 3), torch.arange(8) % 10
+    found = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = Classifier(models.build("resnet18", 10))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+        step = TrainStep(
+            model, optimizer, dtype=torch.float32, scored=True, score_chunk=10, accumulate=2, compiled=compiled
+        )
+        results = [step(batch_of(views, labels)) for _ in range(3)]
+        fresh = Scorer(model, torch.float32)(views.flatten(0, 1))
+        assert step.scorer is not None
+        torch.testing.assert_close(step.scorer(views.flatten(0, 1)), fresh, rtol=1e-3, atol=1e-3)
+        found.append(results)
+    for plain, fused in zip(*found):
+        assert plain.choice.tolist() == fused.choice.tolist()
+        torch.testing.assert_close(plain.loss, fused.loss, rtol=1e-2, atol=1e-2)
 
 
 def test_grouped_batch_norm_normalizes_each_group_by_itself():
