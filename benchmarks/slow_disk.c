@@ -20,7 +20,7 @@
 #define FILES 65536
 #define DESCRIPTORS 4096
 
-static struct { ino_t inode; double ready; } coming[FILES];
+static struct { ino_t inode; double ready; int asked; } coming[FILES];
 static char unread[DESCRIPTORS];
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
@@ -42,7 +42,7 @@ static int is_image(const char *path) {
 
 static int is_unread(int fd) { return fd >= 0 && fd < DESCRIPTORS && unread[fd]; }
 
-/* Ask for a file; forget that it was asked for, if it is being read. Returns when it will have come. */
+/* Ask for a file, or read it, which forgets that it was asked for. Returns when it will have come. */
 static double ask(int fd, int being_read) {
     struct stat about;
     if (fstat(fd, &about)) return 0;
@@ -51,9 +51,12 @@ static double ask(int fd, int being_read) {
     if (coming[place].inode != about.st_ino) {
         coming[place].inode = about.st_ino;
         coming[place].ready = now() + latency();
+        coming[place].asked = 0;
     }
     double ready = coming[place].ready;
-    if (being_read) coming[place].inode = 0;
+    /* Asked for twice, for two epochs, it is there for both. */
+    if (!being_read) coming[place].asked++;
+    else if (--coming[place].asked <= 0) coming[place].inode = 0;
     pthread_mutex_unlock(&lock);
     return ready;
 }
