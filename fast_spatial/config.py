@@ -242,7 +242,7 @@ SYNTHETIC = "synthetic"
 class BenchConfig:
     """Measure the hot parts of training and evaluation side by side with what they replace."""
 
-    what: str = option("all", "which part", choices=BENCH_GROUPS)
+    what: str = option("all", "which part; may come first, without its flag", choices=BENCH_GROUPS)
     data: str = option(
         SYNTHETIC, "folder with train/ and val/, digits, or synthetic: JPEG files of ImageNet's size, made once"
     )
