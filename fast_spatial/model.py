@@ -68,6 +68,17 @@ def build(arch: str, num_classes: int) -> nn.Module:
     return net.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
+def compile_network(net: nn.Module) -> None:
+    """Let torch.compile fuse a network that always meets one shape; one that it cannot compile stays as it is.
+
+    The module, its names and its weights stay the same, so that it is saved and copied as before.
+    """
+    import torch._dynamo
+
+    torch._dynamo.config.suppress_errors = True  # it logs what it could not compile
+    net.compile(dynamic=False)
+
+
 def shapes_of(arch: str, num_classes: int) -> nn.Module:
     """A classifier without data, to ask for names and shapes."""
     try:

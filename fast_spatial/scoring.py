@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.nn.functional import interpolate, pad
 
-from fast_spatial.model import Classifier, to_unit
+from fast_spatial.model import Classifier, compile_network, to_unit
 from kernels.warp import warp, warp_normalized
 
 log = logging.getLogger(__name__)
@@ -130,7 +130,7 @@ class Scorer(Judge):
             log.info("scoring: no BatchNorm to fold; the model itself judges, in evaluation mode")
             self._fallback = copy.deepcopy(model.net).requires_grad_(False).eval()
         elif compiled:
-            self._twin.compile(dynamic=False)
+            compile_network(self._twin)
         self.refresh()
 
     @torch.no_grad()

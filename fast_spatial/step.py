@@ -14,7 +14,7 @@ from torch.profiler import record_function
 
 from fast_spatial import distributed
 from fast_spatial.attack import losses_of, take_views, worst_view
-from fast_spatial.model import Classifier
+from fast_spatial.model import Classifier, compile_network
 from fast_spatial.scoring import Passes, Scorer
 from pipelines.loader import Batch
 
@@ -61,7 +61,7 @@ class TrainStep:
         self.scorer = Scorer(model, dtype, compiled=compiled) if scored else None
         self._passes = Passes(self.scorer, score_chunk, pad=compiled, side=score_side) if self.scorer else None
         if compiled:
-            model.net.compile(dynamic=False)
+            compile_network(model.net)
         self._parallel: nn.Module = model
         if torch.distributed.is_initialized():
             devices = [self._device.index] if self._device.type == "cuda" else None
