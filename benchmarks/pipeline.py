@@ -23,7 +23,6 @@ from kernels.sampling import TRAINING, augmentation_settings, pack_key, view_lim
 from pipelines.dataset import ImageIndex, read_index
 from pipelines.loader import Loader
 
-BATCH = 32
 SETTLE_SEC = 0.5  # for threads and workers of the contender before to come to rest
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -45,12 +44,19 @@ def run(job: Job) -> Findings:
     decode, read = rates_of([_decoding(job, index), _reading(job, index)], **job.timing)
     found.stages["decode"] = spread(decode)["median"]
     found.stages["read"] = spread(read)["median"]
+    if job.device.type == "cuda":
+        (without,) = rates_of([_decoding(job, index, 0.0)], **job.timing)
+        found.facts["decode_images_per_sec"] = {
+            "threads": job.threads,
+            "with_hardware_decoder": spread(decode),
+            "without": spread(without),
+        }
     return found
 
 
 def _steady(job: Job, name: str, batches: Iterator[Any]) -> Contender:
     """A contender that consumes batches, of which some may be ready before the clock starts."""
-    ready = _in_flight(job)
+    ready, images = _in_flight(job), _batch(job)
 
     def begin() -> None:
         time.sleep(SETTLE_SEC)
@@ -59,9 +65,14 @@ def _steady(job: Job, name: str, batches: Iterator[Any]) -> Contender:
 
     def work() -> int:
         next(batches)
-        return BATCH
+        return images
 
     return Contender(name, work, begin)
+
+
+def _batch(job: Job) -> int:
+    """Images in a batch: a GPU's decoder is only fast on many."""
+    return 256 if job.device.type == "cuda" else 32
 
 
 def _in_flight(job: Job) -> int:
@@ -88,7 +99,7 @@ def _ours(job: Job, index: ImageIndex, mode: str) -> Contender:
             lighting_std=0.05,
         ),
         side=job.config.side,
-        global_batch_size=BATCH,
+        global_batch_size=_batch(job),
         key=pack_key(TRAINING, 0),
         train=True,
         threads=job.threads,
@@ -103,7 +114,7 @@ def _torchvision(job: Job, warps: int, workers: int, *, in_workers: bool) -> Con
     batches = original.loader(
         job.images,
         side=job.config.side,
-        batch=BATCH,
+        batch=_batch(job),
         workers=workers,
         warps=warps,
         limits=job.limits,
@@ -113,20 +124,19 @@ def _torchvision(job: Job, warps: int, workers: int, *, in_workers: bool) -> Con
     return _steady(job, f"torchvision and PIL, {workers} workers{where}", batches)
 
 
-def _decoding(job: Job, index: ImageIndex) -> Contender:
-    """DALI's decoder alone, on whole files."""
-    paths = itertools.cycle(index.paths)
+def _decoding(job: Job, index: ImageIndex, hw_decoder_load: float = 0.65) -> Contender:
+    """DALI's decoder alone, on whole files; on a GPU with such a share of them in its hardware decoder."""
+    paths, batch = itertools.cycle(index.paths), _batch(job)
+    on_gpu = job.device.type == "cuda"
+    decoder: Any = {"device": "mixed", "hw_decoder_load": hw_decoder_load} if on_gpu else {"device": "cpu"}
 
     @pipeline_def
     def graph() -> Any:
-        names = fn.external_source(lambda: np.stack(list(itertools.islice(paths, BATCH))), batch=True)
+        names = fn.external_source(lambda: np.stack(list(itertools.islice(paths, batch))), batch=True)
         encoded = fn.io.file.read(names, dont_use_mmap=True)
-        device = "mixed" if job.device.type == "cuda" else "cpu"
-        return fn.decoders.image(encoded, device=device, output_type=types.RGB, adjust_orientation=False)
+        return fn.decoders.image(encoded, output_type=types.RGB, adjust_orientation=False, **decoder)
 
-    built = graph(
-        batch_size=BATCH, num_threads=job.threads, device_id=0 if job.device.type == "cuda" else None, exec_dynamic=True
-    )
+    built = graph(batch_size=batch, num_threads=job.threads, device_id=0 if on_gpu else None, exec_dynamic=True)
     return _steady(job, "decode", (built.run() for _ in itertools.count()))
 
 
@@ -136,7 +146,7 @@ def _reading(job: Job, index: ImageIndex) -> Contender:
     pool = ThreadPoolExecutor(max(4, job.threads))
 
     def work() -> int:
-        return sum(pool.map(_read, itertools.islice(paths, BATCH)))
+        return sum(pool.map(_read, itertools.islice(paths, _batch(job))))
 
     return Contender("read", work)
 
@@ -152,7 +162,7 @@ class _Ffcv:
 
     def __init__(self, python: str, job: Job) -> None:
         words = [python, str(ROOT / "benchmarks" / "ffcv_jpg.py"), str(job.images), str(job.config.side)]
-        words += [str(BATCH), str(job.threads)]
+        words += [str(_batch(job)), str(job.threads)]
         self._process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._ready = _in_flight(job)
         self.about = self.ask("about")
