@@ -43,7 +43,7 @@ def batches(target: Path, count: int, side: int, batch: int, threads: int) -> It
         indices=indices,
         batch_size=batch,
         num_workers=threads,
-        order=OrderOption.QUASI_RANDOM,
+        order=OrderOption.RANDOM,
         drop_last=True,
         os_cache=True,
         pipelines={"image": pipeline, "label": None},

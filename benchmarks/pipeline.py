@@ -212,6 +212,10 @@ def _against_ffcv(job: Job, index: ImageIndex, found: Findings) -> None:
         ffcv.work,
         ffcv.begin,
     )
-    ours = _ours(job, index, "standard")
-    found.comparisons.append(compare("pipeline.ffcv_jpg", "images/s", ours, [theirs], **job.timing))
-    ffcv.close()
+    try:
+        ours = _ours(job, index, "standard")
+        found.comparisons.append(compare("pipeline.ffcv_jpg", "images/s", ours, [theirs], **job.timing))
+    except RuntimeError as error:  # what was measured before it stays
+        found.skipped["pipeline.ffcv_jpg"] = f"--ffcv-python {job.config.ffcv_python} failed: {error}"
+    finally:
+        ffcv.close()
