@@ -29,7 +29,7 @@ def has_bfloat16(device: torch.device) -> bool:
     """Whether a device computes in bfloat16 by itself, without emulation."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    able = torch.cpu.get_capabilities()
+    able = getattr(torch.cpu, "get_capabilities", dict)()  # younger than the oldest torch that is supported
     return any(bool(able.get(name)) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
