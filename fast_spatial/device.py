@@ -6,6 +6,7 @@ import contextlib
 import os
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ def has_bfloat16(device: torch.device) -> bool:
     """Whether a device computes in bfloat16 by itself, without emulation."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    able = getattr(torch.cpu, "get_capabilities", dict)()  # younger than the oldest torch that is supported
+    able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # an old torch may not tell
     return any(bool(able.get(name)) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
