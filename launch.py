@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -25,6 +26,7 @@ from fast_spatial.config import (
 )
 from fast_spatial.reproduce import DECIDED, ReproduceConfig, plan
 from fast_spatial.reproduce import reproduce as reproduce_rows
+from fast_spatial.stopping import SIGNALS
 
 ROOT = Path(__file__).resolve().parent
 
@@ -85,9 +87,12 @@ def launch(task: str, config: Any) -> float:
     else:
         preflight.check_evaluate(config)
     if config.in_process:
-        from fast_spatial.worker import run
+        from fast_spatial import distributed, worker
 
-        run(task, to_json(config))
+        try:
+            worker.run(task, to_json(config))
+        finally:
+            distributed.stop()
     else:
         # torchrun closes a rendezvous for good when its job is done, so every task has its own.
         about = f"{task} {config.out if task == 'train' else config.checkpoint}"
@@ -105,6 +110,7 @@ def torchrun(config: LaunchOptions, job: str, processes: int, words: list[str]) 
     from kernels.cpus import usable_cpus
 
     options = [f"--nproc-per-node={processes}", f"--nnodes={config.nnodes}", f"--max-restarts={config.max_restarts}"]
+    options.append(f"--signals-to-handle={','.join(_signals_to_handle())}")
     if config.rdzv_endpoint:
         options += [
             f"--rdzv-backend={config.rdzv_backend}",
@@ -119,13 +125,34 @@ def torchrun(config: LaunchOptions, job: str, processes: int, words: list[str]) 
     try:
         run.main([*options, "-m", "fast_spatial.worker", *words])
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        reason = failure.message if isinstance(failure.message, str) else failure.message.get("message", "")
-        first = reason.strip().splitlines()[0] if reason.strip() else "it left no message"
-        print(f"{NAME}: rank {rank} failed with exit status {failure.exitcode}: {first}", file=sys.stderr)
-        raise SystemExit(1) from None
+        raise SystemExit(_report(error.failures)) from None
     except SignalException as stopped:
         raise SystemExit(128 + stopped.sigval) from None
+
+
+def _signals_to_handle() -> list[str]:
+    """The signals that torchrun hands on to its processes; not those that this one was told to ignore (nohup)."""
+    return [number.name for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+
+
+def _report(failures: dict[int, Any]) -> int:
+    """Say which process failed, and why; the exit status."""
+
+    def message(rank: int) -> str:
+        found = failures[rank].message
+        return str(found if isinstance(found, str) else found.get("message", "")).strip()
+
+    # An error that we raise comes before what its end does to the others.
+    rank = min(failures, key=lambda rank: (not message(rank).startswith("ValueError: "), failures[rank].timestamp))
+    status = failures[rank].exitcode
+    if status - 128 in list(SIGNALS):
+        return int(status)
+    text = message(rank) or "it left no message"
+    if text.startswith("ValueError: "):
+        print(f"{NAME}: {text.removeprefix('ValueError: ')}", file=sys.stderr)
+    else:
+        print(f"{NAME}: rank {rank} failed with exit status {status}: {text.splitlines()[0]}", file=sys.stderr)
+    return 1
 
 
 def _set_environment() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -101,7 +101,9 @@ class TrainConfig(LaunchOptions):
     """Train one model. The defaults are the reference recipe (110 epochs of ImageNet, ResNet-18)."""
 
     data: str = option(
-        "", "folder with train/ and val/ (a folder per class), or digits, which bring a small recipe of their own"
+        "",
+        "folder with train/ and val/ (a folder per class), or digits, which bring a small recipe of their own",
+        identity=False,  # the images are: a run's folder knows which they were
     )
     out: str = option(
         "", "folder of this run: checkpoints, logs; created, or continued if it is the same run", identity=False
@@ -132,6 +134,7 @@ class TrainConfig(LaunchOptions):
         "auto",
         "arithmetic of training; auto: bfloat16 where the hardware has it, else float16 on a GPU, float32 on a CPU",
         choices=DTYPES,
+        identity=False,  # what it came to is, and stands in the checkpoint
     )
     accumulate: int = option(1, "split each process's batch into so many parts, for small GPUs")
     score_chunk: int = option(
@@ -148,6 +151,17 @@ class TrainConfig(LaunchOptions):
     classes: int = option(0, "pilot run: only the first so many classes; 0: all")
     max_train_images: int = option(0, "pilot run: only so many training images; 0: all")
     deterministic: bool = option(False, "repeatable to the bit on one kind of machine, slower on GPUs")
+    resume: str = option(
+        "auto",
+        "auto: continue the run that --out holds, if it is the same one; never: refuse a folder that holds a run",
+        choices=("auto", "never"),
+        identity=False,
+    )
+    checkpoint_every: str = option(
+        "15min",
+        "save after every so many steps (500) or minutes (15min), besides the ends of epochs; 0: only there",
+        identity=False,
+    )
     eval_every: int = option(
         1, "evaluate after every so many epochs, and after the last; 0: only after the last", identity=False
     )
@@ -158,8 +172,8 @@ class TrainConfig(LaunchOptions):
 
     def __post_init__(self) -> None:
         _needed(self, "data", "mode", "out")
-        _choice(self, "mode", "dtype", "optimizer", "compile")
-        self.limits  # noqa: B018  (validates degrees and translation)
+        _choice(self, "mode", "dtype", "optimizer", "compile", "resume")
+        self.limits, self.checkpoint_steps  # noqa: B018  (validates them)
         _at_least(self, 1, "epochs", "global_batch_size", "accumulate", "views", "log_every", "side")
         _at_least(self, 0, "lr", "momentum", "weight_decay", "lighting", "bn_group", "score_chunk", "classes")
         _at_least(self, 0, "max_train_images", "eval_every", "workers", "nproc_per_node", "seed", "profile", "gamma")
@@ -186,6 +200,25 @@ class TrainConfig(LaunchOptions):
     def limits(self) -> SpatialLimits:
         """The limits of the training attack."""
         return _limits(self)
+
+    @property
+    def checkpoint_steps(self) -> int:
+        """Steps between checkpoints; 0: they come by time, or with epochs alone."""
+        return self._checkpoint_interval()[0]
+
+    @property
+    def checkpoint_sec(self) -> float:
+        """Seconds between checkpoints; 0: they come by steps, or with epochs alone."""
+        return self._checkpoint_interval()[1]
+
+    def _checkpoint_interval(self) -> tuple[int, float]:
+        found = re.fullmatch(r"(\d+)|(\d+(?:\.\d+)?)min", self.checkpoint_every)
+        if found is None:
+            raise ValueError(
+                f"--checkpoint-every {self.checkpoint_every}: expected a number of steps, as in 500, or minutes, "
+                f"as in 15min"
+            )
+        return int(found[1] or 0), 60 * float(found[2] or 0)
 
     def view_limits(self) -> Any:
         """Each training view's limits, float64 [V, 2]."""
@@ -298,14 +331,11 @@ def parse(kind: type[Config], raw: dict[str, str], preset: dict[str, Any] | None
 
 def identity(config: Any) -> dict[str, Any]:
     """The fields that decide a run's numbers; two parts of one run must agree on them."""
-    values = {
+    return {
         f.name: _plain(getattr(config, f.name))
         for f in dataclasses.fields(config)
         if not f.metadata.get(_NOT_IDENTITY, False)
     }
-    if values["data"] != DIGITS:
-        values["data"] = os.path.abspath(values["data"])
-    return values
 
 
 def to_json(config: Any) -> dict[str, Any]:

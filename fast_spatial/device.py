@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from kernels.cpus import cpus_per_process
+from kernels.sampling import NETWORK, TRAINING, draw_bits, pack_key
 
 
 def dtype_of(name: str, device: torch.device) -> torch.dtype:
@@ -59,6 +60,11 @@ def seed_everything(seed: int, *, deterministic: bool) -> None:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+
+
+def seed_step(seed: int, epoch: int, step: int, rank: int) -> None:
+    """Make what a network draws in a step (dropout) a function of the position, as all draws of the stream are."""
+    torch.manual_seed(int(draw_bits(pack_key(TRAINING, seed), epoch, step, NETWORK, rank)) >> 1)
 
 
 def default_pass_size(device: torch.device, side: int) -> int:

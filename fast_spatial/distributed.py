@@ -52,6 +52,11 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+def is_shared() -> bool:
+    """Whether there are other processes."""
+    return dist.is_initialized()
+
+
 def progress(minutes: float) -> None:
     """Say that this process moves; if it does not say so again in time, it prints all its stacks and exits.
 
@@ -67,6 +72,13 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
+def smallest(value: Tensor) -> Tensor:
+    """The smallest of all processes' values of a tensor, element by element, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(value, op=dist.ReduceOp.MIN)
+    return value
+
+
 def agree(value: int, device: torch.device) -> bool:
     """Whether all processes hold the same number."""
     if not dist.is_initialized():
@@ -74,6 +86,33 @@ def agree(value: int, device: torch.device) -> bool:
     extremes = torch.tensor([value, -value], device=device)
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
     return int(extremes[0]) == -int(extremes[1])
+
+
+class Ballot:
+    """What any process wishes for, known to all of them at the same step, without waiting for anybody.
+
+    Every process casts its wishes once a step, and is told what was wished for at the step before.
+    """
+
+    def __init__(self) -> None:
+        # A group of its own, so that its order among gradients does not matter; on CPUs, so that no device is read.
+        self._group: Any = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._counting: tuple[Tensor, Any] | None = None
+
+    def __call__(self, *wishes: int) -> list[int]:
+        """Cast wishes (0: none); returns the largest one of all processes for each, of the call before."""
+        cast = torch.tensor(wishes, dtype=torch.int64)
+        if self._group is None:
+            return list(wishes)
+        counted, self._counting = (
+            self._counting,
+            (cast, dist.all_reduce(cast, op=dist.ReduceOp.MAX, group=self._group, async_op=True)),
+        )
+        if counted is None:
+            return [0] * len(wishes)
+        values, work = counted
+        work.wait()
+        return [int(value) for value in values]
 
 
 def gather(value: Any) -> list[Any]:

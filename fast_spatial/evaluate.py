@@ -24,6 +24,7 @@ from fast_spatial.files import write_json
 from fast_spatial.inputs import prepare
 from fast_spatial.runlog import Bar, say
 from fast_spatial.scoring import Judge, ModuleJudge, Passes, Scorer
+from fast_spatial.stopping import stop_requests
 from kernels.sampling import EVALUATION, augmentation_settings, draw_matrices, pack_key, view_limits
 from kernels.spatial import GRID_VIEWS, SpatialLimits
 from kernels.warp import warp
@@ -272,16 +273,22 @@ def evaluate_checkpoint(config: EvaluateConfig, world: World) -> None:
     wants_grid = None
     if config.grid:
         wants_grid = (lambda index: True) if on_grid is None else on_grid.__contains__
-    mine = []
-    for verdict in judge_batches(
-        Scorer(model.to(world.device), dtype),
-        bar,
-        limits,
-        judge_batch=config.judge_batch,
-        wants_grid=wants_grid,
-        moved=lambda: distributed.progress(config.stall_minutes),
-    ):
-        mine.append(verdict)
+    with stop_requests() as request:
+
+        def moved() -> None:
+            distributed.progress(config.stall_minutes)
+            request.obey()
+
+        mine = list(
+            judge_batches(
+                Scorer(model.to(world.device), dtype),
+                bar,
+                limits,
+                judge_batch=config.judge_batch,
+                wants_grid=wants_grid,
+                moved=moved,
+            )
+        )
     distributed.progress(4 * config.stall_minutes)  # others may have more survivors
     found = sorted((v for part in distributed.gather(mine) for v in part), key=lambda v: v.index)
     if world.rank == 0:

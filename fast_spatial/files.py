@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -9,18 +10,42 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
+_TEMPORARY = ".writing-"
 
-def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, flush it to the disk, and rename it into place."""
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object], *, keep: Path | None = None) -> None:
+    """Let `write` fill a temporary file beside `path`, flush it to the disk, and rename it into place.
+
+    What was at `path` before is kept as `keep`, if that is given.
+    """
     # Several nodes may write the same file on a shared disk.
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+    temporary = path.with_name(f"{_TEMPORARY}{path.name}.{socket.gethostname()}.{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            path.replace(keep)
         temporary.replace(path)
+        _flush_folder(path.parent)
     finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make renames last through a power failure; a file system that cannot do so is left to itself."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what processes that were killed had written of a file; nobody may be writing it now."""
+    for temporary in path.parent.glob(f"{_TEMPORARY}{path.name}.*"):
         temporary.unlink(missing_ok=True)
 
 

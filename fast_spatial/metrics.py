@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fast_spatial.distributed import sum_over_ranks
+from fast_spatial.distributed import smallest, sum_over_ranks
 
 
 class Tally:
@@ -26,3 +26,50 @@ class Tally:
         sums = sum_over_ranks(self._sums.clone()) if over_ranks else self._sums
         *totals, count = sums.tolist()
         return {name: total / count if count else float("nan") for name, total in zip(self._names, totals)}
+
+    def state(self) -> list[float]:
+        """Everyone's sums, to go on from with `load`; waits for the device."""
+        return sum_over_ranks(self._sums.clone()).tolist()  # type: ignore[no-any-return]
+
+    def load(self, state: list[float]) -> None:
+        """Go on from such sums; on one process alone, since they are everyone's."""
+        self._sums.copy_(torch.tensor(state, dtype=torch.float64))
+
+
+class Divergence:
+    """The first step whose loss was no finite number: noted on the device, read only when somebody asks."""
+
+    _NEVER = 2**62
+
+    def __init__(self, device: torch.device) -> None:
+        self._first = torch.full((), self._NEVER, dtype=torch.int64, device=device)
+
+    def note(self, losses: Tensor, step: int) -> None:
+        """Look at a step's losses, [B]."""
+        self._first = torch.where(losses.isfinite().all(), self._first, self._first.clamp(max=step))
+
+    def first_step(self) -> int | None:
+        """The first such step of any process, known to all; waits for the device."""
+        first = int(smallest(self._first.clone()))
+        return None if first == self._NEVER else first
+
+
+class EachOnce:
+    """Counts how often each image of a split was judged, over all processes."""
+
+    def __init__(self, images: int, device: torch.device) -> None:
+        self._counts, self._device = torch.zeros(images, dtype=torch.int32), device
+
+    def add(self, index: Tensor) -> None:
+        """Add a batch's positions in the split, int64 [B], on the CPU."""
+        self._counts += torch.bincount(index, minlength=len(self._counts)).to(torch.int32)
+
+    def check(self) -> None:
+        """Raise a RuntimeError unless every image was judged exactly once."""
+        counts = sum_over_ranks(self._counts.to(self._device))
+        missed, repeated = int((counts == 0).sum()), int((counts > 1).sum())
+        if missed or repeated:
+            raise RuntimeError(
+                f"of {len(counts)} images, {missed} were not judged and {repeated} more than once: "
+                f"the percentages would be wrong, and are not reported"
+            )

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from fast_spatial.config import (
-    DIGITS,
     SYNTHETIC,
     BenchConfig,
     EvaluateConfig,
@@ -137,14 +136,14 @@ def check_out(config: TrainConfig) -> None:
             raise ValueError
     except (OSError, ValueError):
         raise ValueError(f"--out {out}: it holds files, but no run of this program; name a new folder") from None
-    if "data" in stored and stored["data"] != DIGITS:
-        stored["data"] = os.path.abspath(stored["data"])
+    if config.resume == "never":
+        raise ValueError(f"--out {out}: it holds a run, and --resume never continues none\nname a new folder")
     mine = identity(config)
     differences = [
         f"{name} {stored.get(name)} there, {mine[name]} here" for name in mine if stored.get(name) != mine[name]
     ]
     if differences:
-        raise ValueError(f"--out {out}: it holds another run ({'; '.join(differences[:4])})\nname a new folder")
+        raise ValueError(f"--out {out}: it holds another run ({'; '.join(differences)})\nname a new folder")
 
 
 def claim_out(config: TrainConfig) -> None:

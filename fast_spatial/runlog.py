@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any
 
 from tqdm import tqdm
 
-Item = TypeVar("Item")
+# A process that was told to stop may be writing its last checkpoint.
+_LOCK_PATIENCE_SEC = 30.0
 
 
 class Bar:
     """Iterates over batches with a progress bar (on rank 0, on a terminal) and measures the wait for data."""
 
-    def __init__(self, batches: Iterable[Any], *, total: int, images_per_batch: int, title: str, show: bool) -> None:
+    def __init__(
+        self, batches: Iterable[Any], *, total: int, images_per_batch: int, title: str, show: bool, initial: int = 0
+    ) -> None:
         self._batches, self._images_per_batch = batches, images_per_batch
         layout = "{desc} {percentage:3.0f}% |{bar:16}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
-        self._bar = tqdm(total=total, desc=title, bar_format=layout, disable=None if show else True, leave=False)
+        self._bar = tqdm(
+            total=total, initial=initial, desc=title, bar_format=layout, disable=None if show else True, leave=False
+        )
         self.wait_sec = 0.0
         self.steps = 0
         self._start = time.perf_counter()
@@ -58,17 +65,50 @@ class Bar:
 
 
 class RunLog:
-    """`log.jsonl` and TensorBoard scalars of a run's folder; silent on other ranks than 0."""
+    """`log.jsonl` and TensorBoard scalars of a run's folder; silent on other ranks than 0.
 
-    def __init__(self, out: Path, *, rank: int, gpus: int, elapsed_sec: float = 0.0) -> None:
-        self._active, self._gpus = rank == 0, gpus
+    Opening it claims the folder: two processes that write one run would ruin it.
+
+    Raises:
+        ValueError: if another process has the folder, or it cannot be written.
+
+    """
+
+    def __init__(self, out: Path, *, rank: int, gpus: int) -> None:
+        self._active, self._gpus, self._out = rank == 0, gpus, out
+        self._start = time.time()
+        if self._active:
+            try:
+                out.mkdir(parents=True, exist_ok=True)
+                self._file = open(out / "log.jsonl", "a", encoding="utf-8")  # noqa: SIM115  (closed by `close`)
+            except OSError as error:
+                raise ValueError(f"--out {out}: it cannot be written ({error.strerror})\nname another folder") from None
+            _lock(self._file, out)
+
+    def begin(self, *, elapsed_sec: float = 0.0, size: int = 0, step: int = 0) -> None:
+        """Go on from where a checkpoint was saved: what was written after it, by a run that was killed, goes.
+
+        Args:
+            elapsed_sec: seconds in use until then.
+            size: bytes of `log.jsonl` then.
+            step: steps done then.
+
+        """
         self._start = time.time() - elapsed_sec
         if self._active:
             from torch.utils.tensorboard import SummaryWriter
 
-            out.mkdir(parents=True, exist_ok=True)
-            self._file = open(out / "log.jsonl", "a", encoding="utf-8")  # noqa: SIM115  (closed by `close`)
-            self._board = SummaryWriter(str(out / "tensorboard"))
+            self._file.truncate(min(size, os.fstat(self._file.fileno()).st_size))
+            self._board = SummaryWriter(str(self._out / "tensorboard"), purge_step=step)
+
+    @property
+    def size(self) -> int:
+        """Bytes of `log.jsonl`, all of them on the disk."""
+        if not self._active:
+            return 0
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return os.fstat(self._file.fileno()).st_size
 
     @property
     def elapsed_sec(self) -> float:
@@ -108,6 +148,24 @@ class RunLog:
         if self._active:
             self._file.close()
             self._board.close()
+
+
+def _lock(file: IO[str], out: Path) -> None:
+    """Keep other processes out of a run's folder for as long as the file is open."""
+    deadline = time.monotonic() + _LOCK_PATIENCE_SEC
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise ValueError(
+                    f"--out {out}: another process is writing this run\nstop that one, or name a new folder"
+                ) from None
+            time.sleep(0.2)
+            continue
+        except OSError:  # a file system without locks
+            say(f"{out} cannot be locked: make sure that no other process writes this run")
+        return
 
 
 def say(text: str) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -15,15 +16,17 @@ from fast_spatial import model as models
 from fast_spatial.attack import verdicts
 from fast_spatial.config import MODES, TrainConfig, to_json
 from fast_spatial.data import load_split
-from fast_spatial.device import default_pass_size, dtype_of, seed_everything
-from fast_spatial.distributed import World
+from fast_spatial.device import default_pass_size, dtype_of, seed_everything, seed_step
+from fast_spatial.distributed import Ballot, World
 from fast_spatial.memory import estimate
-from fast_spatial.metrics import Tally
+from fast_spatial.metrics import Divergence, EachOnce, Tally
 from fast_spatial.model import Classifier
 from fast_spatial.optim import lr_at, make_optimizer, set_lr
 from fast_spatial.runlog import Bar, RunLog, say
+from fast_spatial.saving import LAST, PREVIOUS, Interval, Saver, find_latest
 from fast_spatial.scoring import Passes, Scorer
 from fast_spatial.step import TrainStep
+from fast_spatial.stopping import Stopped, StopRequest, stop_requests
 from kernels.sampling import EVALUATION, TRAINING, augmentation_settings, pack_key, view_limits
 from pipelines.loader import Batch, Loader
 
@@ -31,7 +34,18 @@ PROFILE_AFTER_STEPS = 10
 
 
 def train(config: TrainConfig, world: World) -> None:
-    """Train a model as `config` says: `best.pt`, `last.pt`, `log.jsonl` and TensorBoard scalars in its folder."""
+    """Train a model as `config` says: `best.pt`, `last.pt`, `log.jsonl` and TensorBoard scalars in its folder.
+
+    Raises:
+        Stopped: if the process was asked to by a signal; the run is saved, and can be continued.
+        ValueError: if the folder holds another run, cannot be written, or the loss stops being a number.
+
+    """
+    with stop_requests() as request:
+        _train(config, world, request)
+
+
+def _train(config: TrainConfig, world: World, request: StopRequest) -> None:
     # --- set up
     seed_everything(config.seed, deterministic=config.deterministic)
     out, mode = Path(config.out), MODES[config.mode]
@@ -107,89 +121,165 @@ def train(config: TrainConfig, world: World) -> None:
         )
 
     # --- resume
-    first_epoch, best_pct, elapsed_sec = 0, -1.0, 0.0
-    if (out / "last.pt").is_file():
-        saved = checkpoint.load(out / "last.pt")
+    runlog = RunLog(out, rank=world.rank, gpus=world.world_size if world.device.type == "cuda" else 0)
+    saver = Saver(out) if world.rank == 0 else None
+    distributed.barrier()  # the folder is ours, and nobody writes there: now all may read
+    saved = find_latest(out, say if world.rank == 0 else None)
+    first_epoch = first_step = 0
+    best_pct = -1.0
+    identity = {
+        "dtype": str(dtype).removeprefix("torch.") if config.dtype == "auto" else config.dtype,
+        "training images": train_images.fingerprint(),
+        "validation images": val_images.fingerprint(),
+    }
+    if saved is not None:
+        check_same_run(saved["identity"], identity, config)
         net.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         step.scaler.load_state_dict(saved["scaler"])
-        first_epoch, best_pct, elapsed_sec = saved["epoch"], saved["best_pct"], saved["elapsed_sec"]
+        first_epoch, first_step, best_pct = saved["epoch"], saved["step"], saved["best_pct"]
         if step.scorer is not None:
             step.scorer.refresh()
-        if saved["dtype"] != str(dtype) and world.rank == 0:
-            say(f"continued in {dtype} instead of {saved['dtype']}, which this machine is best at")
-        if saved["world_size"] != world.world_size and not config.bn_group and world.rank == 0:
-            say(
-                f"continued on {world.world_size} processes instead of {saved['world_size']}: BatchNorm normalizes "
-                f"over batches of another size from here on (--bn-group fixes their size)"
-            )
-    if not distributed.agree(first_epoch, world.device):
-        raise ValueError(f"--out {out}: not every process finds the same checkpoint there; all nodes must share it")
-    gpus = world.world_size if world.device.type == "cuda" else 0
-    runlog = RunLog(out, rank=world.rank, gpus=gpus, elapsed_sec=elapsed_sec)
+    if not distributed.agree(first_epoch * loader.steps_per_epoch + first_step, world.device):
+        raise ValueError(
+            f"--out {out}: not every process finds the same checkpoint there\nput it on a disk that all nodes share"
+        )
+    done = first_epoch * loader.steps_per_epoch + first_step
+    if saved is None:
+        runlog.begin()
+    else:
+        runlog.begin(elapsed_sec=saved["elapsed_sec"], size=saved["log_size"], step=done)
     if world.rank == 0:
         say(describe(config, world, dtype, len(train_images), len(val_images), len(train_images.classes)))
+        if saved is not None:
+            say(describe_resume(saved, config, world, done))
+
+    # --- what happens between steps
+    ballot, divergence = Ballot(), Divergence(world.device)
+    due = Interval(config.checkpoint_steps if world.rank == 0 else 0, config.checkpoint_sec if world.rank == 0 else 0)
+
+    def check_finite() -> None:
+        first = divergence.first_step()
+        if first is not None:
+            raise ValueError(diverged(first, loader.steps_per_epoch, out))
+
+    def save(epoch: int, step_of_epoch: int, tally: Tally | None = None, *, best: bool = False) -> None:
+        """Save the position: so many steps of an epoch are done; all of them: but for its evaluation."""
+        check_finite()
+        sums = None if tally is None else tally.state()
+        if saver is None:
+            return
+        saver.save(
+            {
+                "format": checkpoint.FORMAT,
+                "model": net.state_dict(),
+                "arch": config.arch,
+                "classes": list(train_images.classes),
+                "config": to_json(config),
+                "epoch": epoch,
+                "step": step_of_epoch,
+                "tally": sums,
+                "best_pct": best_pct,
+                "elapsed_sec": runlog.elapsed_sec,
+                "log_size": runlog.size,
+                "world_size": world.world_size,
+                "identity": identity,
+                "optimizer": optimizer.state_dict(),
+                "scaler": step.scaler.state_dict(),
+            },
+            best=best,
+        )
+
+    def stop(signal_number: int) -> NoReturn:
+        """End this process; what was saved last is on the disk then."""
+        if saver is not None:
+            saver.wait()
+            say(f"stopped by {signal.Signals(signal_number).name}; the same command continues")
+        runlog.close()
+        raise Stopped(signal_number)
+
+    def moved() -> None:
+        """Called between the batches of an evaluation; the weights were saved before it."""
+        distributed.progress(config.stall_minutes)
+        if request.signal_number:
+            stop(request.signal_number)
 
     # --- train
     evaluations = 0
     for epoch in range(first_epoch, config.epochs):
+        start_step = first_step if epoch == first_epoch else 0
         set_lr(optimizer, lr_at(config, epoch))
         tally = Tally(world.device, "loss", "top1")
+        if start_step and saved is not None and world.rank == 0:
+            tally.load(saved["tally"])
         bar = Bar(
-            loader.epoch(epoch),
+            loader.epoch(epoch, start_step),
             total=loader.steps_per_epoch,
+            initial=start_step,
             images_per_batch=config.global_batch_size,
             title=f"epoch {epoch + 1}/{config.epochs}",
             show=world.rank == 0,
         )
+        stop_signal = 0
         with profile(config.profile if epoch == first_epoch and world.rank == 0 else 0, out) as profiler:
-            for number, batch in enumerate(bar):
+            for number, batch in enumerate(bar, start_step):
+                seed_step(config.seed, epoch, number, world.rank)
                 result = step(batch)
                 tally.add(result.loss, result.correct)
+                done = epoch * loader.steps_per_epoch + number + 1
+                divergence.note(result.loss, done)
                 distributed.progress(config.stall_minutes)
-                if number % config.log_every == config.log_every - 1 and world.rank == 0:
+                if number % config.log_every == config.log_every - 1:
+                    check_finite()
                     means = tally.means(over_ranks=False)
                     bar.show(loss=means["loss"], top1_pct=100 * means["top1"])
-                    runlog.scalars("train_step", epoch * loader.steps_per_epoch + number, **means)
+                    runlog.scalars("train_step", done, **means)
                 if profiler is not None:
                     profiler.step()
-        means = tally.means(over_ranks=True)
-        runlog.record(
-            "train",
-            (epoch + 1) * loader.steps_per_epoch,
-            epoch=epoch + 1,
-            loss=means["loss"],
-            top1_pct=100 * means["top1"],
-            lr=lr_at(config, epoch),
-            images_per_sec=round(bar.images_per_sec, 1),
-            data_wait_pct=round(bar.data_wait_pct, 1),
-        )
+                save_now, stop_signal = ballot(due(done), request.signal_number)
+                if (save_now or stop_signal) and number + 1 < loader.steps_per_epoch:
+                    save(epoch, number + 1, tally)
+                    if stop_signal:
+                        stop(stop_signal)
+        check_finite()
+        if start_step < loader.steps_per_epoch:
+            means = tally.means(over_ranks=True)
+            runlog.record(
+                "train",
+                done,
+                epoch=epoch + 1,
+                loss=means["loss"],
+                top1_pct=100 * means["top1"],
+                lr=lr_at(config, epoch),
+                images_per_sec=round(bar.images_per_sec, 1),
+                data_wait_pct=round(bar.data_wait_pct, 1),
+            )
 
         # --- evaluate
         last = epoch + 1 == config.epochs
+        evaluates = last or (config.eval_every > 0 and (epoch + 1) % config.eval_every == 0)
+        if evaluates or stop_signal:
+            save(epoch, loader.steps_per_epoch, tally)
+        if stop_signal:
+            stop(stop_signal)
         improved = False
-        if last or (config.eval_every and (epoch + 1) % config.eval_every == 0):
+        if evaluates:
             before = runlog.elapsed_sec
             judge.refresh()
-            batches = eval_loader.epoch(evaluations)
-            evaluations += 1
             bar = Bar(
-                batches,
+                eval_loader.epoch(evaluations),
                 total=eval_loader.steps_per_epoch,
                 images_per_batch=config.global_batch_size,
                 title="evaluate",
                 show=world.rank == 0,
             )
             scores = validate(
-                eval_passes,
-                bar,
-                warps=eval_warps,
-                device=world.device,
-                moved=lambda: distributed.progress(config.stall_minutes),
+                eval_passes, bar, warps=eval_warps, images=len(val_images), device=world.device, moved=moved
             )
+            evaluations += 1
             runlog.record(
                 "evaluation",
-                (epoch + 1) * loader.steps_per_epoch,
+                done,
                 epoch=epoch + 1,
                 **scores,
                 cost_pct=round(100 * (runlog.elapsed_sec - before) / max(runlog.elapsed_sec, 1e-9), 1),
@@ -197,29 +287,45 @@ def train(config: TrainConfig, world: World) -> None:
             chosen = scores["attacked_top1_pct"] if scores["attacked_top1_pct"] is not None else scores["top1_pct"]
             assert chosen is not None
             improved, best_pct = chosen > best_pct, max(chosen, best_pct)
-
-        # --- save
-        if world.rank == 0:
-            payload = {
-                "format": checkpoint.FORMAT,
-                "model": net.state_dict(),
-                "arch": config.arch,
-                "classes": list(train_images.classes),
-                "config": to_json(config),
-                "epoch": epoch + 1,
-                "best_pct": best_pct,
-                "elapsed_sec": runlog.elapsed_sec,
-                "world_size": world.world_size,
-                "dtype": str(dtype),
-                "optimizer": optimizer.state_dict(),
-                "scaler": step.scaler.state_dict(),
-            }
-            if improved:  # before last.pt: a run continues from there, and would not judge this epoch again
-                checkpoint.save(out / "best.pt", payload)
-            checkpoint.save(out / "last.pt", payload)
+        save(epoch + 1, 0, best=improved)
         distributed.progress(config.stall_minutes)
+    if saver is not None:
+        saver.wait()
     runlog.close()
     distributed.barrier()
+
+
+def check_same_run(there: dict[str, str], here: dict[str, str], config: TrainConfig) -> None:
+    """Raise a ValueError if a checkpoint is of another run than what would go on here."""
+    differences = [f"{name} {there.get(name)} there, {mine} here" for name, mine in here.items()]
+    differences = [text for text, name in zip(differences, here) if there.get(name) != here[name]]
+    if differences:
+        advice = "name a new folder"
+        if config.dtype == "auto" and there.get("dtype") != here["dtype"]:
+            advice = f"add --dtype {there.get('dtype')}, which is not what this machine is best at, or {advice}"
+        raise ValueError(f"--out {config.out}: it holds another run ({'; '.join(differences)})\n{advice}")
+
+
+def describe_resume(saved: dict[str, Any], config: TrainConfig, world: World, done: int) -> str:
+    """Where a run goes on, and what is different from there on."""
+    lines = [f"continued after {done} steps (epoch {min(saved['epoch'] + 1, config.epochs)} of {config.epochs})"]
+    if saved["epoch"] == config.epochs:
+        lines = ["this run is finished"]
+    elif saved["world_size"] != world.world_size:
+        same = "the images and their draws stay the same"
+        lines.append(f"on {world.world_size} processes instead of {saved['world_size']}: {same}")
+        if not config.bn_group:
+            lines.append("BatchNorm normalizes over batches of another size (--bn-group fixes their size)")
+    return "\n".join(lines)
+
+
+def diverged(step: int, steps_per_epoch: int, out: Path) -> str:
+    """What to say about a loss that is no number any more."""
+    kept = next((f"; {out / name} was saved before" for name in (LAST, PREVIOUS) if (out / name).is_file()), "")
+    return (
+        f"the loss is no finite number since step {step} (epoch {(step - 1) // steps_per_epoch + 1}): training "
+        f"diverged{kept}\ntry a smaller --lr, or --dtype float32, in a new folder"
+    )
 
 
 def validate(
@@ -227,18 +333,25 @@ def validate(
     batches: Iterable[Batch],
     *,
     warps: int,
+    images: int,
     device: torch.device,
     moved: Callable[[], None],
 ) -> dict[str, float | None]:
     """Natural top-1, top-5 and loss on the validation images, and accuracy under the training attack (None without).
 
     The batches' views are the untouched image and `warps` random ones; `moved` is called after every batch.
+
+    Raises:
+        RuntimeError: if not each of the split's `images` was judged exactly once.
+
     """
-    tally = Tally(device, "top1", "top5", "loss", "attacked")
+    tally, once = Tally(device, "top1", "top5", "loss", "attacked"), EachOnce(images, device)
     for batch in batches:
+        once.add(batch.index)
         found = verdicts(passes(batch.views), batch.labels)
         tally.add(found.natural, found.natural_top5, found.natural_loss, found.random if warps == 1 else found.worst)
         moved()
+    once.check()
     means = tally.means(over_ranks=True)
     return {
         "top1_pct": 100 * means["top1"],

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from fast_spatial import distributed
 from fast_spatial.config import EvaluateConfig, TrainConfig, from_json
 from fast_spatial.evaluate import evaluate_checkpoint
+from fast_spatial.stopping import stop_with_parent
 from fast_spatial.train import train
 
 TASKS: dict[str, tuple[type, Callable[..., None]]] = {
@@ -28,19 +30,33 @@ def run(task: str, values: dict[str, Any]) -> None:
     """Join the other processes and run the task."""
     kind, function = TASKS[task]
     config: Any = from_json(kind, values)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     world = distributed.start(config.stall_minutes)
+    logging.basicConfig(level=logging.WARNING if world.rank else logging.INFO, format="%(message)s")
     distributed.progress(config.stall_minutes)
-    try:
-        function(config, world)
-    finally:
-        distributed.stop()
+    function(config, world)
 
 
 @record
+def recorded() -> None:
+    """Run the task of the command line; torchrun learns of an error from the file that `record` writes."""
+    try:
+        run(sys.argv[1], json.loads(sys.argv[2]))
+    except ValueError:
+        sys.excepthook = lambda *_: None  # its text says it all, and is printed by the launcher
+        raise
+    except RuntimeError:
+        if distributed.is_shared():  # more likely the end of another process, which is to be reported first
+            time.sleep(2)
+        raise
+
+
 def main() -> None:
     """The entry that torchrun calls."""
-    run(sys.argv[1], json.loads(sys.argv[2]))
+    stop_with_parent()
+    try:
+        recorded()
+    finally:
+        distributed.stop()
 
 
 if __name__ == "__main__":

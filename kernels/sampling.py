@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from kernels.spatial import write_matrix
 
 # One stream per quantity.
-ORDER, CROP, FLIP, JITTER, LIGHTING, WARP = range(6)
+ORDER, CROP, FLIP, JITTER, LIGHTING, WARP, NETWORK = range(7)
 # Training and evaluation never share a draw, whatever their seeds.
 TRAINING, EVALUATION = 0, 1
 

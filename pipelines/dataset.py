@@ -6,6 +6,7 @@ means by it: classes are the sorted folder names, images the files with an image
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -55,6 +56,14 @@ class ImageIndex:
     def relative_path(self, position: int) -> str:
         """The path of one image, relative to the split's folder's parent ("val/n01440764/x.JPEG")."""
         return os.path.relpath(self.path(position), self.root.parent)
+
+    def fingerprint(self) -> str:
+        """A digest of which images these are, by relative path and label: equal wherever the folder lies."""
+        names = self.paths[:, len(os.fsencode(self.root)) + 1 :]
+        digest = hashlib.sha256(str(names.shape).encode())
+        digest.update(names.tobytes())
+        digest.update(self.labels.tobytes())
+        return digest.hexdigest()[:16]
 
     def first_classes(self, count: int) -> ImageIndex:
         """The images of the first `count` classes only."""

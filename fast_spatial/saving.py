@@ -1,0 +1,126 @@
+"""A training run on disk: written whole, in the background, the checkpoint before kept; found again after a crash."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fast_spatial import checkpoint
+from fast_spatial.files import remove_leftovers, write_atomically
+
+LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
+
+
+class Saver:
+    """Writes a run's checkpoints: `last.pt`, the one before it as `previous.pt`, and `best.pt`.
+
+    A state is copied to host memory when it is handed over; a thread writes it while training goes on. Whatever goes
+    wrong there is raised by the next call.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self._out = out
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="save")
+        self._writing: Future[None] | None = None
+        for name in (LAST, BEST):
+            remove_leftovers(out / name)
+
+    def save(self, state: dict[str, Any], *, best: bool = False) -> None:
+        """Save a state of tensors and plain values; `best` also as the best so far.
+
+        Raises:
+            ValueError: if the state before it could not be written.
+
+        """
+        self.wait()
+        self._writing = self._thread.submit(self._write, _snapshot(state), best)
+
+    def wait(self) -> None:
+        """Return once all is on the disk.
+
+        Raises:
+            ValueError: if it could not be written.
+
+        """
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return
+        try:
+            writing.result()
+        except OSError as error:
+            kept = [name for name in (LAST, PREVIOUS) if (self._out / name).is_file()]
+            whole = f"; {kept[0]}, saved before, is whole" if kept else ""
+            raise ValueError(
+                f"--out {self._out}: a checkpoint cannot be written ({error.strerror or error}){whole}\n"
+                f"make room, or make the folder writable; then the same command continues from there"
+            ) from error
+
+    def _write(self, state: dict[str, Any], best: bool) -> None:
+        buffer = io.BytesIO()  # torch's own writer turns an error of the file into one that does not name it
+        torch.save(state, buffer)
+        content = buffer.getbuffer()
+        if best:  # first: a run continues from last.pt, and would not judge this epoch again
+            write_atomically(self._out / BEST, lambda file: file.write(content))
+        last = self._out / LAST
+        write_atomically(last, lambda file: file.write(content), keep=self._out / PREVIOUS)
+
+
+class Interval:
+    """Says once when so many steps, or seconds, have passed since it said so last; 0: never."""
+
+    def __init__(self, steps: int, seconds: float) -> None:
+        self._steps, self._seconds, self._since = steps, seconds, time.monotonic()
+
+    def __call__(self, step: int) -> bool:
+        """Whether it is time after a step, counted from the start of the run."""
+        if self._steps:
+            return step % self._steps == 0
+        if not self._seconds or time.monotonic() - self._since < self._seconds:
+            return False
+        self._since = time.monotonic()
+        return True
+
+
+def find_latest(out: Path, say: Callable[[str], None] | None = None) -> dict[str, Any] | None:
+    """The newest whole checkpoint of a run's folder; None if none was saved. `say` is told of damaged ones.
+
+    Raises:
+        ValueError: if there are checkpoints, but none that can be read.
+
+    """
+    broken = []
+    for name in (LAST, PREVIOUS):
+        if not (out / name).is_file():
+            continue
+        try:
+            found = checkpoint.load(out / name)
+        except ValueError as error:
+            broken.append(name)
+            if say is not None:
+                say(f"{out / name} is damaged and left aside: {str(error).splitlines()[0]}")
+            continue
+        return found
+    if broken:
+        raise ValueError(f"--out {out}: its checkpoints ({', '.join(broken)}) are damaged\nname a new folder")
+    if (out / BEST).is_file():
+        raise ValueError(
+            f"--out {out}: it holds {BEST}, but no {LAST} to continue from\nname a new folder, or move {BEST} away"
+        )
+    return None
+
+
+def _snapshot(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _snapshot(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_snapshot(item) for item in value)
+    return value
