@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from benchmarks.jobs import Findings, Job
-from benchmarks.machine import machine
 from benchmarks.slow_disk import restart
 from benchmarks.verdict import table, verdict
 from fast_spatial.config import BenchConfig, from_json, to_json
+from fast_spatial.environment import environment
 from fast_spatial.files import write_json
 from kernels.cpus import usable_cpus
 
@@ -40,7 +40,7 @@ def run(config: BenchConfig) -> dict[str, Any]:
     """Run the groups that were asked for; what the JSON file holds."""
     threads = config.workers or usable_cpus()
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    about = machine()  # before anything else changes in the working tree
+    about = environment()  # before anything else changes in the working tree
     job = Job(config, device, threads)
     found = Findings.none()
     for name in GROUPS:

@@ -13,13 +13,13 @@ from pathlib import Path
 import fire
 
 import launch
-from benchmarks.machine import machine
+from fast_spatial.environment import environment
 from fast_spatial.files import write_json
 
 
 def main(out: str, json_file: str, seeds: str = "0,1,2") -> None:
     """Reproduce the digits' rows and write their results."""
-    about = machine()
+    about = environment()
     words = ["reproduce", "--data", "digits", "--out", str(out), "--seeds", str(seeds).strip("()").replace(" ", "")]
     if launch.main(words):
         raise SystemExit(1)

@@ -11,7 +11,7 @@ import torch
 
 from fast_spatial.config import SYNTHETIC, BenchConfig
 from fast_spatial.data import data_folder
-from kernels.spatial import SpatialLimits
+from kernels.limits import SpatialLimits
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from torchvision import transforms
 
 from fast_spatial.model import Classifier
-from kernels.spatial import SpatialLimits
+from kernels.limits import SpatialLimits
 
 GRID_CHUNK = 200  # views in a forward pass of the grid
 # PCA of ImageNet's colours, of colours in [0, 1].

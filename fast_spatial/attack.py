@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from fast_spatial.scoring import Passes
-from kernels.spatial import GRID_IDENTITY, GRID_VIEWS, SpatialLimits, grid, matrices
+from kernels.limits import SpatialLimits
+from kernels.spatial import GRID_IDENTITY, GRID_VIEWS, grid, matrices
 
 
 def losses_of(logits_BVK: Tensor, labels_B: Tensor) -> Tensor:

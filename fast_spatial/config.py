@@ -1,7 +1,7 @@
 """What can be asked for: the modes, the recipe and every option, as flat frozen dataclasses.
 
-Imports no torch, so that help and errors about options are instant. Raw strings from the command line become typed
-values here and nowhere else; a bad one is a ValueError that names the flag, the value and what is allowed.
+Imports neither torch nor numba, so that help and errors about options are instant. Raw strings from the command line
+become typed values here and nowhere else; a bad one is a ValueError that names the flag, the value and what is allowed.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from kernels.sampling import view_limits
-from kernels.spatial import MAX_SIDE, NOMINAL_SIDE, SpatialLimits
+from kernels.limits import MAX_SIDE, NOMINAL_SIDE, SpatialLimits
 
 MAX_SEED = 2**31 - 1
 
@@ -222,6 +221,8 @@ class TrainConfig(LaunchOptions):
 
     def view_limits(self) -> Any:
         """Each training view's limits, float64 [V, 2]."""
+        from kernels.sampling import view_limits  # imports numba
+
         mode = MODES[self.mode]
         warps = self.views if mode.warps is None else mode.warps
         return view_limits(

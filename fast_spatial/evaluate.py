@@ -25,8 +25,9 @@ from fast_spatial.inputs import prepare
 from fast_spatial.runlog import Bar, say
 from fast_spatial.scoring import Judge, ModuleJudge, Passes, Scorer
 from fast_spatial.stopping import stop_requests
+from kernels.limits import SpatialLimits
 from kernels.sampling import EVALUATION, augmentation_settings, draw_matrices, pack_key, view_limits
-from kernels.spatial import GRID_VIEWS, SpatialLimits
+from kernels.spatial import GRID_VIEWS
 from kernels.warp import warp
 from pipelines.dataset import ImageIndex
 from pipelines.loader import Batch, Loader

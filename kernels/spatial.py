@@ -1,4 +1,4 @@
-"""The one convention of spatial transforms: limits, matrices, and the exhaustive grid.
+"""The one convention of spatial transforms: matrices, and the exhaustive grid.
 
 For a square image of side S with pixel indices x to the right and y down, the centre is c = (S - 1) / 2. A rotation by
 the angle a and a translation t = (tx, ty), given as a fraction of the side, take the *source* of a target pixel to
@@ -14,44 +14,15 @@ outside the image is black. This is the transform of "Exploring the Landscape of
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-# Published limits are given in pixels at this side; elsewhere "nominal px".
-NOMINAL_SIDE = 224
+from kernels.limits import SpatialLimits
+
 GRID_ANGLES, GRID_SHIFTS = 31, 5
 GRID_VIEWS = GRID_ANGLES * GRID_SHIFTS * GRID_SHIFTS
-# The largest side: coordinates are 32-bit fixed point on CPUs.
-MAX_SIDE = 4096
-
-
-@dataclass(frozen=True)
-class SpatialLimits:
-    """How far an attack may rotate (degrees, either way) and translate (fraction of the side, either way, per axis)."""
-
-    degrees: float
-    translate: float
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.degrees <= 180:
-            raise ValueError(f"degrees is {self.degrees:g}: rotations reach from 0 to 180 degrees")
-        if not 0 <= self.translate <= 1:
-            raise ValueError(f"translate is {self.translate:g} of the side: translations reach from 0 to 1")
-
-    @classmethod
-    def from_px(cls, degrees: float, translate_px: float | None = None) -> SpatialLimits:
-        """Limits from degrees and nominal pixels; without pixels, the published pairing (30 with 24 px, 40 with 32)."""
-        if translate_px is None:
-            return cls(degrees, (degrees / 10) / 28)
-        return cls(degrees, translate_px / NOMINAL_SIDE)
-
-    @property
-    def translate_px(self) -> float:
-        """The translation limit in nominal pixels (pixels at side 224)."""
-        return self.translate * NOMINAL_SIDE
 
 
 @njit(cache=True, nogil=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import grid_sample
 
 from kernels.cpus import cpus_per_process
-from kernels.spatial import MAX_SIDE
+from kernels.limits import MAX_SIDE
 from kernels.warp_cpu import warp_image
 
 # B images, V views, S side, C = 3 channels.

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from fast_spatial.attack import GridSurvivors, losses_of, take_views, verdicts, worst_view
 from fast_spatial.evaluate import judge_batches, summarize
 from fast_spatial.scoring import Judge, ModuleJudge, Passes
+from kernels.limits import SpatialLimits
 from kernels.sampling import EVALUATION, draw_matrices, pack_key, view_limits
-from kernels.spatial import GRID_IDENTITY, GRID_VIEWS, SpatialLimits, grid, matrices
+from kernels.spatial import GRID_IDENTITY, GRID_VIEWS, grid, matrices
 from kernels.warp import warp
 from pipelines.loader import Batch
 

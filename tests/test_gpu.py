@@ -13,8 +13,9 @@ from fast_spatial.evaluate import evaluate
 from fast_spatial.model import Classifier
 from fast_spatial.scoring import Passes, Scorer
 from fast_spatial.step import TrainStep
+from kernels.limits import SpatialLimits
 from kernels.sampling import TRAINING, augmentation_settings, pack_key, view_limits
-from kernels.spatial import SpatialLimits, matrices
+from kernels.spatial import matrices
 from kernels.warp import warp, warp_normalized, warp_reference
 from pipelines.dataset import read_index
 from pipelines.digits import export_digits

@@ -92,8 +92,8 @@ def test_the_pipelines_know_no_networks_and_no_configuration():
             assert [name for name in names if name.startswith(("torch.nn", "torchvision", "fire"))] == [], path
 
 
-def test_what_options_need_imports_no_torch():
+def test_what_options_need_imports_neither_torch_nor_numba():
     needed = "kernels, fast_spatial.config, fast_spatial.cli, fast_spatial.reproduce, launch"
-    code = f"import sys, {needed}; print(sorted({{'torch', 'torchvision', 'nvidia', 'sklearn'}} & set(sys.modules)))"
+    code = f"import sys, {needed}; print(sorted({{'torch', 'numba', 'numpy', 'nvidia', 'sklearn'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"

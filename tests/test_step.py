@@ -21,7 +21,8 @@ from fast_spatial import model as models
 from fast_spatial.model import Classifier, to_unit
 from fast_spatial.scoring import ModuleJudge, Scorer
 from fast_spatial.step import TrainStep
-from kernels.spatial import SpatialLimits, matrices
+from kernels.limits import SpatialLimits
+from kernels.spatial import matrices
 from kernels.warp import warp
 from pipelines.loader import Batch
 from tests.golden import make_losses_golden as golden

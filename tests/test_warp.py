@@ -14,7 +14,8 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch.nn.functional import affine_grid, grid_sample
 
-from kernels.spatial import GRID_IDENTITY, GRID_VIEWS, SpatialLimits, grid, matrices, write_matrix
+from kernels.limits import SpatialLimits
+from kernels.spatial import GRID_IDENTITY, GRID_VIEWS, grid, matrices, write_matrix
 from kernels.warp import warp, warp_reference
 from kernels.warp_cpu import warp_image
 from pipelines import ops
