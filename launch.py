@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from fast_spatial.config import (
     parse,
     to_json,
 )
+from fast_spatial.environment import COMMAND_VARIABLE
 from fast_spatial.reproduce import DECIDED, ReproduceConfig, plan
 from fast_spatial.reproduce import reproduce as reproduce_rows
 from fast_spatial.stopping import SIGNALS
@@ -157,6 +159,7 @@ def _report(failures: dict[int, Any]) -> int:
 
 def _set_environment() -> None:
     """What processes started from here inherit."""
+    os.environ[COMMAND_VARIABLE] = shlex.join(sys.argv)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     # Threads that spin at torch's barriers take the cores from the loader's, and from everything else.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

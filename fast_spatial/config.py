@@ -161,6 +161,14 @@ class TrainConfig(LaunchOptions):
         "save after every so many steps (500) or minutes (15min), besides the ends of epochs; 0: only there",
         identity=False,
     )
+    on_bad_image: str = option(
+        "stop",
+        "what to do about a training image that cannot be decoded: name it and stop, or skip it, which takes the next "
+        "image of the data set in its place; evaluations always stop",
+        choices=("stop", "skip"),
+        identity=False,
+    )
+    max_bad_images: int = option(50, "stop if more training images than so many had to be skipped", identity=False)
     eval_every: int = option(
         1, "evaluate after every so many epochs, and after the last; 0: only after the last", identity=False
     )
@@ -171,11 +179,22 @@ class TrainConfig(LaunchOptions):
 
     def __post_init__(self) -> None:
         _needed(self, "data", "mode", "out")
-        _choice(self, "mode", "dtype", "optimizer", "compile", "resume")
+        _choice(self, "mode", "dtype", "optimizer", "compile", "resume", "on_bad_image")
         self.limits, self.checkpoint_steps  # noqa: B018  (validates them)
         _at_least(self, 1, "epochs", "global_batch_size", "accumulate", "views", "log_every", "side")
         _at_least(self, 0, "lr", "momentum", "weight_decay", "lighting", "bn_group", "score_chunk", "classes")
-        _at_least(self, 0, "max_train_images", "eval_every", "workers", "nproc_per_node", "seed", "profile", "gamma")
+        _at_least(
+            self,
+            0,
+            "max_train_images",
+            "eval_every",
+            "workers",
+            "nproc_per_node",
+            "seed",
+            "profile",
+            "gamma",
+            "max_bad_images",
+        )
         _seed(self)
         _side(self)
         if self.score_side and not 8 <= self.score_side < self.side:

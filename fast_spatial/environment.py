@@ -21,6 +21,8 @@ from kernels.cpus import usable_cpus
 ROOT = Path(__file__).resolve().parent.parent
 # Names the commit where the code is no git checkout, as in an image built without .git.
 COMMIT_VARIABLE = "FAST_SPATIAL_COMMIT"
+# The command line that processes were started by.
+COMMAND_VARIABLE = "FAST_SPATIAL_COMMAND"
 DALI_PACKAGES = ("nvidia-dali-cuda130", "nvidia-dali-cuda120", "nvidia-dali-cuda110")
 PACKAGES = (
     *("fast_spatial", "torch", "torchvision", *DALI_PACKAGES, "triton", "numba", "numpy", "pillow"),

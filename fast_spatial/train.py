@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
+import json
+import os
 import signal
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -14,10 +17,12 @@ import torch
 from fast_spatial import checkpoint, distributed
 from fast_spatial import model as models
 from fast_spatial.attack import verdicts
+from fast_spatial.bad_images import BadImages
 from fast_spatial.config import MODES, TrainConfig, to_json
 from fast_spatial.data import load_split
 from fast_spatial.device import default_pass_size, dtype_of, seed_everything, seed_step
 from fast_spatial.distributed import Ballot, World
+from fast_spatial.environment import COMMAND_VARIABLE, environment
 from fast_spatial.memory import estimate
 from fast_spatial.metrics import Divergence, EachOnce, Tally
 from fast_spatial.model import Classifier
@@ -95,6 +100,9 @@ def _train(config: TrainConfig, world: World, request: StopRequest) -> None:
         threads=config.workers or None,
         device=world.device,
     )
+    bad_images = BadImages(
+        out, world.rank, train_images, skip=config.on_bad_image == "skip", at_most=config.max_bad_images
+    )
     loader = open_loader(
         train_images,
         limits=limits_V2,
@@ -102,6 +110,8 @@ def _train(config: TrainConfig, world: World, request: StopRequest) -> None:
         key=pack_key(TRAINING, config.seed),
         train=True,
         exact_decoding=config.deterministic,
+        on_bad_images=bad_images.met,
+        bad_images=bad_images.positions(),
     )
     # Judged as the mode trains: nothing but the untouched image, one random view, or the worst of all.
     eval_loader = open_loader(
@@ -150,6 +160,7 @@ def _train(config: TrainConfig, world: World, request: StopRequest) -> None:
     else:
         runlog.begin(elapsed_sec=saved["elapsed_sec"], size=saved["log_size"], step=done)
     if world.rank == 0:
+        record_environment(out, config, world, done)
         say(describe(config, world, dtype, len(train_images), len(val_images), len(train_images.classes)))
         if saved is not None:
             say(describe_resume(saved, config, world, done))
@@ -293,6 +304,22 @@ def _train(config: TrainConfig, world: World, request: StopRequest) -> None:
         saver.wait()
     runlog.close()
     distributed.barrier()
+    if world.rank == 0 and (skipped := bad_images.paths()):
+        say(f"{len(skipped)} training images could not be decoded and were replaced: {', '.join(skipped)}")
+
+
+def record_environment(out: Path, config: TrainConfig, world: World, done: int) -> None:
+    """Add a line to OUT/environment.jsonl: what this part of the run was started with, on, and after which step."""
+    about = {
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "steps_before": done,
+        "command": os.environ.get(COMMAND_VARIABLE),
+        "world_size": world.world_size,
+        "config": to_json(config),
+        **environment(),
+    }
+    with open(out / "environment.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(about) + "\n")
 
 
 def check_same_run(there: dict[str, str], here: dict[str, str], config: TrainConfig) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -56,6 +56,11 @@ class ImageIndex:
     def relative_path(self, position: int) -> str:
         """The path of one image, relative to the split's folder's parent ("val/n01440764/x.JPEG")."""
         return os.path.relpath(self.path(position), self.root.parent)
+
+    def positions_of(self, relative_paths: Collection[str]) -> NDArray[np.int64]:
+        """The positions of images named as by `relative_path`, in the split's order; others are left away."""
+        names = [os.fsencode(os.path.join(self.root.parent, path)) for path in relative_paths]
+        return np.flatnonzero(np.isin(self.paths.view(f"S{self.paths.shape[1]}")[:, 0], names))
 
     def fingerprint(self) -> str:
         """A digest of which images these are, by relative path and label: equal wherever the folder lies."""

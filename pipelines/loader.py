@@ -7,9 +7,10 @@ its own position as a ticket, so the Loader can jump anywhere by dropping what w
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,12 @@ class Loader:
         rank: the GLOBAL rank.
         device: where the views are wanted; a GPU decodes and warps there.
         exact_decoding: keep GPU decoding independent of load and chance (no hardware decoder).
+        on_bad_images: called with the positions of images that cannot be decoded, and why, when some are met. If it
+            returns, they are replaced from there on, each by the next good image of the split; the default raises.
+        bad_images: positions to replace from the start.
+
+    An image's replacement depends on which images are bad, not on when that was found, so the stream stays a pure
+    function.
 
     Raises:
         ValueError: if the world size does not divide the batch, or the split is smaller than one batch.
@@ -74,6 +81,8 @@ class Loader:
         threads: int | None = None,
         device: torch.device | None = None,
         exact_decoding: bool = True,
+        on_bad_images: Callable[[dict[int, str]], None] | None = None,
+        bad_images: Collection[int] = (),
     ) -> None:
         check_divides(global_batch_size, world_size)
         if train and len(images) < global_batch_size:
@@ -89,8 +98,11 @@ class Loader:
         self._orders: dict[int, NDArray[np.int64]] = {}
         self._next_ticket = 0
         self._delivered = -1
+        self._in_flight: list[int] = []
         self._views = len(limits)
-        self._threads = threads or cpus_per_process()
+        self._on_bad_images = on_bad_images or self._refuse
+        self._bad_images = np.array(sorted(bad_images), np.int64)
+        threads = threads or cpus_per_process()
         self._readers = ThreadPoolExecutor(4, thread_name_prefix="read-ahead")
         self._device = device or torch.device("cpu")
         on_gpu = self._device.type == "cuda"
@@ -103,7 +115,8 @@ class Loader:
         batch_bytes = self._batch_size * len(limits) * side * side * 3
         from pipelines.graph import view_graph  # a batch is a batch where DALI is missing, too
 
-        self._pipeline: Any = view_graph(
+        self._build: Callable[[], Any] = partial(
+            view_graph,
             self._source,
             views=len(limits),
             center=bool(settings[CENTER]),
@@ -111,11 +124,12 @@ class Loader:
             hw_decoder_load=0.0 if exact_decoding else 0.65,
             warp_backend="dali" if on_gpu else "numba",
             batch_size=self._batch_size,
-            num_threads=self._threads,
+            num_threads=threads,
             device_id=self._device.index or 0 if on_gpu else None,
             prefetch_queue_depth=int(np.clip(_PREFETCH_BYTES // batch_bytes, 1, 4)),
             exec_dynamic=True,
         )
+        self._pipeline = self._build()
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """The batches of an epoch, from a step on."""
@@ -123,16 +137,27 @@ class Loader:
             ticket = epoch * self.steps_per_epoch + step
             if ticket != self._delivered + 1:
                 self._next_ticket = ticket  # a jump: batches already in flight are dropped below
-            while True:
-                views, header = self._run()
-                if int(header[0, TICKET]) == ticket:
-                    break
+            views, header = self._run(ticket)
             labels = header[:, LABEL].contiguous()
             if self._device.type == "cuda":  # from pinned memory, or the copy would wait for the device
                 labels = labels.pin_memory().to(self._device, non_blocking=True)
             yield Batch(views, labels, header[:, INDEX])
 
-    def _run(self) -> tuple[Tensor, Tensor]:
+    def _run(self, ticket: int) -> tuple[Tensor, Tensor]:
+        """Views and headers of one batch; those in flight before it are dropped."""
+        while True:
+            try:
+                views, header = self._outputs()
+            except RuntimeError as error:
+                self._without_bad_images(error)
+                self._next_ticket = ticket
+                continue
+            self._delivered = int(header[0, TICKET])
+            self._in_flight.remove(self._delivered)
+            if self._delivered == ticket:
+                return views, header
+
+    def _outputs(self) -> tuple[Tensor, Tensor]:
         if self._device.type == "cuda":
             outputs = self._pipeline.run(torch.cuda.current_stream(self._device))
         else:
@@ -140,8 +165,27 @@ class Loader:
         views, header = (from_dlpack(output.as_tensor()) for output in outputs)
         # An exception inside a numba operator is printed and ignored, and leaves an empty output.
         assert views.shape == (len(header), self._views, self._side, self._side, 3)
-        self._delivered = int(header[0, TICKET])
         return views, header
+
+    def _without_bad_images(self, error: RuntimeError) -> None:
+        """A new pipeline without the images in flight that cannot be decoded; DALI's is dead, and names no file."""
+        from pipelines.decoding import decode_files
+
+        positions = np.unique(np.concatenate([self._positions(ticket)[1] for ticket in self._in_flight]))
+        where = {self.images.path(position): int(position) for position in positions}
+        decoded = decode_files(list(where), on_gpu=self._device.type == "cuda")
+        bad = {where[path]: reason for path, reason in decoded if reason is not None}
+        if not bad:
+            raise RuntimeError(f"the loader failed, though every image in flight decodes: {error}") from error
+        self._on_bad_images(bad)
+        self._bad_images = np.union1d(self._bad_images, list(bad))
+        if len(self._bad_images) == len(self.images):
+            raise ValueError(f"{self.images.root}: none of its {len(self.images)} images can be decoded")
+        self._in_flight.clear()
+        self._pipeline = self._build()
+
+    def _refuse(self, bad: dict[int, str]) -> None:
+        raise undecodable(self.images, bad)
 
     def _count_steps(self) -> int:
         if self._train:
@@ -151,6 +195,20 @@ class Loader:
 
     def _positions(self, ticket: int) -> tuple[int, NDArray[np.int64]]:
         """(epoch, positions in the split) of one batch of this rank."""
+        epoch, positions = self._planned(ticket)
+        if len(self._bad_images):
+            positions = self._replaced(positions)
+        return epoch, positions
+
+    def _replaced(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Positions with every bad image replaced by the next good one of the split."""
+        bad = np.isin(positions, self._bad_images)
+        while bad.any():
+            positions = np.where(bad, (positions + 1) % len(self.images), positions)
+            bad = np.isin(positions, self._bad_images)
+        return positions
+
+    def _planned(self, ticket: int) -> tuple[int, NDArray[np.int64]]:
         epoch, step = divmod(ticket, self.steps_per_epoch)
         begin = step * self._global_batch_size + self._rank * self._batch_size
         end = min(begin + self._batch_size, len(self.images))
@@ -164,6 +222,7 @@ class Loader:
     def _source(self, info: Any) -> tuple[NDArray[Any], ...]:
         ticket = self._next_ticket
         self._next_ticket += 1
+        self._in_flight.append(ticket)
         epoch, positions = self._positions(ticket)
         paths = self.images.paths[positions]
         self._readers.submit(_read_ahead, self.images.paths, self._positions(ticket + _READ_AHEAD_BATCHES)[1])
@@ -171,6 +230,18 @@ class Loader:
         headers[:, LABEL], headers[:, INDEX] = self.images.labels[positions], positions
         headers[:, KEY], headers[:, EPOCH], headers[:, SIDE], headers[:, TICKET] = self._key, epoch, self._side, ticket
         return paths, headers, *(array[: len(positions)] for array in self._constants)
+
+
+def undecodable(images: ImageIndex, bad: dict[int, str], otherwise: str = "") -> ValueError:
+    """The error that names images, by position, that cannot be decoded, and says what to do (or `otherwise`)."""
+    position, reason = next(iter(bad.items()))
+    more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
+    data = images.root.parent
+    return ValueError(
+        f"{images.path(position)}: {reason}{more}\n"
+        f"find all such files with launch.py check --data {data} --write-exclusions FILE, and leave them out with "
+        f"--exclude FILE{otherwise}"
+    )
 
 
 def _read_ahead(paths: NDArray[np.uint8], positions: NDArray[np.int64]) -> None:
