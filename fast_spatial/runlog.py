@@ -77,6 +77,7 @@ class RunLog:
     def __init__(self, out: Path, *, rank: int, gpus: int) -> None:
         self._active, self._gpus, self._out = rank == 0, gpus, out
         self._start = time.time()
+        self._board: Any = None
         if self._active:
             try:
                 out.mkdir(parents=True, exist_ok=True)
@@ -144,10 +145,11 @@ class RunLog:
                     self._board.add_scalar(f"{group}/{name}", value, step)
 
     def close(self) -> None:
-        """Flush and close the files."""
+        """Flush and close the files; the folder is free then."""
+        if self._board is not None:
+            self._board.close()
         if self._active:
             self._file.close()
-            self._board.close()
 
 
 def _lock(file: IO[str], out: Path) -> None:

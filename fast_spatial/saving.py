@@ -62,6 +62,10 @@ class Saver:
                 f"make room, or make the folder writable; then the same command continues from there"
             ) from error
 
+    def close(self) -> None:
+        """Let the writing come to its end, well or not."""
+        self._thread.shutdown()
+
     def _write(self, state: dict[str, Any], best: bool) -> None:
         buffer = io.BytesIO()  # torch's own writer turns an error of the file into one that does not name it
         torch.save(state, buffer)
@@ -104,7 +108,8 @@ def find_latest(out: Path, say: Callable[[str], None] | None = None) -> dict[str
         except ValueError as error:
             broken.append(name)
             if say is not None:
-                say(f"{out / name} is damaged and left aside: {str(error).splitlines()[0]}")
+                reason = str(error).splitlines()[0].partition(": ")[2]
+                say(f"{out / name} is damaged and left aside: {reason}")
             continue
         return found
     if broken:

@@ -46,11 +46,11 @@ def train(config: TrainConfig, world: World) -> None:
         ValueError: if the folder holds another run, cannot be written, or the loss stops being a number.
 
     """
-    with stop_requests() as request:
-        _train(config, world, request)
+    with stop_requests() as request, contextlib.ExitStack() as opened:
+        _train(config, world, request, opened)
 
 
-def _train(config: TrainConfig, world: World, request: StopRequest) -> None:
+def _train(config: TrainConfig, world: World, request: StopRequest, opened: contextlib.ExitStack) -> None:
     # --- set up
     seed_everything(config.seed, deterministic=config.deterministic)
     out, mode = Path(config.out), MODES[config.mode]
@@ -131,8 +131,9 @@ def _train(config: TrainConfig, world: World, request: StopRequest) -> None:
         )
 
     # --- resume
-    runlog = RunLog(out, rank=world.rank, gpus=world.world_size if world.device.type == "cuda" else 0)
-    saver = Saver(out) if world.rank == 0 else None
+    gpus = world.world_size if world.device.type == "cuda" else 0
+    runlog = opened.enter_context(contextlib.closing(RunLog(out, rank=world.rank, gpus=gpus)))
+    saver = opened.enter_context(contextlib.closing(Saver(out))) if world.rank == 0 else None
     distributed.barrier()  # the folder is ours, and nobody writes there: now all may read
     saved = find_latest(out, say if world.rank == 0 else None)
     first_epoch = first_step = 0
@@ -206,7 +207,6 @@ def _train(config: TrainConfig, world: World, request: StopRequest) -> None:
         if saver is not None:
             saver.wait()
             say(f"stopped by {signal.Signals(signal_number).name}; the same command continues")
-        runlog.close()
         raise Stopped(signal_number)
 
     def moved() -> None:
@@ -302,7 +302,6 @@ def _train(config: TrainConfig, world: World, request: StopRequest) -> None:
         distributed.progress(config.stall_minutes)
     if saver is not None:
         saver.wait()
-    runlog.close()
     distributed.barrier()
     if world.rank == 0 and (skipped := bad_images.paths()):
         say(f"{len(skipped)} training images could not be decoded and were replaced: {', '.join(skipped)}")

@@ -38,30 +38,6 @@ def records(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
-def test_a_run_that_was_killed_continues_to_the_same_weights(tmp_path, monkeypatch):
-    train(config_of(tmp_path / "whole"), ALONE)
-
-    save = checkpoint.save
-
-    def killed_after_the_second_epoch(path, payload):
-        save(path, payload)
-        if payload["epoch"] == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(checkpoint, "save", killed_after_the_second_epoch)
-    with pytest.raises(KeyboardInterrupt):
-        train(config_of(tmp_path / "parts"), ALONE)
-    monkeypatch.setattr(checkpoint, "save", save)
-    train(config_of(tmp_path / "parts"), ALONE)
-
-    whole, parts = (checkpoint.load(tmp_path / name / "last.pt") for name in ("whole", "parts"))
-    assert whole["epoch"] == parts["epoch"] == 3
-    assert all(torch.equal(value, parts["model"][name]) for name, value in whole["model"].items())
-    losses = [[r["loss"] for r in records(tmp_path / name) if r["event"] == "train"] for name in ("whole", "parts")]
-    assert losses[0] == losses[1]
-    assert [r["epoch"] for r in records(tmp_path / "parts") if r["event"] == "train"] == [1, 2, 3]
-
-
 def test_the_log_has_a_record_per_epoch_and_evaluation(tmp_path):
     train(config_of(tmp_path, epochs="2", eval_every="1", lr="0.01"), ALONE)
     found = records(tmp_path)
