@@ -9,7 +9,7 @@ import warnings
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 KILLS, CHANGES, NOTE = "kills", "changes", "note"
 # PIL, and so torchvision's loader, refuses images of more pixels; decoded, they take half a gigabyte.
@@ -90,7 +90,7 @@ def explain_failure(content: bytes, reason: str) -> Finding:
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(content)) as image:
             image.load()
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         return Finding("not_an_image", detail)
     except Exception as error:  # PIL raises whatever a broken content makes it run into
         return Finding("truncated" if "truncated" in str(error).lower() else "undecodable", detail)

@@ -1,8 +1,9 @@
 """Decoding files in child processes, as training does, so that a file that breaks the decoder is a verdict.
 
-A file that DALI cannot decode ends its pipeline for good, with an error that does not name it; a worse one may crash the
-process, or keep it busy for ever. Here, every child decodes batches; a batch that fails is taken apart, file by file, on
-a pipeline built anew, which takes 2 ms; a child that dies is replaced. Nothing is inherited but the environment.
+A file that DALI cannot decode ends its pipeline for good, with an error that does not name it; a worse one may crash
+the process, or keep it busy for ever. Here, every child decodes batches; a batch that fails is taken apart, file by
+file, on a pipeline built anew, which takes 2 ms; a child that dies is replaced, and its batch asked for file by file.
+Children inherit nothing but the environment, and end with their parent.
 
     python -m pipelines.decoding DESCRIPTOR cpu|gpu THREADS TIMEOUT_SEC
 """
@@ -18,7 +19,7 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import suppress
 from itertools import islice
 from multiprocessing import Pipe
@@ -81,7 +82,7 @@ def decoder_options(*, on_gpu: bool, hw_decoder_load: float) -> dict[str, Any]:
 
 def decode_files(
     paths: Iterable[str], *, on_gpu: bool = False, processes: int = 1, timeout_sec: float = TIMEOUT_SEC
-) -> Iterator[tuple[str, str | None]]:
+) -> Generator[tuple[str, str | None], None, None]:
     """Whether files can be decoded: (path, None), or (path, in words why not), each path once, in any order.
 
     Args:
@@ -100,7 +101,7 @@ def decode_files(
 
 def inspect_files(
     paths: Iterable[str], *, on_gpu: bool = False, processes: int = 1, timeout_sec: float = TIMEOUT_SEC
-) -> Iterator[Report]:
+) -> Generator[Report, None, None]:
     """Everything there is to say about files, decoded in child processes; as `decode_files`."""
     threads = max(1, usable_cpus() // processes)
     words = ["gpu" if on_gpu else "cpu", str(threads), str(timeout_sec)]
@@ -236,31 +237,36 @@ class _Decoder:
 
         `alone`: the process was asked for nothing else; a large image spends it.
         """
-        if not all(contents):
-            found = iter(self.inspect([content for content in contents if content], alone=alone))
-            return [next(found) if content else explain_failure(content, "") for content in contents]
+        if len(contents) > 1 and all(contents):
+            try:
+                sizes = self._peek(contents)
+                if sizes.prod(axis=1).sum() <= _BATCH_PIXELS:
+                    self._decode(contents, sizes)
+                    if not self._complaint():
+                        return [None] * len(contents)
+            except RuntimeError:
+                self._build()
+        return [self._inspect_one(content, alone) for content in contents]
+
+    def _inspect_one(self, content: bytes, alone: bool) -> Finding | None:
+        if not content:
+            return explain_failure(content, "")
         try:
-            sizes = self._peek(contents)
-            pixels = int(sizes.prod(axis=1).sum())
-            if len(contents) == 1 and pixels > MAX_PIXELS:
-                return [Finding("too_large", f"its header says {sizes[0, 1]} x {sizes[0, 0]} pixels")]
-            if len(contents) == 1 and pixels > _LARGE_PIXELS:
+            sizes = self._peek([content])
+            pixels = int(sizes.prod())
+            if pixels > MAX_PIXELS:
+                return Finding("too_large", f"its header says {sizes[0, 1]} x {sizes[0, 0]} pixels")
+            if pixels > _LARGE_PIXELS:
                 if not alone:
-                    return [_ALONE]
+                    return _ALONE
                 self.spent = True
-            if len(contents) == 1 or pixels <= _BATCH_PIXELS:
-                self._decode(contents, sizes)
-                complaint = self._complaint()
-                if not complaint:
-                    return [None] * len(contents)
-                if len(contents) == 1:
-                    return [Finding("damaged", complaint)]
+            self._decode([content], sizes)
         except RuntimeError as error:
             reason = self._complaint() or _reason_of(error)
             self._build()
-            if len(contents) == 1:
-                return [explain_failure(contents[0], reason)]
-        return [self.inspect([content], alone=alone)[0] for content in contents]
+            return explain_failure(content, reason)
+        complaint = self._complaint()
+        return Finding("damaged", complaint) if complaint else None
 
     def _build(self) -> None:
         """New pipelines, proven on a sample: a GPU that a file left unusable ends the process."""
@@ -305,16 +311,16 @@ def _reason_of(error: RuntimeError) -> str:
 def _inspect_batch(decoder: _Decoder, paths: list[str]) -> list[tuple[list[Finding], str]]:
     reports: list[tuple[list[Finding], str]] = []
     contents: list[bytes | Finding] = []
-    held = 0
     for number, path in enumerate(paths, 1):
-        content = read_regular(path)
-        contents.append(content)
-        held += len(content) if isinstance(content, bytes) else 0
-        if held > _BATCH_BYTES or number == len(paths):
-            found = iter(decoder.inspect([c for c in contents if isinstance(c, bytes)], alone=len(paths) == 1))
-            for path, content in zip(paths[len(reports) : number], contents):
-                reports.append(_report(path, content, None if isinstance(content, Finding) else next(found)))
-            contents, held = [], 0
+        contents.append(read_regular(path))
+        encoded = [content for content in contents if isinstance(content, bytes)]
+        if number == len(paths) or sum(map(len, encoded)) > _BATCH_BYTES:
+            decoded = iter(decoder.inspect(encoded, alone=len(paths) == 1))
+            reports += [
+                _report(where, content, None if isinstance(content, Finding) else next(decoded))
+                for where, content in zip(paths[len(reports) : number], contents)
+            ]
+            contents = []
     return reports
 
 

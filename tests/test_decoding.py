@@ -51,7 +51,7 @@ def hostile(monkeypatch):
         children.append(start([command[0], "-c", HOSTILE, *command[3:]], **options))
         return children[-1]
 
-    monkeypatch.setattr(decoding.subprocess, "Popen", popen)
+    monkeypatch.setattr(subprocess, "Popen", popen)
     return children
 
 
@@ -71,7 +71,7 @@ def test_good_files_are_reported_once_each(digits):
 
 
 def test_no_file_at_all_starts_no_process(monkeypatch):
-    monkeypatch.setattr(decoding.subprocess, "Popen", lambda *_, **__: pytest.fail("a process was started"))
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a process was started"))
     assert list(decode_files([])) == []
 
 
@@ -112,7 +112,7 @@ def test_a_crash_a_hang_and_an_exit_are_pinned_to_their_files(digits, tmp_path, 
 
 
 def test_a_decoder_that_does_not_start_is_no_verdict_on_files(digits, monkeypatch):
-    monkeypatch.setattr(decoding.sys, "executable", "/bin/false")
+    monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(RuntimeError, match="the decoder does not start: its process ended with 1"):
         list(decode_files(digits[:3]))
 
