@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali import fn, pipeline_def
 
 from kernels.sampling import BOX_H, BOX_Y
 from pipelines import ops
+from pipelines.decoding import decoder_options
 
 
 @pipeline_def
@@ -33,17 +34,12 @@ def view_graph(
     geometry, colour, matrices = ops.draw(
         header, fn.peek_image_shape(encoded, adjust_orientation=False), limits, settings
     )
-    decoder: Any = {"device": "mixed", "hw_decoder_load": hw_decoder_load} if on_gpu else {"device": "cpu"}
     images = fn.decoders.image_slice(
         encoded,
         start=geometry[BOX_Y : BOX_Y + 2],
         shape=geometry[BOX_H : BOX_H + 2],
         axes=(0, 1),
-        output_type=types.RGB,
-        adjust_orientation=False,
-        jpeg_fancy_upsampling=True,
-        use_fast_idct=False,
-        **decoder,
+        **decoder_options(on_gpu=on_gpu, hw_decoder_load=hw_decoder_load),
     )
     if numba:
         return ops.numba_views(fed[4], images, geometry, matrices, colour), header

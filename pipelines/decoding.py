@@ -1,0 +1,358 @@
+"""Decoding files in child processes, as training does, so that a file that breaks the decoder is a verdict.
+
+A file that DALI cannot decode ends its pipeline for good, with an error that does not name it; a worse one may crash
+the process, or keep it busy for ever. Here, every child decodes batches; a batch that fails is taken apart, file by
+file, on a pipeline built anew, which takes 2 ms; a child that dies is replaced, and its batch asked for file by file.
+Children inherit nothing but the environment, and end with their parent.
+
+    python -m pipelines.decoding DESCRIPTOR cpu|gpu THREADS TIMEOUT_SEC
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Generator, Iterable
+from contextlib import suppress
+from itertools import islice
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from nvidia.dali import fn, pipeline_def, types
+from PIL import Image
+
+from kernels.cpus import usable_cpus
+from pipelines.audit import KILLS, KINDS, MAX_PIXELS, Finding, explain_failure, inspect_header, read_regular
+
+TIMEOUT_SEC = 60.0
+FILES_PER_BATCH = 32
+# A child's memory, on a CPU: what the largest image takes (`audit.MAX_PIXELS`), and some.
+MEMORY_BYTES = 6 << 30
+# Files are decoded together up to so much of them.
+_BATCH_BYTES, _BATCH_PIXELS = 1 << 26, 1 << 24
+# A larger image has a process of its own, since DALI gives no memory back.
+_LARGE_PIXELS = 1 << 26
+_ALONE = Finding("alone", "")  # to the parent: ask again for this file alone
+_START_SEC = 600.0
+# Exit by the kernel's alarm clock, which no loop in the decoder can put off.
+_HANG = -signal.SIGALRM
+_COMPLAINT = re.compile(r"corrupt|premature|extraneous|unsupported|invalid|error|bad", re.IGNORECASE)
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+_PREFIX = re.compile(r"^(\[\w+\] )*(Could not decode \w+ code stream - )?")
+_STATUS = {
+    "nvImageCodec failure: '#3'": "its header is damaged",
+    "nvImageCodec failure: '#4'": "its format is unknown to the decoder",
+}
+
+
+class Report(NamedTuple):
+    """What was found about a file, and the hash of its content ("" if that was not decided by its content)."""
+
+    path: str
+    findings: list[Finding]
+    digest: str
+
+    @property
+    def problem(self) -> str | None:
+        """Why a run would end on this file, or None."""
+        return next((found.detail for found in self.findings if KINDS[found.kind].severity == KILLS), None)
+
+
+def decoder_options(*, on_gpu: bool, hw_decoder_load: float) -> dict[str, Any]:
+    """How images are decoded, in training as in a check."""
+    device = {"device": "mixed", "hw_decoder_load": hw_decoder_load} if on_gpu else {"device": "cpu"}
+    return {
+        "output_type": types.RGB,
+        "adjust_orientation": False,
+        "jpeg_fancy_upsampling": True,
+        "use_fast_idct": False,
+        **device,
+    }
+
+
+def decode_files(
+    paths: Iterable[str], *, on_gpu: bool = False, processes: int = 1, timeout_sec: float = TIMEOUT_SEC
+) -> Generator[tuple[str, str | None], None, None]:
+    """Whether files can be decoded: (path, None), or (path, in words why not), each path once, in any order.
+
+    Args:
+        paths: the files; taken as they are needed.
+        on_gpu: decode on the first visible GPU.
+        processes: child processes; they end when the iterator does, or is closed.
+        timeout_sec: a file that takes longer counts as one that the decoder does not come to an end with.
+
+    Raises:
+        RuntimeError: if the decoder does not even start.
+
+    """
+    for report in inspect_files(paths, on_gpu=on_gpu, processes=processes, timeout_sec=timeout_sec):
+        yield report.path, report.problem
+
+
+def inspect_files(
+    paths: Iterable[str], *, on_gpu: bool = False, processes: int = 1, timeout_sec: float = TIMEOUT_SEC
+) -> Generator[Report, None, None]:
+    """Everything there is to say about files, decoded in child processes; as `decode_files`."""
+    threads = max(1, usable_cpus() // processes)
+    words = ["gpu" if on_gpu else "cpu", str(threads), str(timeout_sec)]
+    queue = iter(paths)
+    alone: list[str] = []  # large ones, and those of batches that a child died of
+    idle: list[_Child] = []
+    busy: dict[Connection, _Child] = {}
+    try:
+        while True:
+            while len(busy) < processes:
+                batch = [alone.pop()] if alone else list(islice(queue, FILES_PER_BATCH))
+                if not batch:
+                    break
+                child = idle.pop() if idle else _Child(words)
+                busy[child.connection] = child
+                child.ask(batch)
+            if not busy:
+                return
+            for ready in wait(list(busy)):
+                assert isinstance(ready, Connection)
+                child = busy[ready]
+                reports = child.answer()
+                if reports is None:
+                    continue
+                del busy[ready]
+                if child.spent:
+                    child.end()
+                else:
+                    idle.append(child)
+                for report in reports:
+                    if report.findings == [_ALONE]:
+                        alone.append(report.path)
+                    else:
+                        yield report
+    finally:
+        for child in [*idle, *busy.values()]:
+            child.end()
+
+
+def _death(status: int) -> Finding:
+    if status == _HANG:
+        return Finding("hang", "the decoder does not come to an end")
+    how = f"signal {-status}" if status < 0 else f"exit status {status}"
+    return Finding("crash", f"it crashes the decoder ({how})")
+
+
+class _Child:
+    """A child process that inspects a batch of files at a time."""
+
+    def __init__(self, words: list[str]) -> None:
+        self.connection, theirs = Pipe()
+        root = str(Path(__file__).resolve().parents[1])
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "pipelines.decoding", str(theirs.fileno()), *words],
+            stdin=subprocess.DEVNULL,
+            pass_fds=[theirs.fileno()],
+            process_group=0,  # Ctrl-C is the parent's affair
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))},
+        )
+        theirs.close()
+        self.batch: list[str] = []
+        self.started = False
+        self.spent = False
+
+    def ask(self, batch: list[str]) -> None:
+        self.batch = batch
+        with suppress(BrokenPipeError):  # it died; asking for the answer tells
+            self.connection.send_bytes(json.dumps(batch).encode())
+
+    def answer(self) -> list[Report] | None:
+        """The batch's reports; None for its first word, that it has started.
+
+        Raises:
+            RuntimeError: if it died before that.
+
+        """
+        try:
+            word = json.loads(self.connection.recv_bytes())
+        except (EOFError, ConnectionError):
+            self.spent = True
+            status = self.end()
+            if not self.started:
+                raise RuntimeError(f"the decoder does not start: its process ended with {status}") from None
+            found = _death(status) if len(self.batch) == 1 else _ALONE
+            return [Report(path, [found], "") for path in self.batch]
+        if not self.started:
+            self.started = True
+            return None
+        reports, self.spent = word
+        return [
+            Report(path, [Finding(*pair) for pair in findings], digest)
+            for path, (findings, digest) in zip(self.batch, reports, strict=True)
+        ]
+
+    def end(self) -> int:
+        """Its exit status: its own if it had ended, else that of being killed."""
+        self.connection.close()
+        self._process.kill()
+        return self._process.wait()
+
+
+# --- in the child
+
+
+@pipeline_def
+def _shape_graph() -> Any:
+    return fn.peek_image_shape(fn.external_source(name="encoded"), adjust_orientation=False)
+
+
+@pipeline_def
+def _image_graph(on_gpu: bool) -> Any:
+    encoded, size = fn.external_source(name="encoded"), fn.external_source(name="size")
+    options = decoder_options(on_gpu=on_gpu, hw_decoder_load=0.0)
+    return fn.decoders.image_slice(encoded, start=np.zeros(2, np.int32), shape=size, axes=(0, 1), **options)
+
+
+class _Decoder:
+    """Decodes whole images with training's operator, and says what is wrong with those that it cannot."""
+
+    def __init__(self, *, on_gpu: bool, threads: int) -> None:
+        self._on_gpu, self._threads = on_gpu, threads
+        self._stderr = os.memfd_create("complaints")
+        for descriptor in (1, 2):
+            os.dup2(self._stderr, descriptor)
+        sample = io.BytesIO()
+        Image.new("RGB", (16, 16)).save(sample, "JPEG")
+        self._sample = sample.getvalue()
+        self.spent = False
+        self._build()
+
+    def inspect(self, contents: list[bytes], *, alone: bool) -> list[Finding | None]:
+        """What is wrong with each content: a reason not to decode it, a complaint of the decoder, or nothing.
+
+        `alone`: the process was asked for nothing else; a large image spends it.
+        """
+        if len(contents) > 1 and all(contents):
+            try:
+                sizes = self._peek(contents)
+                if sizes.prod(axis=1).sum() <= _BATCH_PIXELS:
+                    self._decode(contents, sizes)
+                    if not self._complaint():
+                        return [None] * len(contents)
+            except RuntimeError:
+                self._build()
+        return [self._inspect_one(content, alone) for content in contents]
+
+    def _inspect_one(self, content: bytes, alone: bool) -> Finding | None:
+        if not content:
+            return explain_failure(content, "")
+        try:
+            sizes = self._peek([content])
+            pixels = int(sizes.prod())
+            if pixels > MAX_PIXELS:
+                return Finding("too_large", f"its header says {sizes[0, 1]} x {sizes[0, 0]} pixels")
+            if pixels > _LARGE_PIXELS:
+                if not alone:
+                    return _ALONE
+                self.spent = True
+            self._decode([content], sizes)
+        except RuntimeError as error:
+            reason = self._complaint() or _reason_of(error)
+            self._build()
+            return explain_failure(content, reason)
+        complaint = self._complaint()
+        return Finding("damaged", complaint) if complaint else None
+
+    def _build(self) -> None:
+        """New pipelines, proven on a sample: a GPU that a file left unusable ends the process."""
+        options = {
+            "batch_size": FILES_PER_BATCH,
+            "num_threads": self._threads,
+            "device_id": 0 if self._on_gpu else None,
+            "prefetch_queue_depth": 1,
+            "exec_async": False,
+            "exec_pipelined": False,
+        }
+        self._shapes: Any = _shape_graph(**options)
+        self._images: Any = _image_graph(self._on_gpu, **options)
+        self._decode([self._sample], self._peek([self._sample]))
+        self._complaint()
+
+    def _peek(self, contents: list[bytes]) -> Any:
+        """(height, width) of each, int64 [N, 2], from the decoder's own reading of the header."""
+        (shapes,) = self._shapes.run(encoded=[np.frombuffer(content, np.uint8) for content in contents])
+        return np.stack([np.array(shapes[k])[:2] for k in range(len(contents))]).astype(np.int64)
+
+    def _decode(self, contents: list[bytes], sizes: Any) -> None:
+        encoded = [np.frombuffer(content, np.uint8) for content in contents]
+        self._images.run(encoded=encoded, size=list(sizes.astype(np.int32)))
+
+    def _complaint(self) -> str:
+        """What the decoder printed since it was last asked, in a line."""
+        os.lseek(self._stderr, 0, os.SEEK_SET)
+        with os.fdopen(os.dup(self._stderr), "rb") as file:
+            lines = _COLOURS.sub("", file.read(1 << 16).decode(errors="replace")).splitlines()
+        os.ftruncate(self._stderr, 0)
+        os.lseek(self._stderr, 0, os.SEEK_SET)
+        return next((_PREFIX.sub("", line) for line in lines if _COMPLAINT.search(line)), "")
+
+
+def _reason_of(error: RuntimeError) -> str:
+    found = re.search(r"encountered:\s*(.*?)\s*(Current pipeline|$)", str(error), re.DOTALL)
+    reason = (found[1] if found else str(error)).strip().splitlines()[0]
+    return _STATUS.get(reason, reason)
+
+
+def _inspect_batch(decoder: _Decoder, paths: list[str]) -> list[tuple[list[Finding], str]]:
+    reports: list[tuple[list[Finding], str]] = []
+    contents: list[bytes | Finding] = []
+    for number, path in enumerate(paths, 1):
+        contents.append(read_regular(path))
+        encoded = [content for content in contents if isinstance(content, bytes)]
+        if number == len(paths) or sum(map(len, encoded)) > _BATCH_BYTES:
+            decoded = iter(decoder.inspect(encoded, alone=len(paths) == 1))
+            reports += [
+                _report(where, content, None if isinstance(content, Finding) else next(decoded))
+                for where, content in zip(paths[len(reports) : number], contents)
+            ]
+            contents = []
+    return reports
+
+
+def _report(path: str, content: bytes | Finding, decoded: Finding | None) -> tuple[list[Finding], str]:
+    if isinstance(content, Finding):
+        return [content], ""
+    findings = [decoded] if decoded else []
+    if decoded is not _ALONE and (not decoded or KINDS[decoded.kind].severity != KILLS):
+        findings += inspect_header(path, content)
+    return findings, hashlib.sha256(content).hexdigest()[:32]
+
+
+def _serve(descriptor: int, device: str, threads: int, timeout_sec: float) -> None:
+    """Answer batches of paths until the parent is gone."""
+    signal.setitimer(signal.ITIMER_REAL, _START_SEC)
+    with suppress(OSError):  # where memory runs out, the kernel is to end this process rather than any other
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
+    if device == "cpu":  # a GPU's driver maps far more than it uses
+        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
+    connection = Connection(descriptor)
+    decoder = _Decoder(on_gpu=device == "gpu", threads=threads)
+    connection.send_bytes(b'"started"')
+    with suppress(EOFError, ConnectionError):
+        while True:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            paths = json.loads(connection.recv_bytes())
+            signal.setitimer(signal.ITIMER_REAL, timeout_sec)
+            reports = _inspect_batch(decoder, paths)
+            connection.send_bytes(json.dumps([reports, decoder.spent]).encode())
+            if decoder.spent:
+                return
+
+
+if __name__ == "__main__":
+    _serve(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), float(sys.argv[4]))
