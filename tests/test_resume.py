@@ -14,13 +14,15 @@ from typing import Any
 import pytest
 import torch
 
-from fast_spatial import checkpoint, distributed, train
+from fast_spatial import checkpoint, distributed
 from fast_spatial.config import DIGITS_PRESET, TrainConfig, parse
 from fast_spatial.distributed import Ballot, World
 from fast_spatial.files import write_atomically
 from fast_spatial.runlog import RunLog
 from fast_spatial.saving import BEST, LAST, PREVIOUS, Interval, Saver, find_latest
+from fast_spatial.step import TrainStep
 from fast_spatial.stopping import SIGNALS, Stopped, stop_requests
+from fast_spatial.train import train
 
 ROOT = Path(__file__).parent.parent
 ALONE = World(0, 0, 1, torch.device("cpu"))
@@ -46,7 +48,7 @@ def config_of(out: Path, **flags: str) -> TrainConfig:
 
 
 def run(out: Path, **flags: str) -> None:
-    train.train(config_of(out, **flags), ALONE)
+    train(config_of(out, **flags), ALONE)
 
 
 def interrupted(monkeypatch: pytest.MonkeyPatch, out: Path, after: int, how: Any, **flags: str) -> None:
@@ -211,13 +213,16 @@ def test_a_loss_that_is_no_number_ends_the_run_and_the_good_checkpoint_stays(tmp
     interrupted(monkeypatch, tmp_path, 2, signal.SIGTERM)
     good = (tmp_path / LAST).read_bytes()
 
-    def poisoned(self: Any, batch: Any) -> Any:
-        result = original(self, batch)
-        return result._replace(loss=result.loss / 0 if len(calls) > 1 else result.loss) if not calls.append(1) else None
+    calls = 0
+    original = TrainStep.__call__
 
-    calls: list[int] = []
-    original = train.TrainStep.__call__
-    monkeypatch.setattr(train.TrainStep, "__call__", poisoned)
+    def poisoned(self: Any, batch: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        result = original(self, batch)
+        return result if calls == 1 else result._replace(loss=result.loss / 0)
+
+    monkeypatch.setattr(TrainStep, "__call__", poisoned)
     with pytest.raises(ValueError, match=r"no finite number since step 4 \(epoch 1\)(.|\n)*last.pt was saved before"):
         run(tmp_path)
     assert (tmp_path / LAST).read_bytes() == good
@@ -225,13 +230,13 @@ def test_a_loss_that_is_no_number_ends_the_run_and_the_good_checkpoint_stays(tmp
 
 def test_a_diverging_run_stops_within_the_logging_interval(tmp_path, monkeypatch):
     steps = []
-    original = train.TrainStep.__call__
+    original = TrainStep.__call__
 
     def counted(self: Any, batch: Any) -> Any:
         steps.append(1)
         return original(self, batch)
 
-    monkeypatch.setattr(train.TrainStep, "__call__", counted)
+    monkeypatch.setattr(TrainStep, "__call__", counted)
     with pytest.raises(ValueError, match="training diverged"):
         run(tmp_path, lr="1e30", log_every="2", checkpoint_every="0")
     assert len(steps) <= 4
