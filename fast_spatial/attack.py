@@ -28,6 +28,13 @@ def losses_of(logits_BVK: Tensor, labels_B: Tensor) -> Tensor:
     return losses.nan_to_num(nan=float("inf"), posinf=float("inf"))
 
 
+def margins_of(logits_BVK: Tensor, labels_B: Tensor) -> Tensor:
+    """How far each view is from the other verdict, float32 [B, V]: the label's logit less the largest other one."""
+    labels_BV1 = labels_B[:, None, None].expand(*logits_BVK.shape[:2], 1)
+    others_BV = logits_BVK.scatter(2, labels_BV1, float("-inf")).amax(dim=2)
+    return logits_BVK.gather(2, labels_BV1)[:, :, 0] - others_BV
+
+
 def worst_view(losses_BV: Tensor) -> Tensor:
     """The view of highest loss of each image, int64 [B]; the first one on ties."""
     V = losses_BV.shape[1]
@@ -45,7 +52,8 @@ class Verdicts(NamedTuple):
     """What the candidates of a batch come to: booleans [B] for correct, and the natural view's numbers.
 
     Views are the untouched image, then the random ones: `natural` is view 0, `random` is view 1, `worst` is the view of
-    highest loss among all, `all_views` is correct on every one.
+    highest loss among all, `all_views` is correct on every one. `margin`, float32 [B], is what these verdicts hang on:
+    the smallest distance of a view from the other verdict, or of the highest loss from that of a view judged otherwise.
     """
 
     natural: Tensor
@@ -55,6 +63,7 @@ class Verdicts(NamedTuple):
     natural_loss: Tensor
     natural_top5: Tensor
     natural_margin: Tensor
+    margin: Tensor
 
 
 def verdicts(logits_BVK: Tensor, labels_B: Tensor) -> Verdicts:
@@ -62,6 +71,7 @@ def verdicts(logits_BVK: Tensor, labels_B: Tensor) -> Verdicts:
     correct_BV = logits_BVK.argmax(dim=2) == labels_B[:, None]
     losses_BV = losses_of(logits_BVK, labels_B)
     worst = correct_BV.gather(1, worst_view(losses_BV)[:, None])[:, 0]
+    other = losses_BV.masked_fill(correct_BV == worst[:, None], float("-inf")).amax(dim=1)
     top = logits_BVK[:, 0].topk(min(5, logits_BVK.shape[2]), dim=1)
     return Verdicts(
         natural=correct_BV[:, 0],
@@ -71,16 +81,21 @@ def verdicts(logits_BVK: Tensor, labels_B: Tensor) -> Verdicts:
         natural_loss=losses_BV[:, 0],
         natural_top5=(top.indices == labels_B[:, None]).any(dim=1),
         natural_margin=top.values[:, 0] - top.values[:, 1],
+        margin=torch.minimum(margins_of(logits_BVK, labels_B).abs().amin(dim=1), losses_BV.amax(dim=1) - other),
     )
 
 
 @dataclass(frozen=True)
 class GridVerdict:
-    """Whether an image was right on all 775 views, and how many were judged to know it."""
+    """Whether an image was right on all 775 views, how many were judged to know it, and the margin it hangs on.
+
+    The margin is the smallest of a survivor's views, and the largest of those that broke an image.
+    """
 
     index: int
     survived: bool
     views_judged: int
+    margin: float
 
 
 @dataclass
@@ -90,6 +105,7 @@ class _Survivor:
     index: int
     order: NDArray[np.int64]
     tried: int = 0
+    margin: float = float("inf")
 
 
 class GridSurvivors:
@@ -155,14 +171,16 @@ class GridSurvivors:
         logits_BVK = self._passes.warped(images_BSSC, matrices_BV23)
         labels_B = torch.tensor([s.label for s in playing], device=logits_BVK.device)
         wrong_BV = (logits_BVK.argmax(dim=2) != labels_B[:, None]).cpu().numpy()
+        margins_BV = margins_of(logits_BVK, labels_B).abs().cpu().numpy()
         finished = set()
-        for survivor, views, wrong in zip(playing, chosen, wrong_BV):
+        for survivor, views, wrong, margins in zip(playing, chosen, wrong_BV, margins_BV):
             np.add.at(self._broke, views, wrong)
             np.add.at(self._met, views, 1)
             survivor.tried += turn
+            survivor.margin = float(margins[wrong].max() if wrong.any() else min(survivor.margin, margins.min()))
             if wrong.any() or survivor.tried >= GRID_VIEWS - 1:
                 views_judged = min(survivor.tried, GRID_VIEWS - 1) + 1  # the natural view was judged before
-                self._settled.append(GridVerdict(survivor.index, not wrong.any(), views_judged))
+                self._settled.append(GridVerdict(survivor.index, not wrong.any(), views_judged, survivor.margin))
                 finished.add(id(survivor))
         self._pool = [s for s in self._pool if id(s) not in finished]
         self._moved()

@@ -32,13 +32,17 @@ from kernels.warp import warp
 from pipelines.dataset import ImageIndex
 from pipelines.loader import Batch, Loader
 
+# Below it, verdicts in float32 may differ where sums are taken in another order: another judging shape or machine.
+NEAR_TIE = 1e-4
+
 
 @dataclass(frozen=True)
 class ImageVerdict:
     """What one image survived; `grid` is None where the image did not meet the grid.
 
     `natural_margin` is the gap between the two largest logits of the untouched image: near 0, arithmetic decides.
-    `grid_views` is how many of the grid's 775 views were judged to know the answer, the untouched image included.
+    `margin` is the smallest that a verdict hangs on (`attack.Verdicts`, `attack.GridVerdict`). `grid_views` is how many
+    of the grid's 775 views were judged to know the answer, the untouched image included.
     """
 
     index: int
@@ -49,7 +53,14 @@ class ImageVerdict:
     worst10_any: bool
     grid: bool | None
     natural_margin: float
-    grid_views: int = field(default=0, compare=False)  # a cost, which depends on what was learnt before
+    # These depend on the order in which the grid's views are tried, which is learnt.
+    margin: float = field(default=float("inf"), compare=False)
+    grid_views: int = field(default=0, compare=False)
+
+    @property
+    def near_tie(self) -> bool:
+        """Whether a verdict may differ where the same network is computed in another order."""
+        return self.margin < NEAR_TIE
 
 
 @dataclass(frozen=True)
@@ -59,7 +70,8 @@ class Summary:
     `worst10` counts the view of highest loss among the untouched image and the random ones, `worst10_any` is right on
     all of them, `grid` on all 775 views of the grid. `grid_views_per_image` is how many of these were judged, on
     average, to know the answer; `grid_views_per_broken_image` the same of images that are right untouched and broken by
-    another view. `partial` marks a result that was limited on purpose.
+    another view. `near_ties` counts images of which a verdict hangs on a margin below 1e-4. `partial` marks a result
+    that was limited on purpose.
     """
 
     natural_top1_pct: float
@@ -71,6 +83,7 @@ class Summary:
     grid_num_images: int
     grid_views_per_image: float | None = field(compare=False)
     grid_views_per_broken_image: float | None = field(compare=False)
+    near_ties: int = field(compare=False)
     degrees: float
     translate_px: float
     views: int
@@ -152,13 +165,16 @@ def judge_batches(
         columns = zip(
             batch.index.tolist(),
             batch.labels.tolist(),
-            *(t.tolist() for t in (found.natural, found.random, found.worst, found.all_views, found.natural_margin)),
+            *(t.tolist() for t in (found.natural, found.random, found.worst, found.all_views)),
+            *(t.tolist() for t in (found.natural_margin, found.margin)),
         )
         for_grid = []
-        for row, (index, label, natural, random, worst, all_views, margin) in enumerate(columns):
+        for row, (index, label, natural, random, worst, all_views, natural_margin, margin) in enumerate(columns):
             meets = wants_grid is not None and wants_grid(index)
             grid = False if meets else None
-            verdict = ImageVerdict(index, label, natural, random, worst, all_views, grid, margin, int(meets))
+            verdict = ImageVerdict(
+                index, label, natural, random, worst, all_views, grid, natural_margin, margin, int(meets)
+            )
             if meets and natural:
                 waiting[index] = verdict
                 for_grid.append(row)
@@ -181,7 +197,8 @@ def judge_batches(
 def _settled(survivors: GridSurvivors, waiting: dict[int, ImageVerdict]) -> Iterator[ImageVerdict]:
     for found in survivors.take_verdicts():
         verdict = waiting.pop(found.index)
-        yield dataclasses.replace(verdict, grid=found.survived, grid_views=found.views_judged)
+        margin = min(verdict.margin, found.margin)
+        yield dataclasses.replace(verdict, grid=found.survived, grid_views=found.views_judged, margin=margin)
 
 
 def summarize(found: list[ImageVerdict], limits: SpatialLimits, views: int, *, partial: bool) -> Summary:
@@ -214,6 +231,7 @@ def summarize(found: list[ImageVerdict], limits: SpatialLimits, views: int, *, p
         grid_num_images=len(on_grid),
         grid_views_per_image=mean_views(on_grid),
         grid_views_per_broken_image=mean_views(broken),
+        near_ties=sum(v.near_tie for v in found),
         degrees=limits.degrees,
         translate_px=limits.translate_px,
         views=views,
@@ -321,7 +339,11 @@ def summary_table(summary: Summary) -> str:
         f"top-1 accuracy on {summary.num_images} images, up to {summary.degrees:g} degrees and "
         f"{summary.translate_px:g} px (at side 224)" + (", PARTIAL" if summary.partial else "")
     )
-    return "\n".join([head, *(f"  {name:<14}{value:6.1f} %   {note}".rstrip() for name, value, note in rows)])
+    lines = [head, *(f"  {name:<14}{value:6.1f} %   {note}".rstrip() for name, value, note in rows)]
+    if summary.near_ties:
+        few = "an image hangs" if summary.near_ties == 1 else f"{summary.near_ties} images hang"
+        lines.append(f"  {few} on a margin below {NEAR_TIE:g} and may be judged otherwise elsewhere (listed in --json)")
+    return "\n".join(lines)
 
 
 def write_report(
@@ -331,7 +353,13 @@ def write_report(
     rows = []
     for verdict in found:
         values = dataclasses.asdict(verdict)
-        del values["index"], values["grid_views"]  # the same file, whatever the number of processes
+        del values["index"], values["grid_views"], values["margin"]  # the same rows for any number of processes
         rows.append({"path": images.relative_path(verdict.index), **values})
-    content = {"summary": dataclasses.asdict(summary), "config": to_json(config), "images": rows}
+    near_ties = [images.relative_path(verdict.index) for verdict in found if verdict.near_tie]
+    content = {
+        "summary": dataclasses.asdict(summary),
+        "config": to_json(config),
+        "near_ties": near_ties,
+        "images": rows,
+    }
     write_json(path, content)

@@ -130,9 +130,7 @@ def check_out(config: TrainConfig) -> None:
             raise ValueError(f"--out {out}: {'that' if folder == out else folder} is a file; name a folder")
     nearest = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise ValueError(
-            f"--out {out}: {nearest} cannot be written by this user\nname another folder"
-        )
+        raise ValueError(f"--out {out}: {nearest} cannot be written by this user\nname another folder")
     if not out.is_dir() or all(path.name.startswith(".") for path in out.iterdir()):  # another node may be writing
         return
     try:

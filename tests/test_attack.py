@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fast_spatial.attack import GridSurvivors, losses_of, take_views, verdicts, worst_view
-from fast_spatial.evaluate import judge_batches, summarize
+from fast_spatial.evaluate import ImageVerdict, judge_batches, summarize
 from fast_spatial.scoring import Judge, ModuleJudge, Passes
 from kernels.limits import SpatialLimits
 from kernels.sampling import EVALUATION, draw_matrices, pack_key, view_limits
@@ -176,6 +177,16 @@ def test_with_many_classes_the_worst_view_can_be_right_while_another_is_wrong():
     assert found.all_views.tolist() == [False]
 
 
+def test_a_margin_is_the_smallest_that_a_verdict_hangs_on():
+    # Image 0: view 1 is right by 0.25. Image 1: view 0, wrong by 0.5, has the higher loss by less than view 1 is right
+    # by: with a bit more loss, that one would be the worst view, and right.
+    logits = torch.tensor([[[5.0, 1.0, 0.0], [1.0, 0.75, 0.0]], [[0.0, 0.5, -9.0], [0.3, 0.0, 0.0]]])
+    found = verdicts(logits, torch.zeros(2, dtype=torch.long))
+    assert found.worst.tolist() == [True, False]
+    losses = [math.log(1 + math.exp(0.5) + math.exp(-9.0)), math.log(math.exp(0.3) + 2) - 0.3]
+    assert found.margin.tolist() == pytest.approx([0.25, losses[0] - losses[1]], abs=1e-5)
+
+
 class TinyNet(nn.Module):
     """A fixed random network that is right on some views of most images."""
 
@@ -258,6 +269,35 @@ def test_one_pass_gives_every_image_one_verdict_whatever_the_batches(crowd, size
     loss = -logits.log_softmax(dim=2)[torch.arange(40)[:, None], torch.arange(11), labels[:, None]]
     worst = logits.argmax(dim=2)[torch.arange(40), loss.argmax(dim=1)] == labels
     assert [v.worst10 for v in sorted(found, key=lambda v: v.index)] == worst.tolist()
+
+
+def test_verdicts_that_arithmetic_can_change_are_known_as_near_ties(crowd):
+    """Logits as small as margins of near ties, with noise as of sums in another order."""
+    images, labels, judge, _ = crowd
+
+    def found(seed: int) -> dict[int, ImageVerdict]:
+        noise = torch.Generator().manual_seed(seed)
+
+        def noisy(views: Tensor) -> Tensor:
+            logits = judge(views) * 3e-3
+            return logits + 2e-5 * torch.rand(logits.shape, generator=noise)
+
+        batches = batches_of(images, labels, 10, 40)
+        verdicts_found = judge_batches(FunctionJudge(noisy), batches, LIMITS, judge_batch=32, wants_grid=lambda i: True)
+        return {verdict.index: verdict for verdict in verdicts_found}
+
+    one, ties = found(0), {index for index, verdict in found(0).items() if verdict.near_tie}
+    assert 3 <= len(ties) <= 37
+    different = set()
+    for seed in range(1, 6):
+        other = found(seed)
+        different |= {index for index in one if decided(one[index]) != decided(other[index])}
+    assert different
+    assert different <= ties
+
+
+def decided(verdict: ImageVerdict) -> tuple[bool | None, ...]:
+    return verdict.natural, verdict.random, verdict.worst10, verdict.worst10_any, verdict.grid
 
 
 def test_random_views_never_remove_a_survivor(crowd):

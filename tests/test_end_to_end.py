@@ -37,7 +37,8 @@ def run(tmp_path_factory):
 
 def test_two_processes_train_and_leave_a_whole_run(run):
     out, ended = run
-    assert {"best.pt", "last.pt", "config.json", "log.jsonl", "tensorboard"} == {path.name for path in out.iterdir()}
+    names = {"best.pt", "last.pt", "previous.pt", "config.json", "environment.jsonl", "log.jsonl", "tensorboard"}
+    assert names == {path.name for path in out.iterdir()}
     assert "64 training and 300 validation images" in ended.stdout
     assert "2 x 16 on CPU" in ended.stdout
     assert "it/s" not in ended.stdout + ended.stderr  # no progress bar where there is no terminal
@@ -55,13 +56,34 @@ def test_one_and_two_processes_judge_alike(run, tmp_path):
     views = [reports[processes]["summary"].pop("grid_views_per_image") for processes in (1, 2)]
     assert all(1 <= number <= 775 for number in views)
     for report in reports.values():
-        del report["summary"]["grid_views_per_broken_image"]
+        del report["summary"]["grid_views_per_broken_image"], report["summary"]["near_ties"]
     assert reports[1]["summary"] == reports[2]["summary"]
     assert reports[1]["summary"]["partial"]
     assert reports[1]["summary"]["num_images"] == 20
     first = reports[1]["images"][0]
     assert first["path"].startswith("val/")
     assert isinstance(first["natural"], bool)
+
+
+@pytest.mark.slow
+def test_counts_depend_on_neither_processes_nor_batches_and_on_the_judging_shape_only_in_near_ties(run, tmp_path):
+    out, _ = run
+    reports = {}
+    for processes, batch, judged in ((1, 128, 0), (2, 7, 0), (3, 50, 0), (1, 128, 33), (1, 128, 500)):
+        words = ["evaluate", "--checkpoint", out / "best.pt", "--data", "digits", "--json", tmp_path / "found.json"]
+        words += ["--nproc-per-node", processes, "--batch-size-per-process", batch, "--judge-batch", judged]
+        ended = launch(*words, timeout=600)
+        assert ended.returncode == 0, ended.stderr
+        reports[processes, batch, judged] = json.loads((tmp_path / "found.json").read_text())
+    first = reports[1, 128, 0]
+    assert len(first["images"]) == 300
+    assert reports[2, 7, 0]["images"] == reports[3, 50, 0]["images"] == first["images"]
+    verdicts = ("natural", "random", "worst10", "worst10_any", "grid")
+    for judged in (33, 500):
+        other = reports[1, 128, judged]
+        for mine, theirs in zip(first["images"], other["images"]):
+            same = [mine[name] for name in verdicts] == [theirs[name] for name in verdicts]
+            assert same or mine["path"] in first["near_ties"] + other["near_ties"]
 
 
 COMPARISONS = ["warp.opencv", "warp.grid_sample", "warp.dali_cpu"]
@@ -91,7 +113,7 @@ def test_the_benchmark_compares_every_part_and_says_what_limits_training(run, tm
 
 
 @pytest.mark.slow
-def test_a_failure_in_a_process_is_named_and_ends_in_status_1(tmp_path):
+def test_a_rotten_file_is_named_and_ends_a_training_in_status_1(tmp_path):
     for split in ("train", "val"):
         for name in ("cat", "dog"):
             (tmp_path / "data" / split / name).mkdir(parents=True)
@@ -101,7 +123,10 @@ def test_a_failure_in_a_process_is_named_and_ends_in_status_1(tmp_path):
         *("--global-batch-size", 2, "--epochs", 1, "--side", 32),
     )
     assert ended.returncode == 1
-    assert ended.stderr.splitlines()[-1].startswith("launch.py: rank 0 failed")
+    *_, what, advice = ended.stderr.splitlines()
+    assert what.startswith(f"launch.py: {tmp_path}/data/train/")
+    assert "cannot be decoded" in what
+    assert "launch.py check" in advice
 
 
 @pytest.mark.slow
