@@ -277,6 +277,15 @@ class BenchConfig:
             raise ValueError(f"--checkpoint {self.checkpoint}: its images are needed; name their folder with --data")
 
 
+@dataclass(frozen=True)
+class DoctorConfig:
+    """Say what this machine can do, what is missing, and what to do about it."""
+
+    data: str = option("", "also look at this folder of images: its layout, and how fast it is read")
+    out: str = option("", "also look whether results can be written to this folder")
+    json: str = option("", "write the findings, with versions and hardware, to this file")
+
+
 Config = TypeVar("Config")
 
 
