@@ -50,6 +50,8 @@ def check_train(config: TrainConfig) -> None:
 def check_bench(config: BenchConfig) -> None:
     """Raise a ValueError if this benchmark cannot work."""
     check_json(config.json)
+    if config.what == "gpu" and not gpu_count():
+        raise ValueError("bench gpu: no GPU is visible\nlaunch.py doctor says more; leave gpu away for the other parts")
     if config.data != SYNTHETIC:
         folder = data_folder(config.data)
         for split in ("train", "val") if config.what in ("pipeline", "all") else ("val",):

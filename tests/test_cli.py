@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 import launch
+from fast_spatial import preflight
 from fast_spatial.cli import read_flags
 from fast_spatial.config import flag
 
@@ -373,6 +374,13 @@ def test_the_part_to_measure_may_come_first(monkeypatch, words, what):
 )
 def test_a_benchmark_that_cannot_work_is_refused(capsys, words, expected):
     assert expected in refused(capsys, "bench", *words)[0]
+
+
+def test_rates_on_gpus_are_refused_without_one(capsys, monkeypatch):
+    monkeypatch.setattr(preflight, "gpu_count", lambda: 0)
+    first, second = refused(capsys, "bench", "gpu")
+    assert first == "launch.py: bench gpu: no GPU is visible"
+    assert "launch.py doctor" in second
 
 
 @pytest.mark.parametrize("command", ["bench", "doctor"])
