@@ -159,17 +159,17 @@ def loader(
     if warps and in_workers:
         steps.append(warp.of_one)
     images = torchvision.datasets.ImageFolder(str(folder / "train"), transforms.Compose(steps))
-    data = DataLoader(
-        images,
-        batch_size=batch,
-        # An epoch without an end: on few images, workers would wait for one another at the end of every one.
-        sampler=RandomSampler(images, replacement=True, num_samples=1 << 30),
-        num_workers=workers,
-        drop_last=True,
-        multiprocessing_context="spawn",  # a fork of a process that has threads may crash
-    )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than CPUs: on purpose
+        data = DataLoader(
+            images,
+            batch_size=batch,
+            # An epoch without an end: on few images, workers would wait for one another at the end of every one.
+            sampler=RandomSampler(images, replacement=True, num_samples=1 << 30),
+            num_workers=workers,
+            drop_last=True,
+            multiprocessing_context="spawn",  # a fork of a process that has threads may crash
+        )
         batches: Any = iter(data)
     try:
         for floats, _ in batches:

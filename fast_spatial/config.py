@@ -246,7 +246,7 @@ class BenchConfig:
     what: str = option(
         "all",
         "the part: warps, the pipeline from files to views, scoring of views, a training step, the grid attack, "
-        "rates on GPUs, or all; may come first, without its flag",
+        "or rates on GPUs; may come first, without its flag",
         choices=BENCH_GROUPS,
     )
     data: str = option(
