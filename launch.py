@@ -19,6 +19,7 @@ from fast_spatial.config import (
     DIGITS,
     DIGITS_PRESET,
     BenchConfig,
+    DoctorConfig,
     EvaluateConfig,
     LaunchOptions,
     TrainConfig,
@@ -63,6 +64,15 @@ def bench(raw: dict[str, str]) -> None:
     raise SystemExit(subprocess.run(command, check=False).returncode)
 
 
+def doctor(raw: dict[str, str]) -> None:
+    from fast_spatial.doctor import run
+    from fast_spatial.files import check_json
+
+    config = parse(DoctorConfig, raw)
+    check_json(config.json)
+    raise SystemExit(run(config.data, config.out, config.json))
+
+
 COMMANDS = {
     "train": Command("Train one model; the defaults are the reference recipe.", options_of(TrainConfig), train),
     "evaluate": Command("Judge a checkpoint under every attack.", options_of(EvaluateConfig), evaluate),
@@ -74,6 +84,7 @@ COMMANDS = {
     "bench": Command(
         "Measure the hot parts side by side with what they replace.", options_of(BenchConfig), bench, positional="what"
     ),
+    "doctor": Command("Say what this machine can do, and what is missing.", options_of(DoctorConfig), doctor),
 }
 
 

@@ -45,7 +45,7 @@ def run(config: BenchConfig) -> dict[str, Any]:
     found = Findings.none()
     for name in GROUPS:
         if config.what == name or (config.what == "all" and (name != "gpu" or device.type == "cuda")):
-            print(f"{name} ...", flush=True)
+            print(name, flush=True)
             # The same for every group, whatever ran before.
             torch.set_num_threads(threads)
             torch.backends.cudnn.benchmark = True

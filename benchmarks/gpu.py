@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import processes
 from benchmarks.jobs import Findings, Job
 from benchmarks.step import make_step
 from fast_spatial import model as models
@@ -34,7 +35,7 @@ WORST10_BATCHES = (64, 256)
 
 
 def run(job: Job) -> Findings:
-    """Warp, scoring and training, with compiled networks and without."""
+    """Warp, scoring and training, with compiled networks and without; training by number of processes."""
     found = Findings.none()
     dtype, device = dtype_of("auto", job.device), job.device
     peak = _peak_flops(dtype, device)
@@ -52,6 +53,7 @@ def run(job: Job) -> Findings:
                 name = f"{kind}_{side}px_batch_{batch}" + ("_compiled" if compiled else "")
                 print(f"  {name}", flush=True)
                 found.facts[name] = _fits(measure, side, batch, peak, compiled)
+    found.add(processes.run(job))
     return found
 
 

@@ -70,6 +70,7 @@ def _run(job: Job) -> Findings:
         ours.survive(images[:1], labels[:1])
         ours.views.clear()
         ours.views_broken.clear()
+    print(f"  grid, {job.config.rounds} rounds of {per_round} images", flush=True)
     rates: list[list[float]] = [[] for _ in [*mine, name]]
     answers: list[list[bool]] = [[] for _ in [*mine, name]]
     for rows in torch.split(torch.arange(len(images), device=images.device), per_round):

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,8 +140,8 @@ class Warps:
 
 def loader(
     folder: Path, *, side: int, batch: int, workers: int, warps: int, limits: SpatialLimits, in_workers: bool
-) -> Iterator[Tensor]:
-    """Endless batches of torchvision's DataLoader over PIL: float [B, max(warps, 1), 3, S, S].
+) -> Generator[Tensor, None, None]:
+    """Endless batches of torchvision's DataLoader over PIL: float [B, max(warps, 1), 3, S, S]; to be closed.
 
     Args:
         warps: random warps of every image by `grid_sample`; 0 for the untouched image alone.
@@ -158,20 +159,26 @@ def loader(
     if warps and in_workers:
         steps.append(warp.of_one)
     images = torchvision.datasets.ImageFolder(str(folder / "train"), transforms.Compose(steps))
-    data = DataLoader(
-        images,
-        batch_size=batch,
-        # An epoch without an end: on few images, workers would wait for one another at the end of every one.
-        sampler=RandomSampler(images, replacement=True, num_samples=1 << 30),
-        num_workers=workers,
-        drop_last=True,
-        persistent_workers=True,
-        multiprocessing_context="spawn",  # a fork of a process that has threads may crash
-    )
-    for floats, _ in data:
-        if not warps:
-            yield floats[:, None]
-        elif in_workers:
-            yield floats
-        else:
-            yield warp(floats)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than CPUs: on purpose
+        data = DataLoader(
+            images,
+            batch_size=batch,
+            # An epoch without an end: on few images, workers would wait for one another at the end of every one.
+            sampler=RandomSampler(images, replacement=True, num_samples=1 << 30),
+            num_workers=workers,
+            drop_last=True,
+            multiprocessing_context="spawn",  # a fork of a process that has threads may crash
+        )
+        batches: Any = iter(data)
+    try:
+        for floats, _ in batches:
+            if not warps:
+                yield floats[:, None]
+            elif in_workers:
+                yield floats
+            else:
+                yield warp(floats)
+    finally:
+        # Told to end, and waited for: left to the interpreter's end, they are cut off with their threads running.
+        batches._shutdown_workers()

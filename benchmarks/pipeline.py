@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ def run(job: Job) -> Findings:
         found.comparisons.append(compare(f"pipeline.{mode}", "images/s", ours, baselines, **job.timing))
         found.stages[f"loader: {mode}"] = found.comparisons[-1]["ours"]["median"]
     _against_ffcv(job, index, found)
+    print("  decode and read", flush=True)
     decode, read = rates_of([_decoding(job, index), _reading(job, index)], **job.timing)
     found.stages["decode"] = spread(decode)["median"]
     found.stages["read"] = spread(read)["median"]
@@ -54,8 +55,8 @@ def run(job: Job) -> Findings:
     return found
 
 
-def _steady(job: Job, name: str, batches: Iterator[Any]) -> Contender:
-    """A contender that consumes batches, of which some may be ready before the clock starts."""
+def _steady(job: Job, name: str, batches: Generator[Any, None, None]) -> Contender:
+    """A contender that consumes batches, of which some may be ready before the clock starts; closes them at the end."""
     ready, images = _in_flight(job), _batch(job)
 
     def begin() -> None:
@@ -67,7 +68,7 @@ def _steady(job: Job, name: str, batches: Iterator[Any]) -> Contender:
         next(batches)
         return images
 
-    return Contender(name, work, begin)
+    return Contender(name, work, begin, batches.close)
 
 
 def _batch(job: Job) -> int:
@@ -148,7 +149,7 @@ def _reading(job: Job, index: ImageIndex) -> Contender:
     def work() -> int:
         return sum(pool.map(_read, itertools.islice(paths, _batch(job))))
 
-    return Contender("read", work)
+    return Contender("read", work, end=pool.shutdown)
 
 
 def _read(path: bytes) -> int:

@@ -19,26 +19,32 @@ class Contender:
         name: what it is, and in which setting.
         work: does a part of the work and returns how many items that was.
         begin: brings it into its steady state, untimed; called before every round.
+        end: lets go of what it holds, as threads and processes; called after the last round.
 
     """
 
     name: str
     work: Callable[[], int]
     begin: Callable[[], object] = lambda: None
+    end: Callable[[], object] = lambda: None
 
 
 def rates_of(contenders: Sequence[Contender], *, rounds: int, seconds: float) -> list[list[float]]:
     """Items per second of every contender in every round; the order turns from round to round."""
     rates: list[list[float]] = [[] for _ in contenders]
-    for contender in contenders:
-        contender.begin()
-        contender.work()
-    for number in range(rounds):
-        for place in range(len(contenders)):
-            which = (place + number) % len(contenders)
-            contender = contenders[which]
+    try:
+        for contender in contenders:
             contender.begin()
-            rates[which].append(_rate(contender.work, seconds))
+            contender.work()
+        for number in range(rounds):
+            for place in range(len(contenders)):
+                which = (place + number) % len(contenders)
+                contender = contenders[which]
+                contender.begin()
+                rates[which].append(_rate(contender.work, seconds))
+    finally:
+        for contender in contenders:
+            contender.end()
     return rates
 
 
@@ -61,6 +67,7 @@ def compare(
     name: str, unit: str, ours: Contender, baselines: Sequence[Contender], *, rounds: int, seconds: float
 ) -> dict[str, Any]:
     """How many times faster ours is than the best of the baseline's settings, round by round."""
+    print(f"  {name}", flush=True)
     mine, *theirs = rates_of([ours, *baselines], rounds=rounds, seconds=seconds)
     best = max(range(len(theirs)), key=lambda which: statistics.median(theirs[which]))
     ratios = [a / b for a, b in zip(mine, theirs[best])]

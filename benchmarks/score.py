@@ -84,6 +84,7 @@ def run(job: Job) -> Findings:
 
     (rates,) = rates_of([Contender("score", alone)], **job.timing)
     found.stages["score"] = spread(rates)["median"]
+    print("  score_side", flush=True)
     try:
         found.facts["score_side"] = fidelity(job)
     except ModuleNotFoundError as error:

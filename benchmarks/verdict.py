@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import Any
 
 # What to do when a stage is the slowest.
@@ -15,18 +16,41 @@ KNOBS = {
 }
 
 
+LEGEND = (
+    "\nread: files from the disk; decode: JPEG to pixels; augment: resizing and colours;\n"
+    "score: choosing the worst view; train: forward and backward"
+)
+
+# Facts that need a sentence.
+SENTENCES = {
+    "score_side": "judging views at {score_side} px instead of {side} picks the same one for {same_view_pct} % of "
+    "{images} images, and {loss_found_pct} % of the highest loss (model: {model})",
+    "grid": "{survivors} of {images} images are right on all 775 views; {views_per_image} were judged for an "
+    "image on average (model: {model})",
+}
+
+
 def table(result: dict[str, Any]) -> str:
-    """The comparisons for people."""
-    rows = []
+    """The comparisons for people: a line for each, and below it what ours was compared with."""
+    lines = [
+        f"\nOn {result['hardware']}; medians, and the range over rounds.",
+        f"  {'':<24}{'times faster':<24}{'ours':>9}{'theirs':>9}",
+    ]
     for found in result["comparisons"]:
         ours, baseline = found["ours"], found["baseline"]
-        rate = f"{_number(ours['median']):>9} against {_number(baseline['median']):>7} {found['unit']}"
-        range_ = f"{found['ratio']:6.2f} x ({found['ratio_min']:.2f} to {found['ratio_max']:.2f})"
-        rows.append(f"  {found['name']:<22}{range_:<26}{rate}   {baseline['what']}")
-    rows += [f"  {name:<22}skipped: {why}" for name, why in result["skipped"].items()]
-    facts = [f"{name}: {', '.join(f'{k} {v}' for k, v in about.items())}" for name, about in result["facts"].items()]
-    head = f"on {result['hardware']}; ratio: how many times faster ours is, median (range) over rounds"
-    return "\n".join([head, *rows, *facts])
+        ratio = f"{found['ratio']:.2f} ({found['ratio_min']:.2f} to {found['ratio_max']:.2f})"
+        rates = f"{_number(ours['median']):>9}{_number(baseline['median']):>9} {found['unit']}"
+        lines += [f"  {found['name']:<24}{ratio:<24}{rates}", f"    theirs: {baseline['what']}"]
+    lines += [f"  {name:<24}skipped: {why}" for name, why in result["skipped"].items()]
+    facts = [f"{name}: {_fact(name, about)}" for name, about in result["facts"].items()]
+    lines += [textwrap.fill(fact, 100, initial_indent="  ", subsequent_indent="    ") for fact in facts]
+    return "\n".join(lines)
+
+
+def _fact(name: str, about: dict[str, Any]) -> str:
+    if name in SENTENCES:
+        return SENTENCES[name].format(**about)
+    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in about.items())
 
 
 def _number(value: float) -> str:
@@ -72,8 +96,8 @@ def verdict(stages: dict[str, float], *, overlapping: bool) -> list[str]:
         share = 100 * seconds[slowest] / sum(candidates.values())
         what = f"of the {slower}'s work for an image" if overlapping else "of the work for an image"
         lines += [
-            f"{mode}: {slowest} limits training here ({share:.0f} % {what})",
+            f"\nmode {mode}: {slowest} is the bottleneck here, with {share:.0f} % {what}",
             f"  images/s that each stage could reach alone: {ceilings}",
             f"  what to do: {KNOBS[slowest]}",
         ]
-    return lines
+    return [*lines, LEGEND] if lines else []

@@ -295,23 +295,31 @@ SYNTHETIC = "synthetic"
 class BenchConfig:
     """Measure the hot parts of training and evaluation side by side with what they replace."""
 
-    what: str = option("all", "which part; may come first, without its flag", choices=BENCH_GROUPS)
+    what: str = option(
+        "all",
+        "the part: warps, the pipeline from files to views, scoring of views, a training step, the grid attack, "
+        "or rates on GPUs; may come first, without its flag",
+        choices=BENCH_GROUPS,
+    )
     data: str = option(
         SYNTHETIC, "folder with train/ and val/, digits, or synthetic: JPEG files of ImageNet's size, made once"
     )
     json: str = option("", "write the comparisons, with hardware, versions and commit, to this file")
     checkpoint: str = option(
-        "", "judge this model on --data for the grid and --score-side; default a small one, trained once on the digits"
+        "",
+        "a model for grid and score, its images at --data; default a small one, trained once on the digits",
     )
-    rounds: int = option(7, "rounds, in which all contenders take turns; medians and ranges are over them")
-    seconds: float = option(1.0, "seconds per contender and round, at least one unit of work")
+    rounds: int = option(7, "rounds, in each of which ours and the others take turns; results are medians over them")
+    seconds: float = option(1.0, "seconds that each is timed in a round; at least one batch")
     side: int = option(224, "side of the views, pixels (the grid's: the checkpoint's)")
-    grid_images: int = option(16, "images a round on the grid; at 224 pixels without a GPU, 2 take a minute")
-    workers: int = option(0, "threads of ours, workers or threads of the others; 0: the CPUs there are")
+    grid_images: int = option(16, "grid: images in a round; at 224 pixels without a GPU, 2 take a minute")
+    workers: int = option(0, "threads of ours, and worker processes of torchvision; 0: one per CPU")
     read_latency_ms: float = option(
-        0.0, "pipeline: pretend that every file takes so long to come from the disk (needs a C compiler)"
+        0.0, "pipeline: pretend that every file takes so many ms to come from the disk (needs a C compiler)"
     )
-    ffcv_python: str = option("", "a Python that has FFCV, to compare with; it needs an environment of its own")
+    ffcv_python: str = option(
+        "", "pipeline: also compare with FFCV; a Python that has it, in an environment of its own"
+    )
 
     def __post_init__(self) -> None:
         _choice(self, "what")
@@ -327,6 +335,15 @@ class BenchConfig:
             raise ValueError(f"--seconds {self.seconds:g}: it must be more than 0")
         if self.checkpoint and self.data == SYNTHETIC:
             raise ValueError(f"--checkpoint {self.checkpoint}: its images are needed; name their folder with --data")
+
+
+@dataclass(frozen=True)
+class DoctorConfig:
+    """Say what this machine can do, what is missing, and what to do about it."""
+
+    data: str = option("", "also look at this folder of images: its layout, and how fast it is read")
+    out: str = option("", "also look whether results can be written to this folder")
+    json: str = option("", "write the findings, with versions and hardware, to this file")
 
 
 Config = TypeVar("Config")

@@ -55,7 +55,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: found for name in PACKAGES if (found := package_version(name))},
         "apex": apex_kind(),
-        **_code(),
+        **code_version(),
     }
 
 
@@ -141,7 +141,7 @@ def _cuda() -> dict[str, Any]:
     return found
 
 
-def _code() -> dict[str, Any]:
+def code_version() -> dict[str, Any]:
     """The commit, and whether files that it holds were changed since; the variable's where this is no checkout."""
     said = _git("rev-parse", "--show-toplevel", "HEAD") or ""
     folder, _, commit = said.partition("\n")

@@ -49,6 +49,19 @@ def remove_leftovers(path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def check_json(json: str) -> None:
+    """Raise a ValueError unless --json names a file that can be written; its folder is created when it is."""
+    if not json:
+        return
+    if Path(json).is_dir():
+        raise ValueError(f"--json {json}: that is a folder; name a file")
+    folder = next(folder for folder in Path(json).absolute().parents if folder.exists())
+    if not folder.is_dir():
+        raise ValueError(f"--json {json}: {folder} is a file, not a folder")
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"--json {json}: {folder} cannot be written\nname a file in another folder")
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write JSON, atomically; the folder is created."""
     path.parent.mkdir(parents=True, exist_ok=True)

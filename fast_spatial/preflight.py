@@ -18,7 +18,7 @@ from fast_spatial.config import (
     to_json,
 )
 from fast_spatial.data import data_folder
-from fast_spatial.files import write_json
+from fast_spatial.files import check_json, write_json
 from pipelines.dataset import check_classes_agree, check_divides, check_not_empty, count_images, read_index
 
 CONFIG = "config.json"
@@ -48,7 +48,9 @@ def check_train(config: TrainConfig) -> None:
 
 def check_bench(config: BenchConfig) -> None:
     """Raise a ValueError if this benchmark cannot work."""
-    _check_json(config.json)
+    check_json(config.json)
+    if config.what == "gpu" and not gpu_count():
+        raise ValueError("bench gpu: no GPU is visible\nlaunch.py doctor says more; leave gpu away for the other parts")
     if config.data != SYNTHETIC:
         folder = data_folder(config.data)
         for split in ("train", "val") if config.what in ("pipeline", "all") else ("val",):
@@ -68,16 +70,8 @@ def check_evaluate(config: EvaluateConfig) -> None:
     from fast_spatial.inputs import prepare
 
     check_launch(config)
-    _check_json(config.json)
+    check_json(config.json)
     prepare(config)
-
-
-def _check_json(json: str) -> None:
-    if json and Path(json).is_dir():
-        raise ValueError(f"--json {json}: that is a folder; name a file")
-    for folder in Path(json).parents if json else ():
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"--json {json}: {folder} is a file, not a folder")
 
 
 def check_launch(config: LaunchOptions) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 import launch
+from fast_spatial import preflight
 from fast_spatial.cli import read_flags
 from fast_spatial.config import flag
 
@@ -102,6 +104,7 @@ BENCH_OPTIONS = {
     "read_latency_ms": 0.0,
     "ffcv_python": "",
 }
+DOCTOR_OPTIONS = {"data": "", "out": "", "json": ""}
 REPRODUCE_DECIDES = {"mode", "degrees", "translate_px", "seed"}
 
 
@@ -331,9 +334,10 @@ def test_the_options_of_train_are_the_frozen_ones():
     assert defaults("train") == TRAIN_OPTIONS
 
 
-def test_the_options_of_evaluate_and_bench_are_the_frozen_ones():
+def test_the_options_of_the_other_commands_are_the_frozen_ones():
     assert defaults("evaluate") == EVALUATE_OPTIONS
     assert defaults("bench") == BENCH_OPTIONS
+    assert defaults("doctor") == DOCTOR_OPTIONS
 
 
 @pytest.mark.parametrize(
@@ -370,6 +374,21 @@ def test_the_part_to_measure_may_come_first(monkeypatch, words, what):
 )
 def test_a_benchmark_that_cannot_work_is_refused(capsys, words, expected):
     assert expected in refused(capsys, "bench", *words)[0]
+
+
+def test_rates_on_gpus_are_refused_without_one(capsys, monkeypatch):
+    monkeypatch.setattr(preflight, "gpu_count", lambda: 0)
+    first, second = refused(capsys, "bench", "gpu")
+    assert first == "launch.py: bench gpu: no GPU is visible"
+    assert "launch.py doctor" in second
+
+
+@pytest.mark.parametrize("command", ["bench", "doctor"])
+def test_a_result_that_could_not_be_written_is_refused_before_it_is_made(capsys, monkeypatch, command):
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    first, second = refused(capsys, command, "--json", "new/result.json")
+    assert first.endswith("cannot be written")
+    assert second == "name a file in another folder"
 
 
 def test_reproduce_takes_its_own_options_and_those_of_the_recipe():
