@@ -279,8 +279,9 @@ def test_verdicts_that_arithmetic_can_change_are_known_as_near_ties(crowd):
         noise = torch.Generator().manual_seed(seed)
 
         def noisy(views: Tensor) -> Tensor:
-            logits = judge(views) * 3e-3
-            return logits + 2e-5 * torch.rand(logits.shape, generator=noise)
+            logits: Tensor = judge(views) * 3e-3
+            logits += 2e-5 * torch.rand(logits.shape, generator=noise)
+            return logits
 
         batches = batches_of(images, labels, 10, 40)
         verdicts_found = judge_batches(FunctionJudge(noisy), batches, LIMITS, judge_batch=32, wants_grid=lambda i: True)
