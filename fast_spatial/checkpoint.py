@@ -115,7 +115,7 @@ def _read_ours(path: Path, content: dict[str, Any]) -> Weights:
     arch, classes, config, state = (content.get(key) for key in ("arch", "classes", "config", "model"))
     side = config.get("side") if isinstance(config, dict) else None
     mean, std = content.get("mean", models.IMAGENET_MEAN), content.get("std", models.IMAGENET_STD)
-    unnamed = "classes" in content and classes is None  # an export of weights that came without names
+    unnamed = classes is None and path.suffix == ".safetensors"  # an export of weights that came without names
     right = {
         "model": isinstance(state, dict) and all(isinstance(name, str) for name in state),
         "arch": isinstance(arch, str) and arch in models.known_archs(),

@@ -19,7 +19,8 @@ from torch import Tensor
 from pipelines.dataset import some
 
 _LEGACY_PICKLES = 5  # of torch.save before 1.6: magic number, version, machine, content, keys of the storages
-_DEEPEST = 32
+_DEEPEST = 32  # levels of values
+_LONGEST = 2**22  # instructions of a pickle; a checkpoint has 35 per tensor
 # What a pickle may call. A call is written as REDUCE, on a name written as GLOBAL.
 _CALLABLE = {
     "collections OrderedDict",
@@ -72,7 +73,7 @@ def _check_archive(archive: zipfile.ZipFile, size: int) -> None:
     if archive.comment or sum(record.file_size for record in records) > size:
         raise unsafe("its records claim more bytes than it has")
     for record in records:
-        name = record.filename.partition("/")[2]
+        name = record.filename.partition("/")[2]  # without the name of the file
         if not record.CRC:
             del record.CRC  # torch.save was told to leave checksums away
         try:
@@ -84,7 +85,7 @@ def _check_archive(archive: zipfile.ZipFile, size: int) -> None:
         except (zipfile.BadZipFile, EOFError) as error:
             what = "checksum" if "CRC" in str(error) else "header"
             raise Refused(
-                f"damaged: its record {name} does not match its {what}\ncopy it again, or use another one"
+                f"damaged: its record {some([name])} does not match its {what}\ncopy it again, or use another one"
             ) from None
 
 
@@ -96,7 +97,9 @@ def check_pickle(file: IO[bytes]) -> None:
     """
     frames: list[list[str]] = [[]]  # a stack per open mark
     memo: dict[int, str] = {}
-    for opcode, argument, _ in pickletools.genops(file):
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
+        if count == _LONGEST:
+            raise unsafe("its pickle has more instructions than a checkpoint needs")
         name, stack = opcode.name, frames[-1]
         if name in _ATOMS:
             stack.append("atom")
