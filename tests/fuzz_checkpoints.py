@@ -317,7 +317,7 @@ def bombs() -> Iterator[Case]:
         "endless_ordered": named("collections", "OrderedDict") + b"]" + endless + b"K\x01\x86a\x85R",
         "encode": named("_codecs", "encode") + text("a" * 10**6) + text("idna") + b"\x86R",
         "size": b"}" + text("fc.weight") + tensor + text((2**40, 4)) + text((4, 1)) + rest + b"s",
-        "size_that_fits": b"}" + text("fc.weight") + tensor + text((2**28, 1)) + text((1, 1)) + rest + b"s",
+        "size_that_fits": b"}" + text("fc.weight") + tensor + text((2**25, 1)) + text((1, 1)) + rest + b"s",
         "methods": named("collections", "OrderedDict") + b")R}" + text("items") + b"K\x01sb",
         "long_memo": b"}r\xff\xff\xff\x7f",
         "long_string": b"X\xff\xff\xff\x7fabc",
