@@ -18,6 +18,7 @@ from fast_spatial.config import (
     DIGITS_PRESET,
     BenchConfig,
     EvaluateConfig,
+    ExportConfig,
     LaunchOptions,
     TrainConfig,
     parse,
@@ -49,6 +50,15 @@ def reproduce(raw: dict[str, str]) -> None:
     reproduce_rows(config, rows, launch)
 
 
+def export(raw: dict[str, str]) -> None:
+    config = parse(ExportConfig, raw)
+    from fast_spatial import preflight
+    from fast_spatial.export import export_checkpoint
+
+    preflight.check_export(config)
+    export_checkpoint(config)
+
+
 def bench(raw: dict[str, str]) -> None:
     from fast_spatial import preflight
 
@@ -67,6 +77,7 @@ COMMANDS = {
         options_of(ReproduceConfig, TrainConfig, without=DECIDED) | options_of(ReproduceConfig),
         reproduce,
     ),
+    "export": Command("Write a checkpoint's model as safetensors or ONNX.", options_of(ExportConfig), export),
     "bench": Command(
         "Measure the hot parts side by side with what they replace.", options_of(BenchConfig), bench, positional="what"
     ),

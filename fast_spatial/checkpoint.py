@@ -26,6 +26,7 @@ from kernels.spatial import MAX_SIDE
 from pipelines.dataset import some
 
 FORMAT = "fast_spatial 1"
+DEFAULT_ARCH = "resnet18"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -68,14 +69,16 @@ def _read_torch(path: Path) -> dict[str, Any]:
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
-    """Tensors under "model"; beside them, what `export.metadata` wrote about them."""
+    """Tensors under "model"; beside them, what an export of ours says about them."""
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
         about = file.metadata() or {}
         content: dict[str, Any] = {"model": {name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118
     if about.get("format") == FORMAT:
-        content |= {name: value if name in ("format", "arch") else json.loads(value) for name, value in about.items()}
+        content |= {"format": FORMAT, "arch": about.get("arch")}
+        content |= {name: json.loads(about[name]) for name in ("classes", "mean", "std")}
+        content["config"] = {"side": json.loads(about["side"])}
     return content
 
 
@@ -199,7 +202,7 @@ def build_classifier(path: Path, weights: Weights, arch: str) -> Classifier:
     """
     if arch and weights.arch and arch != weights.arch:
         raise ValueError(f"--checkpoint {path}: it is a {weights.arch}, not a {arch}\nleave --arch away")
-    arch = arch or weights.arch or "resnet18"
+    arch = arch or weights.arch or DEFAULT_ARCH
     differences = _differences(weights.state, models.shapes_of(arch, weights.num_classes).state_dict())
     if differences:
         advice = "the file contradicts itself; use another one" if weights.arch else "name the right one with --arch"

@@ -13,6 +13,7 @@ from fast_spatial.config import (
     SYNTHETIC,
     BenchConfig,
     EvaluateConfig,
+    ExportConfig,
     LaunchOptions,
     TrainConfig,
     identity,
@@ -49,7 +50,7 @@ def check_train(config: TrainConfig) -> None:
 
 def check_bench(config: BenchConfig) -> None:
     """Raise a ValueError if this benchmark cannot work."""
-    _check_json(config.json)
+    _check_writable("--json", config.json)
     if config.data != SYNTHETIC:
         folder = data_folder(config.data)
         for split in ("train", "val") if config.what in ("pipeline", "all") else ("val",):
@@ -69,16 +70,34 @@ def check_evaluate(config: EvaluateConfig) -> None:
     from fast_spatial.inputs import prepare
 
     check_launch(config)
-    _check_json(config.json)
+    _check_writable("--json", config.json)
     prepare(config)
 
 
-def _check_json(json: str) -> None:
-    if json and Path(json).is_dir():
-        raise ValueError(f"--json {json}: that is a folder; name a file")
-    for folder in Path(json).parents if json else ():
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"--json {json}: {folder} is a file, not a folder")
+def check_export(config: ExportConfig) -> None:
+    """Raise a ValueError if this export cannot work; reads the checkpoint."""
+    from fast_spatial import export
+
+    for flag, file in (("--safetensors", config.safetensors), ("--onnx", config.onnx)):
+        _check_writable(flag, file)
+        if file and os.path.lexists(file):
+            raise ValueError(f"{flag} {file}: there is such a file already\nremove it, or name another one")
+    if config.onnx:
+        export.find_onnx()
+    _, arch, side, _ = export.prepare(config)
+    _check_side(arch, side)
+
+
+def _check_writable(flag: str, file: str) -> None:
+    if not file:
+        return
+    if Path(file).is_dir():
+        raise ValueError(f"{flag} {file}: that is a folder; name a file")
+    folder = next(folder for folder in Path(file).absolute().parents if folder.exists())
+    if not folder.is_dir():
+        raise ValueError(f"{flag} {file}: {folder} is a file, not a folder")
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{flag} {file}: you may not write to {folder}")
 
 
 def check_launch(config: LaunchOptions) -> int:
@@ -168,18 +187,25 @@ def _check_data(config: TrainConfig) -> None:
         )
 
 
-def _check_model(config: TrainConfig) -> None:
+def _check_side(arch: str, side: int) -> None:
     import torch
 
     from fast_spatial import model
-    from fast_spatial.optim import find_apex_sgd
 
-    net = model.shapes_of(config.arch, 10).eval()
+    net = model.shapes_of(arch, 10).eval()
     try:
-        net(torch.empty(1, 3, config.side, config.side, device="meta"))
+        net(torch.empty(1, 3, side, side, device="meta"))
     except (AssertionError, RuntimeError) as error:
         reason = str(error).splitlines()[0][:100]
-        raise ValueError(f"--arch {config.arch} cannot take views of --side {config.side}: {reason}") from None
+        raise ValueError(f"--arch {arch} cannot take views of --side {side}: {reason}") from None
+
+
+def _check_model(config: TrainConfig) -> None:
+    import torch
+
+    from fast_spatial.optim import find_apex_sgd
+
+    _check_side(config.arch, config.side)
     if config.optimizer == "apex":
         find_apex_sgd()
     if config.compile == "true" and not gpu_count() and not has_compiler("c++"):

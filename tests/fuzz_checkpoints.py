@@ -72,7 +72,7 @@ def original() -> dict[str, Any]:
 
 
 def about() -> dict[str, str]:
-    fields = {"classes": CLASSES, "config": {"side": 32}, "mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2]}
+    fields = {"classes": CLASSES, "side": 32, "mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2]}
     return {"format": FORMAT, "arch": "tiny", **{name: json.dumps(value) for name, value in fields.items()}}
 
 
@@ -313,7 +313,7 @@ def bombs() -> Iterator[Case]:
         "deep_persistent": b")" + b"\x85" * 10_000 + b"Q",
         "endless_key": b"}" + endless + b"K\x01s",
         "endless_callee": endless + b")R",
-        "endless_value": b"}" + text("fc.weight") + endless + b"s",
+        "endless_value": b"}" + text("fc.weight") + b"(" + endless + b"ts",
         "endless_ordered": named("collections", "OrderedDict") + b"]" + endless + b"K\x01\x86a\x85R",
         "encode": named("_codecs", "encode") + text("a" * 10**6) + text("idna") + b"\x86R",
         "size": b"}" + text("fc.weight") + tensor + text((2**40, 4)) + text((4, 1)) + rest + b"s",
@@ -326,9 +326,11 @@ def bombs() -> Iterator[Case]:
     magic = pickle.dumps(119547037146038801333356, 2) + pickle.dumps(1001, 2) + pickle.dumps({}, 2)
     for name, program in programs.items():
         yield f"bomb.{name}.pt", with_pickle(whole, b"\x80\x02" + program + b".")
-        yield f"bomb.{name}.legacy.pt", magic + b"\x80\x02" + program + b"." + pickle.dumps(["0"], 2)
-    numel = b"(" + text("storage") + named("torch", "FloatStorage") + text("0") + text("cpu") + text(2**36) + b"NtQ"
-    yield "bomb.numel.legacy.pt", magic + b"\x80\x02" + numel + b"." + pickle.dumps([], 2)
+        yield f"bomb.{name}.legacy.pt", magic + b"\x80\x02" + program + b"." + pickle.dumps([], 2)
+    claimed = storage.replace(text(108), text(2**24)).replace(b"tQ", b"NtQ")  # and no bytes for it
+    tensor = named("torch._utils", "_rebuild_tensor_v2") + b"(" + claimed + text(0) + text((2**24,)) + text((1,))
+    program = b"\x80\x02}" + text("fc.weight") + tensor + rest + b"s."
+    yield "bomb.numel.legacy.pt", magic + program + pickle.dumps([], 2)
     zeros = archive_of([("x/data.pkl", bytes(2**28))], zipfile.ZIP_DEFLATED)
     yield "bomb.zip.pt", zeros
     at = zeros.index(b"PK\x01\x02")

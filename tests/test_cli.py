@@ -89,6 +89,7 @@ EVALUATE_OPTIONS = {
     "judge_batch": 0,
     **LAUNCH_OPTIONS,
 }
+EXPORT_OPTIONS = {"checkpoint": "", "safetensors": "", "onnx": "", "side": 0, "arch": ""}
 BENCH_OPTIONS = {
     "what": "all",
     "data": "synthetic",
@@ -154,6 +155,10 @@ def configured(monkeypatch):
         ([*TRAIN, "--global_batch", "3"], "--global-batch: no such flag; did you mean --global-batch-size?"),
         ([*TRAIN, "--checkpoint", "c.pt"], "--checkpoint: no such flag"),
         ([*EVALUATE, "--epochs", "3"], "--epochs: no such flag"),
+        (["export", "--checkpoint", "c.pt"], "--safetensors or --onnx is needed"),
+        (["export", "--onnx", "m.onnx"], "--checkpoint is needed"),
+        (["export", "--checkpoint", "c.pt", "--onnx", "m"], "--onnx m: the name must end in .onnx"),
+        (["export", "--checkpoint", "c.pt", "--onnx", "m.onnx", "--side", "-1"], "--side -1: it must be at least 0"),
         (["reproduce", "--data", "d", "--out", "o", "--degrees", "40"], "--degrees: no such flag"),
         ([*TRAIN, "--epochs", "1e5"], "--epochs 1e5: expected a whole number"),
         ([*TRAIN, "--epochs=3.0"], "--epochs 3.0: expected a whole number"),
@@ -208,6 +213,7 @@ def test_the_process_ends_with_status_2_and_no_traceback(words, first):
     ("name", "lines"),
     [
         ("train", [["--help"], ["train", "--help"], ["trian"], ["train", "-r"], [*TRAIN, "--lr", "x"]]),
+        ("export", [["export", "--help"], ["export", "--checkpoint", "c.pt"]]),
         ("reproduce", [["reproduce", "--help"], ["reproduce", "--data", "d", "--out", "o", "--seeds", "x"]]),
     ],
 )
@@ -331,8 +337,9 @@ def test_the_options_of_train_are_the_frozen_ones():
     assert defaults("train") == TRAIN_OPTIONS
 
 
-def test_the_options_of_evaluate_and_bench_are_the_frozen_ones():
+def test_the_options_of_the_other_commands_are_the_frozen_ones():
     assert defaults("evaluate") == EVALUATE_OPTIONS
+    assert defaults("export") == EXPORT_OPTIONS
     assert defaults("bench") == BENCH_OPTIONS
 
 
