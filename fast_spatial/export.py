@@ -144,30 +144,45 @@ def _write_verified(
     expected: list[Tensor],
 ) -> None:
     """Write a file under its name once its logits are right, else not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        draft = Path(folder) / path.name
-        write_atomically(draft, lambda file: file.write(data))
-        try:
-            network = read(draft)
-            with torch.no_grad():
-                found = [network(images) for images in batches]
-        except Exception as error:  # the reader's own, of many kinds
-            reason = str(error).strip().splitlines()[0][:100]
-            raise ValueError(
-                f"{flag} {path}: not written, since what was written cannot be read back: {reason}\n"
-                f"this is a fault of this program or its packages, not of the checkpoint"
-            ) from None
-        difference = max(float((one - other).abs().max()) for one, other in zip(found, expected, strict=True))
-        largest = max(float(logits.abs().max()) for logits in expected)
-        if not difference <= TOLERANCE * largest:
-            raise ValueError(
-                f"{flag} {path}: not written, since its logits differ by up to {difference:.2g} from the checkpoint's, "
-                f"of which the largest is {largest:.2g}\n"
-                f"this is a fault of this program or its packages, not of the checkpoint"
-            )
-        draft.rename(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+            draft = Path(folder) / path.name
+            write_atomically(draft, lambda file: file.write(data))
+            difference, largest = _compare(draft, read, batches, expected)
+            draft.rename(path)
+    except OSError as error:
+        raise ValueError(f"{flag} {path}: it cannot be written: {error.strerror}\nname a file elsewhere") from None
+    except _Fault as fault:
+        raise ValueError(
+            f"{flag} {path}: not written, since {fault}\n"
+            f"this is a fault of this program or its packages, not of the checkpoint"
+        ) from None
     print(
-        f"{path}: {len(data) / 1e6:.1f} MB; over {sum(map(len, batches))} random images, its logits differ by at most "
+        f"{path}: {len(data) / 1e6:.1f} MB; over {sum(BATCH_SIZES)} random images, its logits differ by at most "
         f"{difference:.2g} from the checkpoint's, of which the largest is {largest:.2g}"
     )
+
+
+class _Fault(Exception):
+    """What was written is not what was meant."""
+
+
+def _compare(
+    draft: Path, read: Callable[[Path], Callable[[Tensor], Tensor]], batches: list[Tensor], expected: list[Tensor]
+) -> tuple[float, float]:
+    """The largest difference of logits between a file and the checkpoint, and the checkpoint's largest logit."""
+    try:
+        network = read(draft)
+        with torch.no_grad():
+            found = [network(images) for images in batches]
+    except Exception as error:  # the reader's own, of many kinds
+        reason = str(error).strip().splitlines()[0].replace(str(draft), draft.name)[:100]
+        raise _Fault(f"it cannot be read back: {reason}") from None
+    difference = max(float((one - other).abs().max()) for one, other in zip(found, expected, strict=True))
+    largest = max(float(logits.abs().max()) for logits in expected)
+    if not difference <= TOLERANCE * largest:
+        raise _Fault(
+            f"its logits differ by up to {difference:.2g} from the checkpoint's, of which the largest is {largest:.2g}"
+        )
+    return difference, largest

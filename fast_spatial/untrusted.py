@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import pickletools
+import struct
 import zipfile
 from pathlib import Path
 from typing import IO, Any
@@ -53,12 +54,28 @@ def check_file(path: Path) -> None:
     """Raise a Refused that says what is wrong if a file is damaged or asks for what torch.save does not need."""
     with path.open("rb") as file:
         if file.read(4) == b"PK\x03\x04":
-            with zipfile.ZipFile(file) as archive:
-                _check_archive(archive, path.stat().st_size)
+            try:
+                archive = zipfile.ZipFile(file)
+            except zipfile.BadZipFile:
+                raise unsafe("it is damaged, or cut short") from None
+            size = path.stat().st_size
+            if archive.comment or archive.start_dir != _directory_offset(file, size):
+                raise unsafe("it is more than one zip archive, or damaged")
+            _check_archive(archive, size)
         else:
             file.seek(0)
             for _ in range(_LEGACY_PICKLES):
                 check_pickle(file)
+
+
+def _directory_offset(file: IO[bytes], size: int) -> int:
+    """Where a zip archive says its directory starts: zipfile looks elsewhere if other bytes precede, torch does not."""
+    file.seek(max(0, size - 98))
+    tail = file.read()[-98:]  # the end record of 22 bytes, in large files after one of 56 and its locator of 20
+    if tail[-42:-38] == b"PK\x06\x07":
+        (at,) = struct.unpack("<Q", tail[-34:-26])
+        return int(struct.unpack("<Q", tail[48:56])[0]) if at == size - 98 else -1
+    return int(struct.unpack("<I", tail[-6:-2])[0])
 
 
 def _check_archive(archive: zipfile.ZipFile, size: int) -> None:
@@ -70,7 +87,7 @@ def _check_archive(archive: zipfile.ZipFile, size: int) -> None:
         raise unsafe("it is a TorchScript program; save the state_dict() of its module")
     if any(record.compress_type != zipfile.ZIP_STORED for record in records):
         raise unsafe("its records are compressed, which torch.save never does")
-    if archive.comment or sum(record.file_size for record in records) > size:
+    if sum(record.file_size for record in records) > size:
         raise unsafe("its records claim more bytes than it has")
     for record in records:
         name = record.filename.partition("/")[2]  # without the name of the file

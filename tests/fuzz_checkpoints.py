@@ -338,6 +338,7 @@ def bombs() -> Iterator[Case]:
     small = archive_of([("x/data.pkl", b"\x80\x02}."), ("x/data/0", b"abcd")])
     at = small.rindex(b"PK\x01\x02")
     yield "bomb.claim.pt", small[: at + 16] + struct.pack("<III", zlib.crc32(b"abcd"), 2**31, 2**31) + small[at + 28 :]
+    yield "bomb.two_archives.pt", with_pickle(whole, b"\x80\x02" + programs["deep_key"] + b".") + whole
     for arch in ("regnet_y_128gf", "vit_h_14"):
         yield f"bomb.{arch}.pt", torch_bytes({**ours(), "arch": arch})
 

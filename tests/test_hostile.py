@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import subprocess
 import sys
 from collections import Counter
@@ -52,6 +53,7 @@ def test_what_is_asked_for_too_much_is_refused(fuzzed):
     assert len(bombs) > 40
     assert [name for name, end in bombs.items() if end == "read"] == []
     assert "its records are compressed" in bombs["bomb.zip.pt"]
+    assert "it is more than one zip archive" in bombs["bomb.two_archives.pt"]
     for name in ("zip_said_stored", "claim", "numel.legacy"):
         assert "claim more bytes than it has" in bombs[f"bomb.{name}.pt"]
 
@@ -104,6 +106,19 @@ def test_a_file_written_without_checksums_is_read(tmp_path):
         torch.serialization.set_crc32_options(True)
     (tmp_path / "w.pt").write_bytes(whole)
     assert torch.equal(load(tmp_path / "w.pt")["optimizer"]["state"][0]["momentum_buffer"], torch.ones(4))
+
+
+def test_a_directory_that_readers_could_look_for_in_two_places_is_refused(tmp_path):
+    whole = torch_bytes(ours())
+    at = whole.rindex(b"PK\6\7") + 8  # torch ends archives as large ones end, with the place of a second end record
+    (place,) = struct.unpack("<Q", whole[at : at + 8])
+    assert whole[place : place + 4] == b"PK\6\6"
+    moved = whole[:at] + struct.pack("<Q", place - 1) + whole[at + 8 :]
+    assert "it is more than one zip archive" in refusal(tmp_path / "w.pt", moved)
+    rewritten = archive_of(records_of(whole))  # as small ones end
+    assert b"PK\6\7" not in rewritten
+    (tmp_path / "w.pt").write_bytes(rewritten)
+    assert load(tmp_path / "w.pt")["epoch"] == 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
