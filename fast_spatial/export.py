@@ -87,7 +87,7 @@ def export_checkpoint(config: ExportConfig) -> None:
         try:
             data = to_onnx(model, side, about)
         except torch.onnx.OnnxExporterError as error:
-            reason = str(error).strip().splitlines()[0][:100]
+            reason = str(error.__cause__ or error).strip().splitlines()[0][:100]  # its own text is about PyTorch
             raise ValueError(
                 f"--onnx {config.onnx}: torch cannot export a {arch}: {reason}\nuse --safetensors"
             ) from None

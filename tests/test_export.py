@@ -35,6 +35,12 @@ def digits(count: int) -> tuple[Tensor, Tensor]:
     )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def fresh_process():
+    """The command has a process of its own; torch cannot export once an evaluation in this one has turned TF32 off."""
+    torch.backends.cudnn.conv.fp32_precision = "tf32"  # type: ignore[attr-defined]
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     """A checkpoint of ours of a ResNet-18 that a few steps on the digits have taught something."""
@@ -223,6 +229,18 @@ def test_what_cannot_be_exported_is_refused(trained, tmp_path, monkeypatch, caps
     given = [] if "--checkpoint" in words else ["--checkpoint", str(trained)]
     assert expected in refused(capsys, "export", *given, *words)[0]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.onnx"]
+
+
+def test_a_network_that_torch_cannot_export_is_refused_with_the_reason(trained, tmp_path, monkeypatch, capsys):
+    def fail(*_: Any, **__: Any) -> None:
+        raise torch.onnx.OnnxExporterError("\x1b[96mstep 1\nfile an issue") from RuntimeError("no such operator")
+
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    target = tmp_path / "m.onnx"
+    assert refused(capsys, "export", "--checkpoint", str(trained), "--onnx", str(target)) == [
+        f"launch.py: --onnx {target}: torch cannot export a resnet18: no such operator",
+        "use --safetensors",
+    ]
 
 
 def test_a_full_disk_ends_in_two_lines_and_leaves_nothing(trained, tmp_path, monkeypatch, capsys):
