@@ -21,6 +21,7 @@ from fast_spatial.config import (
     BenchConfig,
     DoctorConfig,
     EvaluateConfig,
+    ExportConfig,
     LaunchOptions,
     TrainConfig,
     parse,
@@ -54,6 +55,15 @@ def reproduce(raw: dict[str, str]) -> None:
     reproduce_rows(config, rows, launch)
 
 
+def export(raw: dict[str, str]) -> None:
+    config = parse(ExportConfig, raw)
+    from fast_spatial import preflight
+    from fast_spatial.export import export_checkpoint
+
+    preflight.check_export(config)
+    export_checkpoint(config)
+
+
 def bench(raw: dict[str, str]) -> None:
     from fast_spatial import preflight
 
@@ -66,10 +76,10 @@ def bench(raw: dict[str, str]) -> None:
 
 def doctor(raw: dict[str, str]) -> None:
     from fast_spatial.doctor import run
-    from fast_spatial.files import check_json
+    from fast_spatial.files import check_writable
 
     config = parse(DoctorConfig, raw)
-    check_json(config.json)
+    check_writable("--json", config.json)
     raise SystemExit(run(config.data, config.out, config.json))
 
 
@@ -81,6 +91,7 @@ COMMANDS = {
         options_of(ReproduceConfig, TrainConfig, without=DECIDED) | options_of(ReproduceConfig),
         reproduce,
     ),
+    "export": Command("Write a checkpoint's model as safetensors or ONNX.", options_of(ExportConfig), export),
     "bench": Command(
         "Measure the hot parts side by side with what they replace.", options_of(BenchConfig), bench, positional="what"
     ),

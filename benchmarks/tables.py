@@ -53,8 +53,8 @@ def faults(content: dict[str, Any]) -> str:
     ways = ", ".join(f"{count} by {how}" for how, count in content["by_way"].items())
     return (
         f"Of {content['kills']} runs of the digits, in one and in two processes, that were killed ({phases}; {ways}), "
-        f"{content['resumed']} were continued to their end, {content['bit_identical']} of them to the same bits as a run "
-        f"that nothing interrupted. With a checkpoint every {content['checkpoint_every_steps']} steps, at most "
+        f"{content['resumed']} were continued to their end, {content['bit_identical']} of them to the same bits as a "
+        f"run that nothing interrupted. With a checkpoint every {content['checkpoint_every_steps']} steps, at most "
         f"{content['lost_steps_max']} steps were lost, and none to SIGTERM once training had begun "
         f"({content['lost_steps_max_sigterm']}).\n\n(On {content['hardware']}: `{content['command']}`.)"
     )
@@ -65,7 +65,12 @@ def number(value: float) -> str:
     return f"{float(f'{value:.3g}'):,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"digits": digits, "cpu": speed, "grid-224": speed, "faults": faults}
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "digits": digits,
+    "cpu": speed,
+    "grid-224": speed,
+    "faults": faults,
+}
 
 
 def fill(text: str) -> str:

@@ -287,6 +287,30 @@ class EvaluateConfig(LaunchOptions):
         return _limits(self)
 
 
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write a checkpoint's model for other programs; each file is read back, and its logits are compared."""
+
+    checkpoint: str = option("", "ours, the original code's, or a plain state dict (.pt or .safetensors)")
+    safetensors: str = option("", "write torchvision's state dict to this new file; normalization is in its metadata")
+    onnx: str = option(
+        "", "write a network that takes RGB images in [0, 1], float32 [N, 3, side, side], and normalizes by itself"
+    )
+    side: int = option(0, "side of the images, pixels; 0: the checkpoint's, or 224")
+    arch: str = option("", "a torchvision classifier; default the checkpoint's, or resnet18")
+
+    def __post_init__(self) -> None:
+        _needed(self, "checkpoint")
+        if not self.safetensors and not self.onnx:
+            raise ValueError("--safetensors or --onnx is needed: the file to write, or both")
+        for name in ("safetensors", "onnx"):
+            file = getattr(self, name)
+            if file and not file.endswith(f".{name}"):
+                raise ValueError(f"{flag(name)} {file}: the name must end in .{name}")
+        _at_least(self, 0, "side")
+        _side(self)
+
+
 BENCH_GROUPS = ("warp", "pipeline", "score", "step", "grid", "gpu", "all")
 SYNTHETIC = "synthetic"
 

@@ -49,17 +49,17 @@ def remove_leftovers(path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def check_json(json: str) -> None:
-    """Raise a ValueError unless --json names a file that can be written; its folder is created when it is."""
-    if not json:
+def check_writable(flag: str, file: str) -> None:
+    """Raise a ValueError unless an option names no file, or one that can be written; its folder is made when it is."""
+    if not file:
         return
-    if Path(json).is_dir():
-        raise ValueError(f"--json {json}: that is a folder; name a file")
-    folder = next(folder for folder in Path(json).absolute().parents if folder.exists())
+    if Path(file).is_dir():
+        raise ValueError(f"{flag} {file}: that is a folder; name a file")
+    folder = next(folder for folder in Path(file).absolute().parents if folder.exists())
     if not folder.is_dir():
-        raise ValueError(f"--json {json}: {folder} is a file, not a folder")
+        raise ValueError(f"{flag} {file}: {folder} is a file, not a folder")
     if not os.access(folder, os.W_OK):
-        raise ValueError(f"--json {json}: {folder} cannot be written\nname a file in another folder")
+        raise ValueError(f"{flag} {file}: {folder} cannot be written\nname a file in another folder")
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn.functional import batch_norm
+from torch.overrides import TorchFunctionMode
 
 from kernels.warp import normalize
 
@@ -79,12 +81,16 @@ def compile_network(net: nn.Module) -> None:
     net.compile(dynamic=False)
 
 
+class _EmptyOnMeta(TorchFunctionMode):
+    """New parameters have no data; other tensors do, since some networks (RegNet) compute their widths with them."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **{**(kwargs or {}), **({"device": "meta"} if func is torch.empty else {})})
+
+
 def shapes_of(arch: str, num_classes: int) -> nn.Module:
     """A classifier without data, to ask for names and shapes."""
-    try:
-        with torch.device("meta"):
-            return build(arch, num_classes)
-    except NotImplementedError:  # some (RegNet) compute their widths with tensors
+    with _EmptyOnMeta():
         return build(arch, num_classes).to("meta")
 
 

@@ -12,13 +12,14 @@ from fast_spatial.config import (
     SYNTHETIC,
     BenchConfig,
     EvaluateConfig,
+    ExportConfig,
     LaunchOptions,
     TrainConfig,
     identity,
     to_json,
 )
 from fast_spatial.data import data_folder
-from fast_spatial.files import check_json, write_json
+from fast_spatial.files import check_writable, write_json
 from pipelines.dataset import check_classes_agree, check_divides, check_not_empty, count_images, read_index
 
 CONFIG = "config.json"
@@ -48,7 +49,7 @@ def check_train(config: TrainConfig) -> None:
 
 def check_bench(config: BenchConfig) -> None:
     """Raise a ValueError if this benchmark cannot work."""
-    check_json(config.json)
+    check_writable("--json", config.json)
     if config.what == "gpu" and not gpu_count():
         raise ValueError("bench gpu: no GPU is visible\nlaunch.py doctor says more; leave gpu away for the other parts")
     if config.data != SYNTHETIC:
@@ -70,8 +71,22 @@ def check_evaluate(config: EvaluateConfig) -> None:
     from fast_spatial.inputs import prepare
 
     check_launch(config)
-    check_json(config.json)
+    check_writable("--json", config.json)
     prepare(config)
+
+
+def check_export(config: ExportConfig) -> None:
+    """Raise a ValueError if this export cannot work; reads the checkpoint."""
+    from fast_spatial import export
+
+    for flag, file in (("--safetensors", config.safetensors), ("--onnx", config.onnx)):
+        check_writable(flag, file)
+        if file and os.path.lexists(file):
+            raise ValueError(f"{flag} {file}: there is such a file already\nremove it, or name another one")
+    if config.onnx:
+        export.find_onnx()
+    _, arch, side, _ = export.prepare(config)
+    _check_side(arch, side)
 
 
 def check_launch(config: LaunchOptions) -> int:
@@ -164,18 +179,25 @@ def _check_data(config: TrainConfig) -> None:
         )
 
 
-def _check_model(config: TrainConfig) -> None:
+def _check_side(arch: str, side: int) -> None:
     import torch
 
     from fast_spatial import model
-    from fast_spatial.optim import find_apex_sgd
 
-    net = model.shapes_of(config.arch, 10).eval()
+    net = model.shapes_of(arch, 10).eval()
     try:
-        net(torch.empty(1, 3, config.side, config.side, device="meta"))
+        net(torch.empty(1, 3, side, side, device="meta"))
     except (AssertionError, RuntimeError) as error:
         reason = str(error).splitlines()[0][:100]
-        raise ValueError(f"--arch {config.arch} cannot take views of --side {config.side}: {reason}") from None
+        raise ValueError(f"--arch {arch} cannot take views of --side {side}: {reason}") from None
+
+
+def _check_model(config: TrainConfig) -> None:
+    import torch
+
+    from fast_spatial.optim import find_apex_sgd
+
+    _check_side(config.arch, config.side)
     if config.optimizer == "apex":
         find_apex_sgd()
     if config.compile == "true" and not gpu_count() and not has_compiler("c++"):

@@ -145,7 +145,7 @@ def _train(config: TrainConfig, world: World, request: StopRequest, opened: cont
     }
     if saved is not None:
         check_same_run(saved["identity"], identity, config)
-        net.load_state_dict(saved["model"])
+        checkpoint.set_weights(net, saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         step.scaler.load_state_dict(saved["scaler"])
         first_epoch, first_step, best_pct = saved["epoch"], saved["step"], saved["best_pct"]

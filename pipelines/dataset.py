@@ -127,8 +127,8 @@ def check_classes_agree(data: Path) -> list[str]:
     if train != val:
         only_train, only_val = sorted(set(train) - set(val)), sorted(set(val) - set(train))
         raise ValueError(
-            f"--data {data}: train/ and val/ have different classes (only in train: {_some(only_train)}; only in val: "
-            f"{_some(only_val)}); labels would not mean the same, make the folders agree"
+            f"--data {data}: train/ and val/ have different classes (only in train: {some(only_train)}; only in val: "
+            f"{some(only_val)}); labels would not mean the same, make the folders agree"
         )
     return train
 
@@ -190,5 +190,7 @@ def _images_below(folder: Path) -> Iterator[bytes]:
                 yield os.fsencode(os.path.join(where, file))
 
 
-def _some(names: list[str]) -> str:
-    return "none" if not names else ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+def some(names: list[str]) -> str:
+    """The first names of a list, whatever they hold, for one line of a message."""
+    first = ["".join(char if char.isprintable() else "?" for char in name[:100]) for name in names[:3]]
+    return ", ".join(first or ["none"]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

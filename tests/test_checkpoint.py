@@ -15,19 +15,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fast_spatial import checkpoint, model
-from fast_spatial.checkpoint import build_classifier, load, read_weights, save
+from fast_spatial.checkpoint import build_classifier, load, read_weights
 from fast_spatial.config import TrainConfig, to_json
+from fast_spatial.saving import Saver
 
 SMALL = "shufflenet_v2_x0_5"
 State = dict[str, Tensor]
 
 
 def numbered_state(arch: str, num_classes: int) -> State:
-    """torchvision's state dict of an architecture, every tensor filled with its position; a few KB as a file."""
+    """torchvision's state dict of an architecture, every tensor filled with its position."""
     with torch.device("meta"):
         state = torchvision.models.get_model(arch, num_classes=num_classes).state_dict()
     return {
-        name: torch.full((1,) * tensor.ndim, number, dtype=tensor.dtype).expand(tensor.shape)
+        name: torch.full(tensor.shape, number, dtype=tensor.dtype)
         for number, (name, tensor) in enumerate(state.items(), 1)
     }
 
@@ -44,6 +45,12 @@ def write(path: Path, content: Any) -> Path:
 
 
 # --- writing
+
+
+def save(path: Path, payload: dict[str, Any]) -> None:
+    saver = Saver(path.parent)
+    saver.save(payload)
+    saver.wait()
 
 
 def test_what_is_saved_is_what_is_loaded(tmp_path):
@@ -80,7 +87,7 @@ def test_a_failure_while_writing_leaves_the_old_file_and_nothing_else(tmp_path, 
     save(tmp_path / "last.pt", {"epoch": 1})
     with monkeypatch.context() as patch:
         patch.setattr(os if call == "fsync" else Path, call, disk_full)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(ValueError, match=r"No space left on device.*last.pt, saved before, is whole"):
             save(tmp_path / "last.pt", {"epoch": 2})
     assert load(tmp_path / "last.pt") == {"epoch": 1}
     assert os.listdir(tmp_path) == ["last.pt"]
@@ -170,7 +177,7 @@ def test_the_order_of_a_state_dict_does_not_matter(tmp_path):
 def test_safetensors_are_read(tmp_path):
     path = tmp_path / "weights.safetensors"
     state = numbered_state(SMALL, 3)
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
+    save_file(state, path)
     assert_same(build_classifier(path, read_weights(path), SMALL).net.state_dict(), state)
 
 
@@ -278,7 +285,10 @@ def test_weights_of_another_shape_and_ones_too_many_are_listed(tmp_path):
     path = tmp_path / "weights.pt"
     with pytest.raises(ValueError, match="not the weights of a resnet18 with 10 classes") as caught:
         build_classifier(path, checkpoint.Weights(wide, 10), "")
-    listed = "2 unexpected: head.weight, fc2.weight; 1 of another shape: conv1.weight; "
+    listed = (
+        "2 unexpected: head.weight, fc2.weight; "
+        "1 of another shape: conv1.weight [64, 1, 7, 7] instead of [64, 3, 7, 7]; "
+    )
     assert str(caught.value).splitlines()[1].startswith(listed)
 
 

@@ -67,6 +67,10 @@ TRAIN_OPTIONS = {
     "classes": 0,
     "max_train_images": 0,
     "deterministic": False,
+    "resume": "auto",
+    "checkpoint_every": "15min",
+    "on_bad_image": "stop",
+    "max_bad_images": 50,
     "eval_every": 1,
     "log_every": 20,
     "profile": 0,
@@ -91,6 +95,7 @@ EVALUATE_OPTIONS = {
     "judge_batch": 0,
     **LAUNCH_OPTIONS,
 }
+EXPORT_OPTIONS = {"checkpoint": "", "safetensors": "", "onnx": "", "side": 0, "arch": ""}
 BENCH_OPTIONS = {
     "what": "all",
     "data": "synthetic",
@@ -157,6 +162,10 @@ def configured(monkeypatch):
         ([*TRAIN, "--global_batch", "3"], "--global-batch: no such flag; did you mean --global-batch-size?"),
         ([*TRAIN, "--checkpoint", "c.pt"], "--checkpoint: no such flag"),
         ([*EVALUATE, "--epochs", "3"], "--epochs: no such flag"),
+        (["export", "--checkpoint", "c.pt"], "--safetensors or --onnx is needed"),
+        (["export", "--onnx", "m.onnx"], "--checkpoint is needed"),
+        (["export", "--checkpoint", "c.pt", "--onnx", "m"], "--onnx m: the name must end in .onnx"),
+        (["export", "--checkpoint", "c.pt", "--onnx", "m.onnx", "--side", "-1"], "--side -1: it must be at least 0"),
         (["reproduce", "--data", "d", "--out", "o", "--degrees", "40"], "--degrees: no such flag"),
         ([*TRAIN, "--epochs", "1e5"], "--epochs 1e5: expected a whole number"),
         ([*TRAIN, "--epochs=3.0"], "--epochs 3.0: expected a whole number"),
@@ -211,6 +220,7 @@ def test_the_process_ends_with_status_2_and_no_traceback(words, first):
     ("name", "lines"),
     [
         ("train", [["--help"], ["train", "--help"], ["trian"], ["train", "-r"], [*TRAIN, "--lr", "x"]]),
+        ("export", [["export", "--help"], ["export", "--checkpoint", "c.pt"]]),
         ("reproduce", [["reproduce", "--help"], ["reproduce", "--data", "d", "--out", "o", "--seeds", "x"]]),
     ],
 )
@@ -336,6 +346,7 @@ def test_the_options_of_train_are_the_frozen_ones():
 
 def test_the_options_of_the_other_commands_are_the_frozen_ones():
     assert defaults("evaluate") == EVALUATE_OPTIONS
+    assert defaults("export") == EXPORT_OPTIONS
     assert defaults("bench") == BENCH_OPTIONS
     assert defaults("doctor") == DOCTOR_OPTIONS
 

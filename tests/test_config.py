@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 
 import numpy as np
 import pytest
@@ -28,7 +27,6 @@ EVALUATE = {"checkpoint": "c.pt", "data": "d"}
 
 # Another value of every option of `train`, and whether it makes another run.
 ANOTHER_RUN = {
-    "data": "elsewhere",
     "mode": "random",
     "degrees": 40.0,
     "translate_px": 12.0,
@@ -49,7 +47,6 @@ ANOTHER_RUN = {
     "jitter": (0.1, 0.1, 0.2),
     "lighting": 0.0,
     "bn_group": 32,
-    "dtype": "float32",
     "accumulate": 2,
     "score_side": 128,
     "seed": 1,
@@ -58,7 +55,13 @@ ANOTHER_RUN = {
     "deterministic": True,
 }
 SAME_RUN = {
+    "data": "elsewhere",
     "out": "elsewhere",
+    "dtype": "float32",
+    "resume": "never",
+    "checkpoint_every": "500",
+    "on_bad_image": "skip",
+    "max_bad_images": 3,
     "score_chunk": 64,
     "compile": "false",
     "eval_every": 5,
@@ -130,14 +133,14 @@ def test_translations_go_with_rotations_as_published_unless_they_are_given(kind,
 
 def test_the_defaults_are_the_reference_recipe():
     assert identity(train_config()) == {
-        **{"data": os.path.abspath("d"), "mode": "worst10", "seed": 0, "arch": "resnet18", "side": 224},
+        **{"mode": "worst10", "seed": 0, "arch": "resnet18", "side": 224},
         **{"degrees": 30.0, "translate_px": None, "views": 10},
         **{"epochs": 110, "global_batch_size": 256},
         **{"optimizer": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 0.0001},
         **{"milestones": [30, 60, 85, 95, 105], "gamma": 0.1},
         **{"crop_scale": [0.08, 1.0], "crop_ratio": [0.75, 4 / 3], "flip_prob": 0.5},
         **{"jitter": [0.1, 0.1, 0.1], "lighting": 0.05},
-        **{"dtype": "auto", "bn_group": 0, "accumulate": 1, "deterministic": False},
+        **{"bn_group": 0, "accumulate": 1, "deterministic": False},
         **{"classes": 0, "max_train_images": 0, "score_side": 0},
     }
 
@@ -224,6 +227,12 @@ def test_what_is_not_given_has_its_default():
         (TrainConfig, {"compile": "yes"}, ["--compile yes", "auto, true, false"]),
         (TrainConfig, {"classes": "-1"}, ["--classes -1", "at least 0"]),
         (TrainConfig, {"max_train_images": "-1"}, ["--max-train-images -1", "at least 0"]),
+        (TrainConfig, {"resume": "yes"}, ["--resume yes", "auto, never"]),
+        (TrainConfig, {"on_bad_image": "ignore"}, ["--on-bad-image ignore", "stop, skip"]),
+        (TrainConfig, {"max_bad_images": "-1"}, ["--max-bad-images -1", "at least 0"]),
+        (TrainConfig, {"checkpoint_every": "15m"}, ["--checkpoint-every 15m", "15min"]),
+        (TrainConfig, {"checkpoint_every": "-5"}, ["--checkpoint-every -5", "number of steps"]),
+        (TrainConfig, {"checkpoint_every": ""}, ["--checkpoint-every", "number of steps"]),
         (TrainConfig, {"eval_every": "-1"}, ["--eval-every -1", "at least 0"]),
         (TrainConfig, {"profile": "-1"}, ["--profile -1", "at least 0"]),
         (TrainConfig, {"workers": "-1"}, ["--workers -1", "at least 0"]),
@@ -347,3 +356,11 @@ def test_the_command_line_uses_the_preset_for_the_digits_alone(monkeypatch, data
     monkeypatch.setattr(launch, "launch", lambda task, config: asked.append(config))
     assert launch.main(["train", "--data", data, "--mode", "random", "--out", "o"]) == 0
     assert [config.epochs for config in asked] == [epochs]
+
+
+@pytest.mark.parametrize(
+    ("every", "steps", "seconds"), [("500", 500, 0), ("15min", 0, 900), ("0.5min", 0, 30), ("0", 0, 0)]
+)
+def test_checkpoints_come_by_steps_or_by_minutes(every, steps, seconds):
+    config = train_config(checkpoint_every=every)
+    assert (config.checkpoint_steps, config.checkpoint_sec) == (steps, seconds)
