@@ -225,6 +225,13 @@ def test_another_run_in_the_folder_is_refused_listing_what_differs(refuse, data,
     assert len(started) == 1
 
 
+def test_a_run_is_continued_only_if_that_is_wanted(refuse, data, started):
+    assert launch.main([*TRAIN, "--resume", "never"]) == 0
+    lines = refuse(*TRAIN, "--resume", "never")
+    assert lines == ["launch.py: --out run: it holds a run, and --resume never continues none", "name a new folder"]
+    assert len(started) == 1
+
+
 def test_a_folder_with_other_files_is_refused(refuse, data):
     Path("run").mkdir()
     Path("run/thesis.tex").write_text("mine")
