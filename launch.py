@@ -17,6 +17,7 @@ from fast_spatial.config import (
     DIGITS,
     DIGITS_PRESET,
     BenchConfig,
+    CheckConfig,
     EvaluateConfig,
     LaunchOptions,
     TrainConfig,
@@ -49,6 +50,16 @@ def reproduce(raw: dict[str, str]) -> None:
     reproduce_rows(config, rows, launch)
 
 
+def check(raw: dict[str, str]) -> None:
+    config = parse(CheckConfig, raw)
+    from fast_spatial import preflight
+
+    preflight.check_check(config)
+    from fast_spatial.check import check_data
+
+    raise SystemExit(check_data(config, on_gpu=preflight.gpu_count() > 0))
+
+
 def bench(raw: dict[str, str]) -> None:
     from fast_spatial import preflight
 
@@ -66,6 +77,11 @@ COMMANDS = {
         "Train and judge the rows of the published table; also takes the flags of train's recipe.",
         options_of(ReproduceConfig, TrainConfig, without=DECIDED) | options_of(ReproduceConfig),
         reproduce,
+    ),
+    "check": Command(
+        "Decode every file of a data folder and list what would end a run or change its result.",
+        options_of(CheckConfig),
+        check,
     ),
     "bench": Command(
         "Measure the hot parts side by side with what they replace.", options_of(BenchConfig), bench, positional="what"

@@ -12,15 +12,24 @@ from fast_spatial.config import (
     DIGITS,
     SYNTHETIC,
     BenchConfig,
+    CheckConfig,
     EvaluateConfig,
     LaunchOptions,
     TrainConfig,
+    flag,
     identity,
     to_json,
 )
-from fast_spatial.data import data_folder
+from fast_spatial.data import data_folder, load_split
 from fast_spatial.files import write_json
-from pipelines.dataset import check_classes_agree, check_divides, check_not_empty, count_images, read_index
+from pipelines.dataset import (
+    check_classes_agree,
+    check_divides,
+    check_not_empty,
+    count_images,
+    list_classes,
+    read_index,
+)
 
 CONFIG = "config.json"
 
@@ -62,6 +71,23 @@ def check_bench(config: BenchConfig) -> None:
         from fast_spatial.inputs import prepare
 
         prepare(EvaluateConfig(checkpoint=config.checkpoint, data=config.data, allow_partial_classes=True))
+
+
+def check_check(config: CheckConfig) -> None:
+    """Raise a ValueError if this check cannot work, would change the data folder, or overwrite a list of exclusions."""
+    folder = data_folder(config.data)
+    _check_json(config.json)
+    listing = Path(config.write_exclusions)
+    if config.write_exclusions and os.path.lexists(listing):
+        raise ValueError(f"--write-exclusions {listing}: it exists already\nname a new file, or remove it first")
+    for name in ("json", "write_exclusions"):
+        written = getattr(config, name)
+        if written and folder.resolve() in Path(written).resolve().parents:
+            raise ValueError(f"{flag(name)} {written}: the data folder is never written to\nname a file elsewhere")
+    for split in config.splits:
+        if (folder / split).is_dir():
+            return
+    list_classes(folder, config.splits[0])
 
 
 def check_evaluate(config: EvaluateConfig) -> None:
@@ -160,7 +186,11 @@ def _check_data(config: TrainConfig) -> None:
         check_not_empty(folder, split, names)
     if config.classes > len(names):
         raise ValueError(f"--classes {config.classes}: {config.data} has {len(names)} classes")
-    found = count_images(folder, "train", names[: config.classes or None], at_most=config.global_batch_size)
+    if config.exclude:
+        load_split(config.data, "val", exclude=config.exclude)
+        found = len(load_split(config.data, "train", exclude=config.exclude, classes=config.classes))
+    else:
+        found = count_images(folder, "train", names[: config.classes or None], at_most=config.global_batch_size)
     if found < config.global_batch_size:
         raise ValueError(
             f"--global-batch-size {config.global_batch_size}: {config.data} holds only {found} training images\n"

@@ -36,8 +36,8 @@ def train(config: TrainConfig, world: World) -> None:
     seed_everything(config.seed, deterministic=config.deterministic)
     out, mode = Path(config.out), MODES[config.mode]
     dtype = dtype_of(config.dtype, world.device)
-    train_images = load_split(config.data, "train", classes=config.classes, max_images=config.max_train_images)
-    val_images = load_split(config.data, "val", classes=config.classes)
+    load = partial(load_split, config.data, exclude=config.exclude, classes=config.classes)
+    train_images, val_images = load("train", max_images=config.max_train_images), load("val")
     net = models.build(config.arch, len(train_images.classes))
     if config.bn_group:
         models.group_batch_norm(net, config.bn_group)
@@ -128,6 +128,8 @@ def train(config: TrainConfig, world: World) -> None:
     gpus = world.world_size if world.device.type == "cuda" else 0
     runlog = RunLog(out, rank=world.rank, gpus=gpus, elapsed_sec=elapsed_sec)
     if world.rank == 0:
+        for left_out in filter(None, (train_images.describe_left_out(), val_images.describe_left_out())):
+            say(left_out)
         say(describe(config, world, dtype, len(train_images), len(val_images), len(train_images.classes)))
 
     # --- train

@@ -64,6 +64,7 @@ TRAIN_OPTIONS = {
     "seed": 0,
     "classes": 0,
     "max_train_images": 0,
+    "exclude": "",
     "deterministic": False,
     "eval_every": 1,
     "log_every": 20,
@@ -82,6 +83,7 @@ EVALUATE_OPTIONS = {
     "arch": "",
     "dtype": "float32",
     "seed": 0,
+    "exclude": "",
     "max_images": 0,
     "grid_images": "",
     "allow_partial_classes": False,
@@ -89,6 +91,7 @@ EVALUATE_OPTIONS = {
     "judge_batch": 0,
     **LAUNCH_OPTIONS,
 }
+CHECK_OPTIONS = {"data": "", "splits": ("train", "val"), "json": "", "write_exclusions": "", "workers": 0}
 BENCH_OPTIONS = {
     "what": "all",
     "data": "synthetic",
@@ -331,8 +334,9 @@ def test_the_options_of_train_are_the_frozen_ones():
     assert defaults("train") == TRAIN_OPTIONS
 
 
-def test_the_options_of_evaluate_and_bench_are_the_frozen_ones():
+def test_the_options_of_evaluate_check_and_bench_are_the_frozen_ones():
     assert defaults("evaluate") == EVALUATE_OPTIONS
+    assert defaults("check") == CHECK_OPTIONS
     assert defaults("bench") == BENCH_OPTIONS
 
 
