@@ -7,7 +7,7 @@ import os
 import sqlite3
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -129,7 +129,7 @@ def check_data(config: CheckConfig, *, on_gpu: bool) -> int:
     file = cache_folder() / f"check-{_RULES}-{decoder}.sqlite"
     try:
         with closing(Memory(file)) as memory:
-            reports = inspect_files(_images(data, splits), on_gpu=on_gpu, processes=processes, remembered=memory.find)
+            reports = _reports(data, splits, on_gpu=on_gpu, processes=processes, remembered=memory.find)
             with closing(reports):
                 for report in Bar(reports, total=images, images_per_batch=1, title="check", show=True):
                     memory.add(report)
@@ -153,9 +153,10 @@ def check_data(config: CheckConfig, *, on_gpu: bool) -> int:
     return int(any(KINDS[finding.kind].severity != NOTE for _, finding in tally.found))
 
 
-def _images(data: Path, splits: dict[str, Survey]) -> Iterator[str]:
+def _reports(data: Path, splits: dict[str, Survey], **options: Any) -> Generator[Report, None, None]:
+    """The files' reports, all of a split's before the next's."""
     for split, found in splits.items():
-        yield from images_of(data, split, found.classes)
+        yield from inspect_files(images_of(data, split, found.classes), **options)
 
 
 def summary_text(found: list[tuple[str, Finding]]) -> str:

@@ -119,7 +119,7 @@ def survey(data: Path, split: str) -> Survey:
     if ignored:
         most = sorted(ignored.items(), key=lambda item: (-item[1], item[0]))[:5]
         counts = ", ".join(f"{extension} {count}" for extension, count in most)
-        findings.append((str(root), Finding("ignored", f"{ignored.total()} files are not used: {counts}")))
+        findings.append((str(root), Finding("ignored", f"not used: {counts}")))
     if all(name.isdecimal() for name in classes) and classes != sorted(classes, key=int):
         first, second = next((a, b) for a, b in pairwise(classes) if int(a) > int(b))
         findings.append((str(root), Finding("class_order", f"{first} comes before {second}")))

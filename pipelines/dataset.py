@@ -124,7 +124,7 @@ class ImageIndex:
         if not names and not gone:
             return ""
         also = f"; {gone} more that it names are gone from the disk" if gone else ""
-        return f"{self.root.name}: {len(names)} images are left out by --exclude ({_some(list(names))}){also}"
+        return f"{self.root.name}: {len(names)} images left out by --exclude: {_some(list(names))}{also}"
 
     def _take(self, positions: NDArray[np.int64]) -> ImageIndex:
         return replace(self, paths=self.paths[positions], labels=self.labels[positions])

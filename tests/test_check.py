@@ -27,7 +27,7 @@ from pipelines.audit import CHANGES, KILLS, KINDS, NOTE, Content, Finding, read_
 from pipelines.dataset import ImageIndex, read_index
 from pipelines.decoding import inspect_files
 from pipelines.loader import Loader
-from tests.nasty_images import FILES, jpeg, write_files, write_others
+from tests.nasty_images import FILES, encode, jpeg, picture, write_files, write_others
 from tests.test_cli import refused
 from tests.test_decoding import children_of
 
@@ -61,7 +61,7 @@ def write(path: Path, content: bytes) -> None:
 def found_in(data: Path, **options) -> dict[str, list[str]]:
     """Path to the kinds of finding of a check, of which the exit status and the report must tell the same."""
     report = data.parent / "report.json"
-    status = check_data(CheckConfig(data=str(data), json=str(report), workers=1, **options), on_gpu=False)
+    status = check_data(CheckConfig(data=str(data), json=str(report), **{"workers": 1, **options}), on_gpu=False)
     content = json.loads(report.read_text())
     assert status == any(finding["severity"] != NOTE for finding in content["findings"])
     found: dict[str, list[str]] = {}
@@ -214,7 +214,7 @@ def test_files_that_are_not_used_are_counted(data):
     report = data.parent / "report.json"
     assert found_in(data) == {"train": ["ignored"]}
     (finding,) = json.loads(report.read_text())["findings"]
-    assert finding["detail"] == "5 files are not used: .txt 2, .gif 1, .jpg 1, no extension 1"
+    assert finding["detail"] == "not used: .txt 2, .gif 1, .jpg 1, no extension 1"
 
 
 def test_names_that_count_in_another_order_than_numbers_are_noted(data):
@@ -235,6 +235,14 @@ def test_a_training_image_that_is_in_val_too_is_found_whatever_its_name(data):
     shutil.copy(data / "train/a/1.jpg", data / "train/a/4.jpg")  # twice in train is nobody's affair
     assert found_in(data) == {"train/b/copy.JPEG": ["duplicate"]}
     assert found_in(data, splits=("train",)) == {}
+
+
+def test_a_training_image_that_is_decoded_before_its_copy_in_val_is_found(data):
+    write(data / "val/a/0.jpg", encode(picture(4000, 3000), "JPEG"))  # keeps one process busy while the other goes on
+    for number in range(2, 40):
+        write(data / f"val/b/{number}.jpg", jpeg(100 + number))
+    shutil.copy(data / "val/a/1.jpg", data / "train/a/0.jpg")
+    assert found_in(data, workers=2) == {"train/a/0.jpg": ["duplicate"]}
 
 
 # --- the command

@@ -48,16 +48,14 @@ def test_the_images_named_are_left_out_and_the_others_keep_their_labels():
     assert images.labels.tolist() == [0, 1, 2, 2]
     assert images.classes == CLASSES
     assert images.left_out == LeftOut(("train/ant/0.png", "train/bee/1.png"), gone=0)
-    assert images.describe_left_out() == (
-        "train: 2 images are left out by --exclude (train/ant/0.png, train/bee/1.png)"
-    )
+    assert images.describe_left_out() == ("train: 2 images left out by --exclude: train/ant/0.png, train/bee/1.png")
 
 
 def test_what_is_gone_from_the_disk_is_only_counted():
     listing = exclude("train/ant/0.png", "train/ant/gone.png", "train/gone/0.png")
     images = read_index(Path("data"), "train").without(listing)
     assert images.left_out == LeftOut(("train/ant/0.png",), gone=2)
-    assert images.describe_left_out().endswith("(train/ant/0.png); 2 more that it names are gone from the disk")
+    assert images.describe_left_out().endswith("train/ant/0.png; 2 more that it names are gone from the disk")
 
 
 def test_a_split_that_the_list_does_not_name_stays_whole():
@@ -148,8 +146,8 @@ def test_training_says_what_was_left_out(capfd):
     train(config, World(0, 0, 1, torch.device("cpu")))
     lines = capfd.readouterr().out.splitlines()
     assert lines[:2] == [
-        "train: 2 images are left out by --exclude (train/ant/0.png, train/cat/0.png)",
-        "val: 1 images are left out by --exclude (val/bee/0.png)",
+        "train: 2 images left out by --exclude: train/ant/0.png, train/cat/0.png",
+        "val: 1 images left out by --exclude: val/bee/0.png",
     ]
     assert "4 training and 5 validation images" in lines[2]
 
@@ -169,7 +167,7 @@ def test_an_evaluation_that_leaves_images_out_is_partial(capfd, lines, images):
     report = json.loads(Path("report.json").read_text())
     assert report["summary"]["num_images"] == len(report["images"]) == images
     assert report["summary"]["partial"] is (images < 6)
-    assert ("val: 1 images are left out" in capfd.readouterr().out) is (images < 6)
+    assert ("val: 1 images left out" in capfd.readouterr().out) is (images < 6)
 
 
 def test_the_rows_of_a_table_are_trained_and_judged_without_what_is_excluded():
