@@ -22,6 +22,7 @@ from fast_spatial.runlog import Bar, say
 from kernels.cache import cache_folder
 from kernels.cpus import usable_cpus
 from pipelines.audit import CHANGES, KILLS, KINDS, NOTE, Finding, Survey, compare_classes, images_of, survey
+from pipelines.dataset import printable
 from pipelines.decoding import Report, inspect_files
 
 _HEADINGS = {KILLS: "Ends a run", CHANGES: "Changes a result", NOTE: "Harmless"}
@@ -33,7 +34,7 @@ _WRITE_EVERY_SEC = 1.0
 
 
 @dataclass
-class Tally:
+class Findings:
     """What was found so far: (path relative to the data folder, finding) pairs, and what val/ holds."""
 
     data: Path
@@ -115,14 +116,14 @@ def check_data(config: CheckConfig, *, on_gpu: bool) -> int:
     data = data_folder(config.data).absolute()
     processes = config.workers or (min(_GPU_PROCESSES, usable_cpus()) if on_gpu else usable_cpus())
     decoder = f"dali-{nvidia.dali.__version__}-{'gpu' if on_gpu else 'cpu'}"
-    tally = Tally(data)
+    findings = Findings(data)
     splits = {split: survey(data, split) for split in sorted(config.splits, reverse=True)}  # val first
     for split in splits.values():
         for path, finding in split.findings:
-            tally.add(path, [finding])
+            findings.add(path, [finding])
     if all(split.classes for split in splits.values()) and len(splits) == 2:
         for path, finding in compare_classes(data, splits["train"].classes, splits["val"].classes):
-            tally.add(path, [finding])
+            findings.add(path, [finding])
     images = sum(split.images for split in splits.values())
     say(f"{data}: {images} images to decode, in {processes} processes")
 
@@ -133,24 +134,30 @@ def check_data(config: CheckConfig, *, on_gpu: bool) -> int:
             with closing(reports):
                 for report in Bar(reports, total=images, images_per_batch=1, title="check", show=True):
                     memory.add(report)
-                    tally.add_report(report)
+                    findings.add_report(report)
+    except KeyboardInterrupt:
+        say("stopped: the same command continues where this one was")
+        raise
     except sqlite3.Error as error:
         raise ValueError(f"{file}, where verdicts are kept, cannot be used: {error}\nremove it") from None
 
     seconds = time.monotonic() - start
-    tally.found.sort()
-    say(summary_text(tally.found))
-    say(f"{images} images in {seconds:.0f} s, {tally.remembered} of them remembered from an earlier check")
+    findings.found.sort()
+    say(summary_text(findings.found))
+    say(f"{images} images in {seconds:.0f} s, {findings.remembered} of them remembered from an earlier check")
     if config.json:
-        write_json(Path(config.json), report_of(config, decoder, splits, tally.found))
+        write_json(Path(config.json), report_of(config, decoder, splits, findings.found))
         say(f"the report is in {config.json}")
-    out = exclusions(tally.found)
+    out = exclusions(findings.found)
+    for path in [path for path in out if "\n" in path or "\r" in path]:
+        say(f"{printable(path)} cannot be excluded: its name has a line break; rename or remove it")
+        del out[path]
     if config.write_exclusions:
         write_exclusions(Path(config.write_exclusions), out)
         say(f"{len(out)} images are listed in {config.write_exclusions}: give it to train and evaluate as --exclude")
     elif out:
         say(f"--write-exclusions FILE lists {len(out)} images here that train and evaluate can --exclude")
-    return int(any(KINDS[finding.kind].severity != NOTE for _, finding in tally.found))
+    return int(any(KINDS[finding.kind].severity != NOTE for _, finding in findings.found))
 
 
 def _reports(data: Path, splits: dict[str, Survey], **options: Any) -> Generator[Report, None, None]:
@@ -171,7 +178,7 @@ def summary_text(found: list[tuple[str, Finding]]) -> str:
         for kind in kinds:
             these = by_kind[kind]
             lines.append(f"  {len(these)} {kind.replace('_', ' ')}: {KINDS[kind].advice}")
-            lines += [f"    {path}: {finding.detail}" for path, finding in these[:_SHOWN]]
+            lines += [f"    {printable(path)}: {finding.detail}" for path, finding in these[:_SHOWN]]
             lines += [f"    and {len(these) - _SHOWN} more"] if len(these) > _SHOWN else []
     return "\n".join(lines or ["nothing was found: every image decodes"])
 
@@ -197,7 +204,7 @@ def report_of(
 
 def exclusions(found: list[tuple[str, Finding]]) -> dict[str, Finding]:
     """The images to leave out, with the reason: those that end a run, and the copies in train/ of what is in val/."""
-    return {path: finding for path, finding in found if KINDS[finding.kind].exclude and "\n" not in path}
+    return {path: finding for path, finding in found if KINDS[finding.kind].exclude}
 
 
 def write_exclusions(listing: Path, out: dict[str, Finding]) -> None:

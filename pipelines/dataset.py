@@ -289,5 +289,14 @@ def _refuse(folder: str, why: str) -> None:
     raise ValueError(f"--data: {folder} cannot be used: {why}\nmend or remove it")
 
 
+def printable(path: str) -> str:
+    """A path as it may be written to a terminal, whatever bytes it has."""
+    return path if path.isprintable() else repr(path)
+
+
 def _some(names: list[str]) -> str:
-    return "none" if not names else ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return (
+        "none"
+        if not names
+        else ", ".join(map(printable, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    )

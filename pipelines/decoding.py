@@ -122,15 +122,18 @@ def inspect_files(
     try:
         while True:
             while len(busy) < processes:
-                batch = [alone.pop()] if alone else []
-                for path in queue if not batch else ():
-                    report = remembered(path)
-                    if report is None:
-                        batch.append(path)
-                    else:
-                        yield report
-                    if len(batch) == FILES_PER_BATCH:
-                        break
+                if alone:
+                    batch = [alone.pop()]
+                else:
+                    batch = []
+                    for path in queue:
+                        report = remembered(path)
+                        if report is None:
+                            batch.append(path)
+                        else:
+                            yield report
+                        if len(batch) == FILES_PER_BATCH:
+                            break
                 if not batch:
                     break
                 child = idle.pop() if idle else _Child(words)
@@ -227,7 +230,8 @@ def _shape_graph() -> Any:
 
 
 @pipeline_def
-def _image_graph(on_gpu: bool) -> Any:
+def image_graph(on_gpu: bool) -> Any:
+    """Whole images, with training's operator: uint8 [H, W, 3], of `encoded` files and their `size`, int32 [2]."""
     encoded, size = fn.external_source(name="encoded"), fn.external_source(name="size")
     options = decoder_options(on_gpu=on_gpu, hw_decoder_load=0.0)
     return fn.decoders.image_slice(encoded, start=np.zeros(2, np.int32), shape=size, axes=(0, 1), **options)
@@ -294,7 +298,7 @@ class _Decoder:
             "exec_pipelined": False,
         }
         self._shapes: Any = _shape_graph(**options)
-        self._images: Any = _image_graph(self._on_gpu, **options)
+        self._images: Any = image_graph(self._on_gpu, **options)
         self._decode([self._sample], self._peek([self._sample]))
         self._complaint()
 

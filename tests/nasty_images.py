@@ -15,7 +15,7 @@ from PIL import Image
 from kernels.sampling import TRAINING, epoch_order, pack_key
 
 PAGE = b"<!DOCTYPE html><html><head><title>404 Not Found</title></head><body>nothing here</body></html>\n"
-START_OF_FRAME = b"\xff\xc0"
+STARTS_OF_FRAME = (b"\xff\xc0", b"\xff\xc2")  # baseline, progressive
 START_OF_SCAN = b"\xff\xda"
 
 
@@ -40,8 +40,8 @@ def jpeg(seed: int = 0, **options: object) -> bytes:
 
 
 def with_size(content: bytes, width: int, height: int) -> bytes:
-    """A baseline JPEG whose header claims another size."""
-    where = content.index(START_OF_FRAME) + 5
+    """A JPEG whose header claims another size."""
+    where = next(content.index(marker) for marker in STARTS_OF_FRAME if marker in content) + 5
     return content[:where] + struct.pack(">HH", height, width) + content[where + 4 :]
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import launch
 from fast_spatial import preflight
@@ -24,10 +25,10 @@ from fast_spatial.config import CheckConfig
 from kernels.cpus import usable_cpus
 from kernels.sampling import TRAINING, augmentation_settings, pack_key, view_limits
 from pipelines.audit import CHANGES, KILLS, KINDS, NOTE, Content, Finding, read_regular
-from pipelines.dataset import ImageIndex, read_index
+from pipelines.dataset import ImageIndex, read_exclusions, read_index
 from pipelines.decoding import inspect_files
 from pipelines.loader import Loader
-from tests.nasty_images import FILES, encode, jpeg, picture, write_files, write_others
+from tests.nasty_images import FILES, encode, jpeg, write_files, write_others
 from tests.test_cli import refused
 from tests.test_decoding import children_of
 
@@ -238,7 +239,9 @@ def test_a_training_image_that_is_in_val_too_is_found_whatever_its_name(data):
 
 
 def test_a_training_image_that_is_decoded_before_its_copy_in_val_is_found(data):
-    write(data / "val/a/0.jpg", encode(picture(4000, 3000), "JPEG"))  # keeps one process busy while the other goes on
+    write(
+        data / "val/a/0.jpg", encode(Image.new("RGB", (7000, 7000)), "JPEG")
+    )  # keeps one process busy while the other goes on
     for number in range(2, 40):
         write(data / f"val/b/{number}.jpg", jpeg(100 + number))
     shutil.copy(data / "val/a/1.jpg", data / "train/a/0.jpg")
@@ -246,6 +249,18 @@ def test_a_training_image_that_is_decoded_before_its_copy_in_val_is_found(data):
 
 
 # --- the command
+
+
+def test_names_of_any_bytes_are_printed_and_those_with_line_breaks_are_not_excluded(data, capsys):
+    write(data / "train/a/odd \udcff.jpg", b"")
+    write(data / "train/a/two\nlines.jpg", b"")
+    listing = data.parent / "exclude.txt"
+    found_in(data, write_exclusions=str(listing))
+    out = capsys.readouterr().out
+    assert r"    'train/a/odd \udcff.jpg': it cannot be decoded: it is empty" in out
+    assert r"'train/a/two\nlines.jpg' cannot be excluded: its name has a line break; rename or remove it" in out
+    assert read_exclusions(listing) == ["train/a/odd \udcff.jpg"]
+    assert r"'train/a/odd \udcff.jpg'" in read_index(data, "train").without(listing).describe_left_out()
 
 
 def test_the_summary_counts_names_and_advises(data, capsys):

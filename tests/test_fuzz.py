@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.decoding import Report, inspect_files
-from tests.nasty_images import START_OF_FRAME, encode, exif, jpeg, picture, with_size
+from tests.nasty_images import STARTS_OF_FRAME, encode, exif, jpeg, picture, with_size
 from tests.test_check import training_survives
 from tests.test_decoding import children_of
 
@@ -52,7 +52,7 @@ def mutant(seed: int, files: list[bytes]) -> bytes:
         content[where:where] = rng.bytes(int(rng.integers(1, 200)))
     elif how == 6:  # another marker
         content[where : where + 2] = bytes([0xFF, rng.integers(0xC0, 0xFF)])
-    elif bytes(content).count(START_OF_FRAME) == 1:
+    elif any(marker in content for marker in STARTS_OF_FRAME):
         content = bytearray(with_size(bytes(content), *map(int, 2 ** rng.uniform(0, 13, 2))))
     else:
         content[where : where + 500] = bytes(500)
