@@ -35,28 +35,27 @@ _WRITE_EVERY_SEC = 1.0
 
 @dataclass
 class Findings:
-    """What was found so far: (path relative to the data folder, finding) pairs, and what val/ holds."""
+    """What was found so far, by path relative to the data folder, and what val/ holds, by its content's hash."""
 
     data: Path
     found: list[tuple[str, Finding]] = field(default_factory=list)
     remembered: int = 0
-    val_images: dict[str, str] = field(default_factory=dict)  # content's hash to path
+    val_images: dict[str, str] = field(default_factory=dict)
 
-    def add(self, path: str, findings: list[Finding]) -> None:
-        name = os.path.relpath(path, self.data)
-        self.found += [(name, finding) for finding in findings]
+    def add(self, path: str, *findings: Finding) -> None:
+        """Take what was found about a path."""
+        self.found += [(path.removeprefix(f"{self.data}/"), finding) for finding in findings]
 
     def add_report(self, report: Report) -> None:
         """Take a file's report; those of val/ come before those of train/, where duplicates are looked for."""
         self.remembered += report.remembered
-        self.add(report.path, report.findings)
+        self.add(report.path, *report.findings)
         if report.problem or not report.digest:
             return
-        name = os.path.relpath(report.path, self.data)
-        if name.startswith("val/"):
-            self.val_images.setdefault(report.digest, name)
+        if report.path.startswith(f"{self.data}/val/"):
+            self.val_images.setdefault(report.digest, report.path.removeprefix(f"{self.data}/"))
         elif report.digest in self.val_images:
-            self.found.append((name, Finding("duplicate", f"it is {self.val_images[report.digest]}")))
+            self.add(report.path, Finding("duplicate", f"it is {printable(self.val_images[report.digest])}"))
 
 
 class Memory:
@@ -118,18 +117,17 @@ def check_data(config: CheckConfig, *, on_gpu: bool) -> int:
     decoder = f"dali-{nvidia.dali.__version__}-{'gpu' if on_gpu else 'cpu'}"
     findings = Findings(data)
     splits = {split: survey(data, split) for split in sorted(config.splits, reverse=True)}  # val first
-    for split in splits.values():
-        for path, finding in split.findings:
-            findings.add(path, [finding])
+    about_folders = [found for split in splits.values() for found in split.findings]
     if all(split.classes for split in splits.values()) and len(splits) == 2:
-        for path, finding in compare_classes(data, splits["train"].classes, splits["val"].classes):
-            findings.add(path, [finding])
+        about_folders += compare_classes(data, splits["train"].classes, splits["val"].classes)
+    for path, finding in about_folders:
+        findings.add(path, finding)
     images = sum(split.images for split in splits.values())
     say(f"{data}: {images} images to decode, in {processes} processes")
 
-    file = cache_folder() / f"check-{_RULES}-{decoder}.sqlite"
+    memory_file = cache_folder() / f"check-{_RULES}-{decoder}.sqlite"
     try:
-        with closing(Memory(file)) as memory:
+        with closing(Memory(memory_file)) as memory:
             reports = _reports(data, splits, on_gpu=on_gpu, processes=processes, remembered=memory.find)
             with closing(reports):
                 for report in Bar(reports, total=images, images_per_batch=1, title="check", show=True):
@@ -139,25 +137,29 @@ def check_data(config: CheckConfig, *, on_gpu: bool) -> int:
         say("stopped: the same command continues where this one was")
         raise
     except sqlite3.Error as error:
-        raise ValueError(f"{file}, where verdicts are kept, cannot be used: {error}\nremove it") from None
+        raise ValueError(f"{memory_file}, where verdicts are kept, cannot be used: {error}\nremove it") from None
 
-    seconds = time.monotonic() - start
     findings.found.sort()
     say(summary_text(findings.found))
+    seconds = time.monotonic() - start
     say(f"{images} images in {seconds:.0f} s, {findings.remembered} of them remembered from an earlier check")
     if config.json:
         write_json(Path(config.json), report_of(config, decoder, splits, findings.found))
         say(f"the report is in {config.json}")
-    out = exclusions(findings.found)
+    _exclude(config.write_exclusions, exclusions(findings.found))
+    return int(any(KINDS[finding.kind].severity != NOTE for _, finding in findings.found))
+
+
+def _exclude(listing: str, out: dict[str, Finding]) -> None:
+    """Write the images to leave out, if there is a file for that, or tell that it can be done."""
     for path in [path for path in out if "\n" in path or "\r" in path]:
         say(f"{printable(path)} cannot be excluded: its name has a line break; rename or remove it")
         del out[path]
-    if config.write_exclusions:
-        write_exclusions(Path(config.write_exclusions), out)
-        say(f"{len(out)} images are listed in {config.write_exclusions}: give it to train and evaluate as --exclude")
+    if listing:
+        write_exclusions(Path(listing), out)
+        say(f"{len(out)} images are listed in {listing}: give it to train and evaluate as --exclude")
     elif out:
         say(f"--write-exclusions FILE lists {len(out)} images here that train and evaluate can --exclude")
-    return int(any(KINDS[finding.kind].severity != NOTE for _, finding in findings.found))
 
 
 def _reports(data: Path, splits: dict[str, Survey], **options: Any) -> Generator[Report, None, None]:

@@ -189,7 +189,7 @@ class _Child:
 
     def ask(self, batch: list[str]) -> None:
         self.batch = batch
-        with suppress(BrokenPipeError):  # it died; asking for the answer tells
+        with suppress(ConnectionError):  # it died; asking for the answer tells
             self.connection.send_bytes(json.dumps(batch).encode())
 
     def answer(self) -> list[Report] | None:
