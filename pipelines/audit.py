@@ -8,6 +8,7 @@ import stat
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -186,30 +187,30 @@ def explain_failure(content: bytes, reason: str) -> Finding:
 
 def inspect_header(path: str, content: bytes) -> list[Finding]:
     """What is odd about a file that decodes, from its header alone."""
-    try:
-        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(content)) as image:
-            return list(_oddities(path, image))
-    except Exception:  # PIL is stricter about headers than the decoder, whose verdict counts
-        return []
+    found: list[Finding] = []
+    # PIL is stricter about headers than the decoder, whose verdict counts, and raises whatever it runs into.
+    with suppress(Exception), warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(content)) as image:
+        for oddity in _oddities(path, image):
+            found.append(oddity)
+    return found
 
 
-def _oddities(path: str, image: Image.Image) -> list[Finding]:
-    found = []
+def _oddities(path: str, image: Image.Image) -> Iterator[Finding]:
     expected = _FORMATS.get(os.path.splitext(path)[1].lower())
     actual = "JPEG" if image.format == "MPO" else image.format
     if expected and actual != expected:
-        found.append(Finding("wrong_extension", f"it is a {actual}"))
+        yield Finding("wrong_extension", f"it is a {actual}")
     if image.mode == "CMYK":
-        found.append(Finding("cmyk", "it is CMYK"))
+        yield Finding("cmyk", "it is CMYK")
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        found.append(Finding("deep", f"its mode is {image.mode}"))
-    if getattr(image, "n_frames", 1) > 1:
-        found.append(Finding("several_frames", f"it holds {getattr(image, 'n_frames', 1)} images"))
+        yield Finding("deep", f"its mode is {image.mode}")
     width, height = image.size
     if max(width, height) > MAX_ASPECT * min(width, height):
-        found.append(Finding("thin", f"it has {width} x {height} pixels"))
+        yield Finding("thin", f"it has {width} x {height} pixels")
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1:
+        yield Finding("several_frames", f"it holds {frames} images")
     # To look for EXIF at its end, PIL would decode a PNG.
     orientation = 1 if image.format == "PNG" and "exif" not in image.info else image.getexif().get(_ORIENTATION, 1)
     if orientation in range(2, 9):
-        found.append(Finding("rotated", f"its EXIF orientation is {orientation}"))
-    return found
+        yield Finding("rotated", f"its EXIF orientation is {orientation}")

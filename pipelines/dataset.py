@@ -145,13 +145,12 @@ def list_classes(data: Path, split: str) -> list[str]:
     if not root.is_dir():
         found = ", ".join(sorted(entry.name for entry in os.scandir(data))[:4]) or "nothing"
         raise ValueError(f"--data {data}: it has no {split}/ (it holds {found}); expected {root}/<class>/<image>")
-    classes, files = [], 0
-    with os.scandir(root) as entries:
-        for entry in entries:
-            if entry.is_dir():
-                classes.append(entry.name)
-            else:
-                files += entry.name.lower().endswith(EXTENSIONS)
+    try:
+        entries = list(os.scandir(root))
+    except OSError as error:
+        raise ValueError(f"--data {data}: {root} cannot be read ({error.strerror}); mend it") from None
+    classes = [entry.name for entry in entries if entry.is_dir()]
+    files = sum(is_image(entry.name) for entry in entries if not entry.is_dir())
     if not classes and files:
         fix = FLAT_VAL_FIX.format(data=data.resolve()) if split == "val" else f"sort them into {root}/<class>/"
         raise ValueError(f"--data {data}: {root} holds {files} images but no class folders; {fix}")

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +24,11 @@ from fast_spatial.check import check_data
 from fast_spatial.config import CheckConfig
 from kernels.cpus import usable_cpus
 from kernels.sampling import TRAINING, augmentation_settings, pack_key, view_limits
-from pipelines.audit import CHANGES, KILLS, KINDS, NOTE, Content, Finding, read_regular
-from pipelines.dataset import ImageIndex, read_exclusions, read_index
+from pipelines.audit import CHANGES, KILLS, KINDS, NOTE, Content, Finding, inspect_header, read_regular
+from pipelines.dataset import ImageIndex, list_classes, read_exclusions, read_index
 from pipelines.decoding import Report, inspect_files
 from pipelines.loader import Loader
-from tests.nasty_images import FILES, encode, jpeg, write_files, write_others
+from tests.nasty_images import FILES, encode, jpeg, picture, write_files, write_others
 from tests.test_cli import refused
 from tests.test_decoding import children_of
 
@@ -146,21 +146,38 @@ def test_a_verdict_says_what_the_decoder_said(nasty):
     assert details["fine.jpg"] is None
 
 
-def test_a_forbidden_file_is_unreadable():
+@contextmanager
+def nobody_special():
+    """Without the superuser's rights."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+def test_what_is_forbidden_cannot_be_read():
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
-        file = Path(folder) / "forbidden.jpg"
-        file.write_bytes(jpeg())
-        file.chmod(0)
-        user = os.geteuid()
-        if user == 0:
-            os.seteuid(65534)
-        try:
-            assert read_regular(str(file)) == Finding("unreadable", "unreadable: Permission denied")
-        finally:
-            os.seteuid(user)
-        file.chmod(0o644)
+        file = Path(folder) / "train" / "forbidden.jpg"
+        write(file, jpeg())
         assert isinstance(read_regular(str(file)), Content)
+        file.chmod(0)
+        with nobody_special():
+            assert read_regular(str(file)) == Finding("unreadable", "unreadable: Permission denied")
+        file.parent.chmod(0)
+        with nobody_special(), pytest.raises(ValueError, match=r"/train cannot be read \(Permission denied\)"):
+            list_classes(Path(folder), "train")
+
+
+def test_what_was_found_in_a_header_counts_even_if_the_rest_of_it_is_broken():
+    content = encode(picture().convert("CMYK"), "JPEG", exif=b"Exif\0\0MM\0*" + b"\xff" * 40)
+    assert inspect_header("x.png", content) == [
+        Finding("wrong_extension", "it is a JPEG"),
+        Finding("cmyk", "it is CMYK"),
+    ]
 
 
 def test_every_kind_says_in_a_sentence_what_to_do():
