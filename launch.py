@@ -19,6 +19,7 @@ from fast_spatial.config import (
     DIGITS,
     DIGITS_PRESET,
     BenchConfig,
+    CheckConfig,
     DoctorConfig,
     EvaluateConfig,
     ExportConfig,
@@ -64,6 +65,16 @@ def export(raw: dict[str, str]) -> None:
     export_checkpoint(config)
 
 
+def check(raw: dict[str, str]) -> None:
+    config = parse(CheckConfig, raw)
+    from fast_spatial import preflight
+
+    preflight.check_check(config)
+    from fast_spatial.check import check_data
+
+    raise SystemExit(check_data(config, on_gpu=preflight.gpu_count() > 0))
+
+
 def bench(raw: dict[str, str]) -> None:
     from fast_spatial import preflight
 
@@ -92,6 +103,11 @@ COMMANDS = {
         reproduce,
     ),
     "export": Command("Write a checkpoint's model as safetensors or ONNX.", options_of(ExportConfig), export),
+    "check": Command(
+        "Decode every file of a data folder and list what would end a run or change its result.",
+        options_of(CheckConfig),
+        check,
+    ),
     "bench": Command(
         "Measure the hot parts side by side with what they replace.", options_of(BenchConfig), bench, positional="what"
     ),

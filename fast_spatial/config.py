@@ -19,6 +19,7 @@ from kernels.limits import MAX_SIDE, NOMINAL_SIDE, SpatialLimits
 MAX_SEED = 2**31 - 1
 
 DIGITS = "digits"
+SPLITS = ("train", "val")
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,9 @@ class TrainConfig(LaunchOptions):
     seed: int = option(0, "seed of the weights and of every draw of the stream")
     classes: int = option(0, "pilot run: only the first so many classes; 0: all")
     max_train_images: int = option(0, "pilot run: only so many training images; 0: all")
+    exclude: str = option(
+        "", "file of images to leave out, a path per line, as `check --write-exclusions` writes it", identity=False
+    )
     deterministic: bool = option(False, "repeatable to the bit on one kind of machine, slower on GPUs")
     resume: str = option(
         "auto",
@@ -266,6 +270,9 @@ class EvaluateConfig(LaunchOptions):
     arch: str = option("", "a torchvision classifier; default the checkpoint's, or resnet18")
     dtype: str = option("float32", "arithmetic of the verdicts", choices=("float32", "tf32", "bfloat16", "float16"))
     seed: int = option(0, "another seed draws other random views; every run uses the same unless told otherwise")
+    exclude: str = option(
+        "", "file of images to leave out, a path per line, as `check --write-exclusions` writes it", identity=False
+    )
     max_images: int = option(0, "judge only so many images (the result is partial); 0: all", identity=False)
     grid_images: str = option("", "file of paths (as in the JSON, one a line): only these meet the grid (partial)")
     allow_partial_classes: bool = option(False, "the folder may hold fewer classes than the model has outputs")
@@ -309,6 +316,27 @@ class ExportConfig:
                 raise ValueError(f"{flag(name)} {file}: the name must end in .{name}")
         _at_least(self, 0, "side")
         _side(self)
+
+
+@dataclass(frozen=True)
+class CheckConfig:
+    """Read and decode every file, and list what would end a run or change its result."""
+
+    data: str = option("", "folder with train/ and val/ (a folder per class), or digits")
+    splits: tuple[str, ...] = option(SPLITS, "which splits, separated by commas")
+    json: str = option("", "write the report to this file")
+    write_exclusions: str = option(
+        "",
+        "write the files that would end a run, and the training images that are in val/ too, to this new file, "
+        "for --exclude of train, evaluate and reproduce",
+    )
+    workers: int = option(0, "decoding processes; 0: one per CPU, at most 4 on a GPU")
+
+    def __post_init__(self) -> None:
+        _needed(self, "data")
+        _at_least(self, 0, "workers")
+        if not self.splits or len({*self.splits} & {*SPLITS}) < len(self.splits):
+            raise ValueError(f"--splits {','.join(self.splits)}: choose one or both of {', '.join(SPLITS)}")
 
 
 BENCH_GROUPS = ("warp", "pipeline", "score", "step", "grid", "gpu", "all")

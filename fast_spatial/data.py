@@ -14,9 +14,11 @@ def data_folder(data: str) -> Path:
     return export_digits() if data == DIGITS else Path(data)
 
 
-def load_split(data: str, split: str, *, classes: int = 0, max_images: int = 0) -> ImageIndex:
-    """The index of a split, cut down to the first classes and a fixed random subset if asked for."""
+def load_split(data: str, split: str, *, exclude: str = "", classes: int = 0, max_images: int = 0) -> ImageIndex:
+    """The index of a split without what `--exclude` names, cut to the first classes and a fixed random subset."""
     images = read_index(data_folder(data), split)
+    if exclude:
+        images = images.without(Path(exclude))
     if classes:
         images = images.first_classes(classes)
     return images.random_subset(max_images) if max_images else images

@@ -268,6 +268,9 @@ def evaluate_checkpoint(config: EvaluateConfig, world: World) -> None:
     torch.backends.cudnn.benchmark = False  # verdicts should not depend on which algorithm won a race
     dtype = dtype_of(config.dtype, world.device)
     model, images, on_grid, side = prepare(config)
+    left_out = images.describe_left_out()
+    if left_out and world.rank == 0:
+        say(left_out)
     limits = config.limits
     loader = Loader(
         images,
@@ -313,7 +316,8 @@ def evaluate_checkpoint(config: EvaluateConfig, world: World) -> None:
     if world.rank == 0:
         if [v.index for v in found] != list(range(len(images))):
             raise RuntimeError(f"{len(found)} verdicts for {len(images)} images: an image was missed or judged twice")
-        partial = bool(config.max_images or config.allow_partial_classes) or on_grid is not None
+        limited = config.max_images or config.allow_partial_classes or images.left_out.names
+        partial = bool(limited) or on_grid is not None
         summary = summarize(found, limits, config.views, partial=partial)
         say(summary_table(summary))
         if config.json:

@@ -9,9 +9,9 @@ import numpy as np
 
 from fast_spatial import checkpoint
 from fast_spatial.config import EvaluateConfig
-from fast_spatial.data import data_folder
+from fast_spatial.data import load_split
 from fast_spatial.model import Classifier
-from pipelines.dataset import ImageIndex, read_index
+from pipelines.dataset import ImageIndex
 
 
 def prepare(config: EvaluateConfig) -> tuple[Classifier, ImageIndex, set[int] | None, int]:
@@ -24,7 +24,7 @@ def prepare(config: EvaluateConfig) -> tuple[Classifier, ImageIndex, set[int] | 
     path = Path(config.checkpoint)
     weights = checkpoint.read_weights(path)
     model = checkpoint.build_classifier(path, weights, config.arch)
-    images = read_index(data_folder(config.data), "val")
+    images = load_split(config.data, "val", exclude=config.exclude)
     if weights.classes is not None and images.classes[: len(weights.classes)] == weights.classes:
         images = images.first_classes(len(weights.classes))
     elif weights.classes is not None:

@@ -11,16 +11,25 @@ from typing import Any
 from fast_spatial.config import (
     SYNTHETIC,
     BenchConfig,
+    CheckConfig,
     EvaluateConfig,
     ExportConfig,
     LaunchOptions,
     TrainConfig,
+    flag,
     identity,
     to_json,
 )
-from fast_spatial.data import data_folder
+from fast_spatial.data import data_folder, load_split
 from fast_spatial.files import check_writable, write_json
-from pipelines.dataset import check_classes_agree, check_divides, check_not_empty, count_images, read_index
+from pipelines.dataset import (
+    check_classes_agree,
+    check_divides,
+    check_not_empty,
+    count_images,
+    list_classes,
+    read_index,
+)
 
 CONFIG = "config.json"
 
@@ -66,6 +75,23 @@ def check_bench(config: BenchConfig) -> None:
         prepare(EvaluateConfig(checkpoint=config.checkpoint, data=config.data, allow_partial_classes=True))
 
 
+def check_check(config: CheckConfig) -> None:
+    """Raise a ValueError if this check cannot work, would change the data folder, or overwrite a list of exclusions."""
+    folder = data_folder(config.data)
+    check_writable("--json", config.json)
+    listing = Path(config.write_exclusions)
+    if config.write_exclusions and os.path.lexists(listing):
+        raise ValueError(f"--write-exclusions {listing}: it exists already\nname a new file, or remove it first")
+    for name in ("json", "write_exclusions"):
+        written = getattr(config, name)
+        if written and folder.resolve() in Path(written).resolve().parents:
+            raise ValueError(f"{flag(name)} {written}: the data folder is never written to\nname a file elsewhere")
+    for split in config.splits:
+        if (folder / split).is_dir():
+            return
+    list_classes(folder, config.splits[0])
+
+
 def check_evaluate(config: EvaluateConfig) -> None:
     """Raise a ValueError if this evaluation cannot work; reads the checkpoint and the folder's listing."""
     from fast_spatial.inputs import prepare
@@ -79,10 +105,11 @@ def check_export(config: ExportConfig) -> None:
     """Raise a ValueError if this export cannot work; reads the checkpoint."""
     from fast_spatial import export
 
-    for flag, file in (("--safetensors", config.safetensors), ("--onnx", config.onnx)):
-        check_writable(flag, file)
+    for name in ("safetensors", "onnx"):
+        file = getattr(config, name)
+        check_writable(flag(name), file)
         if file and os.path.lexists(file):
-            raise ValueError(f"{flag} {file}: there is such a file already\nremove it, or name another one")
+            raise ValueError(f"{flag(name)} {file}: there is such a file already\nremove it, or name another one")
     if config.onnx:
         export.find_onnx()
     _, arch, side, _ = export.prepare(config)
@@ -171,7 +198,11 @@ def _check_data(config: TrainConfig) -> None:
         check_not_empty(folder, split, names)
     if config.classes > len(names):
         raise ValueError(f"--classes {config.classes}: {config.data} has {len(names)} classes")
-    found = count_images(folder, "train", names[: config.classes or None], at_most=config.global_batch_size)
+    if config.exclude:
+        load_split(config.data, "val", exclude=config.exclude)
+        found = len(load_split(config.data, "train", exclude=config.exclude, classes=config.classes))
+    else:
+        found = count_images(folder, "train", names[: config.classes or None], at_most=config.global_batch_size)
     if found < config.global_batch_size:
         raise ValueError(
             f"--global-batch-size {config.global_batch_size}: {config.data} holds only {found} training images\n"

@@ -102,6 +102,7 @@ def plan(config: ReproduceConfig, train_flags: dict[str, str]) -> list[Row]:
                 checkpoint=str(out / "best.pt"),
                 data=config.data,
                 json=str(out / "evaluation.json"),
+                exclude=train.exclude,
                 allow_partial_classes=train.classes > 0,
                 **launch,
             )

@@ -55,8 +55,8 @@ def _train(config: TrainConfig, world: World, request: StopRequest, opened: cont
     seed_everything(config.seed, deterministic=config.deterministic)
     out, mode = Path(config.out), MODES[config.mode]
     dtype = dtype_of(config.dtype, world.device)
-    train_images = load_split(config.data, "train", classes=config.classes, max_images=config.max_train_images)
-    val_images = load_split(config.data, "val", classes=config.classes)
+    load = partial(load_split, config.data, exclude=config.exclude, classes=config.classes)
+    train_images, val_images = load("train", max_images=config.max_train_images), load("val")
     net = models.build(config.arch, len(train_images.classes))
     if config.bn_group:
         models.group_batch_norm(net, config.bn_group)
@@ -162,6 +162,8 @@ def _train(config: TrainConfig, world: World, request: StopRequest, opened: cont
         runlog.begin(elapsed_sec=saved["elapsed_sec"], size=saved["log_size"], step=done)
     if world.rank == 0:
         record_environment(out, config, world, done)
+        for left_out in filter(None, (train_images.describe_left_out(), val_images.describe_left_out())):
+            say(left_out)
         say(describe(config, world, dtype, len(train_images), len(val_images), len(train_images.classes)))
         if saved is not None:
             say(describe_resume(saved, config, world, done))

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from kernels.sampling import TRAINING, epoch_order, pack_key
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's IMG_EXTENSIONS
+SPLITS = ("train", "val")
 _SUBSET_SEED = 2**31 - 1
 
 FLAT_VAL_FIX = (
@@ -27,6 +29,16 @@ FLAT_VAL_FIX = (
     "v = r + '/val/'; "
     "[os.renames(v + f, v + c + '/' + f) for f, c in zip(sorted(os.listdir(v)), load_meta_file(r)[1])]\""
 )
+
+
+class LeftOut(NamedTuple):
+    """What an exclusion file left out of a split: paths, and how many more it names that are gone from the disk."""
+
+    names: tuple[str, ...] = ()
+    gone: int = 0
+
+
+_NOTHING = LeftOut()
 
 
 @dataclass(frozen=True)
@@ -38,6 +50,7 @@ class ImageIndex:
         paths: uint8 [N, W], absolute paths padded with NUL.
         labels: int64 [N], positions in `classes`.
         classes: the class folders' names, sorted.
+        left_out: what `without` took away.
 
     """
 
@@ -45,6 +58,7 @@ class ImageIndex:
     paths: NDArray[np.uint8]
     labels: NDArray[np.int64]
     classes: tuple[str, ...]
+    left_out: LeftOut = _NOTHING
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -82,6 +96,45 @@ class ImageIndex:
             raise ValueError(f"cannot keep {count} images of {self.root}: at least 1 is needed")
         return self._take(np.sort(epoch_order(pack_key(TRAINING, _SUBSET_SEED), 0, len(self))[:count]))
 
+    def without(self, listing: Path) -> ImageIndex:
+        """The images that are not named in an exclusion file.
+
+        It names a file per line, relative to the data folder ("train/n01440764/x.JPEG"); lines that start with # are
+        comments. The positions of those that stay are counted anew, and with them their draws in the random stream.
+
+        Raises:
+            ValueError: on a line that names anything else that is there, or if a class is left without images.
+
+        """
+        wanted = [line for line in read_exclusions(listing) if line.startswith(f"{self.root.name}/")]
+        if not wanted:
+            return self
+        positions = self.positions_of(wanted)
+        left_out = [self.relative_path(position) for position in positions.tolist()]
+        unknown = sorted(set(wanted) - set(left_out))
+        for line in unknown:
+            if os.path.lexists(self.root.parent / line):
+                raise ValueError(
+                    f"--exclude {listing}: {line} is there, but is none of the images of {self.root}\n"
+                    f"name images as in {self.relative_path(0)}"
+                )
+        kept = self._take(np.delete(np.arange(len(self)), positions))
+        emptied = np.setdiff1d(self.labels, kept.labels)
+        if len(emptied):
+            raise ValueError(
+                f"--exclude {listing}: it leaves no images in class {self.classes[emptied[0]]} of {self.root}\n"
+                f"keep some, or take the class out of both train/ and val/"
+            )
+        return replace(kept, left_out=LeftOut(tuple(left_out), len(unknown)))
+
+    def describe_left_out(self) -> str:
+        """A sentence on what an exclusion file left out; "" for nothing."""
+        names, gone = self.left_out
+        if not names and not gone:
+            return ""
+        also = f"; {gone} more that it names are gone from the disk" if gone else ""
+        return f"{self.root.name}: {len(names)} images left out by --exclude: {some(list(names))}{also}"
+
     def _take(self, positions: NDArray[np.int64]) -> ImageIndex:
         return replace(self, paths=self.paths[positions], labels=self.labels[positions])
 
@@ -101,19 +154,43 @@ def list_classes(data: Path, split: str) -> list[str]:
     if not root.is_dir():
         found = ", ".join(sorted(entry.name for entry in os.scandir(data))[:4]) or "nothing"
         raise ValueError(f"--data {data}: it has no {split}/ (it holds {found}); expected {root}/<class>/<image>")
-    classes, files = [], 0
-    with os.scandir(root) as entries:
-        for entry in entries:
-            if entry.is_dir():
-                classes.append(entry.name)
-            else:
-                files += entry.name.lower().endswith(EXTENSIONS)
+    try:
+        entries = list(os.scandir(root))
+    except OSError as error:
+        raise ValueError(f"--data {data}: {root} cannot be read ({error.strerror}); mend it") from None
+    classes = [entry.name for entry in entries if entry.is_dir()]
+    files = sum(is_image(entry.name) for entry in entries if not entry.is_dir())
     if not classes and files:
         fix = FLAT_VAL_FIX.format(data=data.resolve()) if split == "val" else f"sort them into {root}/<class>/"
         raise ValueError(f"--data {data}: {root} holds {files} images but no class folders; {fix}")
     if not classes:
         raise ValueError(f"--data {data}: {root} is empty; expected {root}/<class>/<image>")
     return sorted(classes)
+
+
+def read_exclusions(listing: Path) -> list[str]:
+    """The paths that an exclusion file names, each once.
+
+    Raises:
+        ValueError: if it cannot be read, or names something that is in no split.
+
+    """
+    try:
+        lines = listing.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
+    except OSError as error:
+        raise ValueError(
+            f"--exclude {listing}: it cannot be read ({error.strerror})\n"
+            f"give a file with a path per line, as `check --write-exclusions FILE` writes it"
+        ) from None
+    names = [line.rstrip("\r") for line in lines]
+    names = [name for name in names if name.strip() and not name.startswith("#")]
+    for name in names:
+        if name.partition("/")[0] not in SPLITS:
+            raise ValueError(
+                f"--exclude {listing}: {name} is in no split\n"
+                f"paths are relative to the data folder, as in train/n01440764/n01440764_18.JPEG"
+            )
+    return list(dict.fromkeys(names))
 
 
 def check_classes_agree(data: Path) -> list[str]:
@@ -184,13 +261,48 @@ def read_index(data: Path, split: str) -> ImageIndex:
 
 
 def _images_below(folder: Path) -> Iterator[bytes]:
-    for where, _, files in os.walk(folder, followlinks=True):
-        for file in files:
-            if file.lower().endswith(EXTENSIONS):
-                yield os.fsencode(os.path.join(where, file))
+    return (os.fsencode(path) for path in files_below(folder, _refuse) if is_image(path))
+
+
+def is_image(path: str) -> bool:
+    """Whether a file counts as an image, by its name."""
+    return path.lower().endswith(EXTENSIONS)
+
+
+def files_below(folder: Path, refuse: Callable[[str, str], None]) -> Iterator[str]:
+    """The paths of all files below a folder, links followed.
+
+    `refuse` is called with folders that cannot be walked and why: that they cannot be read, or that they are links to a
+    folder above themselves, whose images would never end.
+    """
+
+    def unreadable(error: OSError) -> None:
+        refuse(str(error.filename), error.strerror or str(error))
+
+    for where, folders, files in os.walk(folder, followlinks=True, onerror=unreadable):
+        for name in list(folders):
+            link = os.path.join(where, name)
+            if os.path.islink(link) and _holds(link, where):
+                folders.remove(name)
+                refuse(link, "it is a link to a folder that holds it, so that its images never end")
+        yield from (os.path.join(where, file) for file in files)
+
+
+def _holds(folder: str, other: str) -> bool:
+    real = os.path.realpath(folder)
+    return os.path.commonpath([real, os.path.realpath(other)]) == real
+
+
+def _refuse(folder: str, why: str) -> None:
+    raise ValueError(f"--data: {folder} cannot be used: {why}\nmend or remove it")
+
+
+def printable(path: str) -> str:
+    """A path as it may be written to a terminal, whatever bytes it has."""
+    return path if path.isprintable() else repr(path)
 
 
 def some(names: list[str]) -> str:
     """The first names of a list, whatever they hold, for one line of a message."""
-    first = ["".join(char if char.isprintable() else "?" for char in name[:100]) for name in names[:3]]
+    first = [printable(name[:100]) for name in names[:3]]
     return ", ".join(first or ["none"]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

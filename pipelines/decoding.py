@@ -19,9 +19,8 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from contextlib import suppress
-from itertools import islice
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -32,7 +31,7 @@ from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
 
 from kernels.cpus import usable_cpus
-from pipelines.audit import KILLS, KINDS, MAX_PIXELS, Finding, explain_failure, inspect_header, read_regular
+from pipelines.audit import KILLS, KINDS, MAX_PIXELS, Content, Finding, explain_failure, inspect_header, read_regular
 
 TIMEOUT_SEC = 60.0
 FILES_PER_BATCH = 32
@@ -48,7 +47,7 @@ _START_SEC = 600.0
 _HANG = -signal.SIGALRM
 _COMPLAINT = re.compile(r"corrupt|premature|extraneous|unsupported|invalid|error|bad", re.IGNORECASE)
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
-_PREFIX = re.compile(r"^(\[\w+\] )*(Could not decode \w+ code stream - )?")
+_PREFIX = re.compile(r"^(\[\w+\] )*(Could not [\w ]+ stream - )?")
 _STATUS = {
     "nvImageCodec failure: '#3'": "its header is damaged",
     "nvImageCodec failure: '#4'": "its format is unknown to the decoder",
@@ -56,11 +55,17 @@ _STATUS = {
 
 
 class Report(NamedTuple):
-    """What was found about a file, and the hash of its content ("" if that was not decided by its content)."""
+    """What was found about a file, now or (`remembered`) earlier.
+
+    If its content decided, with the content's hash and size and the time of its last change (nanoseconds).
+    """
 
     path: str
     findings: list[Finding]
-    digest: str
+    digest: str = ""
+    size: int = 0
+    mtime_ns: int = 0
+    remembered: bool = False
 
     @property
     def problem(self) -> str | None:
@@ -100,9 +105,14 @@ def decode_files(
 
 
 def inspect_files(
-    paths: Iterable[str], *, on_gpu: bool = False, processes: int = 1, timeout_sec: float = TIMEOUT_SEC
+    paths: Iterable[str],
+    *,
+    on_gpu: bool = False,
+    processes: int = 1,
+    timeout_sec: float = TIMEOUT_SEC,
+    remembered: Callable[[str], Report | None] = lambda path: None,
 ) -> Generator[Report, None, None]:
-    """Everything there is to say about files, decoded in child processes; as `decode_files`."""
+    """Everything there is to say about files, as `decode_files`; those that are `remembered` are not opened."""
     threads = max(1, usable_cpus() // processes)
     words = ["gpu" if on_gpu else "cpu", str(threads), str(timeout_sec)]
     queue = iter(paths)
@@ -112,7 +122,18 @@ def inspect_files(
     try:
         while True:
             while len(busy) < processes:
-                batch = [alone.pop()] if alone else list(islice(queue, FILES_PER_BATCH))
+                if alone:
+                    batch = [alone.pop()]
+                else:
+                    batch = []
+                    for path in queue:
+                        report = remembered(path)
+                        if report is None:
+                            batch.append(path)
+                        else:
+                            yield report
+                        if len(batch) == FILES_PER_BATCH:
+                            break
                 if not batch:
                     break
                 child = idle.pop() if idle else _Child(words)
@@ -168,7 +189,7 @@ class _Child:
 
     def ask(self, batch: list[str]) -> None:
         self.batch = batch
-        with suppress(BrokenPipeError):  # it died; asking for the answer tells
+        with suppress(ConnectionError):  # it died; asking for the answer tells
             self.connection.send_bytes(json.dumps(batch).encode())
 
     def answer(self) -> list[Report] | None:
@@ -186,15 +207,12 @@ class _Child:
             if not self.started:
                 raise RuntimeError(f"the decoder does not start: its process ended with {status}") from None
             found = _death(status) if len(self.batch) == 1 else _ALONE
-            return [Report(path, [found], "") for path in self.batch]
+            return [Report(path, [found]) for path in self.batch]
         if not self.started:
             self.started = True
             return None
         reports, self.spent = word
-        return [
-            Report(path, [Finding(*pair) for pair in findings], digest)
-            for path, (findings, digest) in zip(self.batch, reports, strict=True)
-        ]
+        return [Report(path, [Finding(*pair) for pair in findings], *about) for path, findings, *about in reports]
 
     def end(self) -> int:
         """Its exit status: its own if it had ended, else that of being killed."""
@@ -212,7 +230,8 @@ def _shape_graph() -> Any:
 
 
 @pipeline_def
-def _image_graph(on_gpu: bool) -> Any:
+def image_graph(on_gpu: bool) -> Any:
+    """Whole images, with training's operator: uint8 [H, W, 3], of `encoded` files and their `size`, int32 [2]."""
     encoded, size = fn.external_source(name="encoded"), fn.external_source(name="size")
     options = decoder_options(on_gpu=on_gpu, hw_decoder_load=0.0)
     return fn.decoders.image_slice(encoded, start=np.zeros(2, np.int32), shape=size, axes=(0, 1), **options)
@@ -279,7 +298,7 @@ class _Decoder:
             "exec_pipelined": False,
         }
         self._shapes: Any = _shape_graph(**options)
-        self._images: Any = _image_graph(self._on_gpu, **options)
+        self._images: Any = image_graph(self._on_gpu, **options)
         self._decode([self._sample], self._peek([self._sample]))
         self._complaint()
 
@@ -308,29 +327,28 @@ def _reason_of(error: RuntimeError) -> str:
     return _STATUS.get(reason, reason)
 
 
-def _inspect_batch(decoder: _Decoder, paths: list[str]) -> list[tuple[list[Finding], str]]:
-    reports: list[tuple[list[Finding], str]] = []
-    contents: list[bytes | Finding] = []
+def _inspect_batch(decoder: _Decoder, paths: list[str]) -> list[Report]:
+    reports: list[Report] = []
+    contents: list[Content | Finding] = []
     for number, path in enumerate(paths, 1):
         contents.append(read_regular(path))
-        encoded = [content for content in contents if isinstance(content, bytes)]
+        encoded = [content.data for content in contents if isinstance(content, Content)]
         if number == len(paths) or sum(map(len, encoded)) > _BATCH_BYTES:
             decoded = iter(decoder.inspect(encoded, alone=len(paths) == 1))
             reports += [
-                _report(where, content, None if isinstance(content, Finding) else next(decoded))
+                Report(where, [content]) if isinstance(content, Finding) else _report(where, content, next(decoded))
                 for where, content in zip(paths[len(reports) : number], contents)
             ]
             contents = []
     return reports
 
 
-def _report(path: str, content: bytes | Finding, decoded: Finding | None) -> tuple[list[Finding], str]:
-    if isinstance(content, Finding):
-        return [content], ""
+def _report(path: str, content: Content, decoded: Finding | None) -> Report:
     findings = [decoded] if decoded else []
     if decoded is not _ALONE and (not decoded or KINDS[decoded.kind].severity != KILLS):
-        findings += inspect_header(path, content)
-    return findings, hashlib.sha256(content).hexdigest()[:32]
+        findings += inspect_header(path, content.data)
+    digest = hashlib.sha256(content.data).hexdigest()[:32]
+    return Report(path, findings, digest, len(content.data), content.mtime_ns)
 
 
 def _serve(descriptor: int, device: str, threads: int, timeout_sec: float) -> None:

@@ -66,6 +66,7 @@ TRAIN_OPTIONS = {
     "seed": 0,
     "classes": 0,
     "max_train_images": 0,
+    "exclude": "",
     "deterministic": False,
     "resume": "auto",
     "checkpoint_every": "15min",
@@ -88,6 +89,7 @@ EVALUATE_OPTIONS = {
     "arch": "",
     "dtype": "float32",
     "seed": 0,
+    "exclude": "",
     "max_images": 0,
     "grid_images": "",
     "allow_partial_classes": False,
@@ -96,6 +98,7 @@ EVALUATE_OPTIONS = {
     **LAUNCH_OPTIONS,
 }
 EXPORT_OPTIONS = {"checkpoint": "", "safetensors": "", "onnx": "", "side": 0, "arch": ""}
+CHECK_OPTIONS = {"data": "", "splits": ("train", "val"), "json": "", "write_exclusions": "", "workers": 0}
 BENCH_OPTIONS = {
     "what": "all",
     "data": "synthetic",
@@ -347,6 +350,7 @@ def test_the_options_of_train_are_the_frozen_ones():
 def test_the_options_of_the_other_commands_are_the_frozen_ones():
     assert defaults("evaluate") == EVALUATE_OPTIONS
     assert defaults("export") == EXPORT_OPTIONS
+    assert defaults("check") == CHECK_OPTIONS
     assert defaults("bench") == BENCH_OPTIONS
     assert defaults("doctor") == DOCTOR_OPTIONS
 

@@ -67,6 +67,7 @@ SAME_RUN = {
     "eval_every": 5,
     "log_every": 1,
     "profile": 10,
+    "exclude": "exclude.txt",
     "nproc_per_node": 8,
     "nnodes": "2",
     "node_rank": 1,

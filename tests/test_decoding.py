@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,12 +13,14 @@ from pathlib import Path
 import pytest
 
 from pipelines import decoding
-from pipelines.decoding import FILES_PER_BATCH, decode_files, inspect_files
+from pipelines.audit import MAX_PIXELS
+from pipelines.decoding import FILES_PER_BATCH, MEMORY_BYTES, _Child, decode_files, inspect_files
 from pipelines.digits import export_digits
+from tests.nasty_images import jpeg, with_size
 
 # A decoder that crashes, hangs or leaves on files of certain names.
 HOSTILE = """
-import ctypes, os, sys, time
+import ctypes, os
 from pipelines import decoding
 
 def read(path, regular=decoding.read_regular):
@@ -31,8 +34,8 @@ def read(path, regular=decoding.read_regular):
     return regular(path)
 
 decoding.read_regular = read
-decoding._serve(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), float(sys.argv[4]))
 """
+SERVE = "decoding._serve(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), float(sys.argv[4]))"
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +46,25 @@ def digits():
 @pytest.fixture
 def hostile(monkeypatch):
     """Children that run HOSTILE; returns them."""
-    children = []
+    return run_instead(monkeypatch, HOSTILE + SERVE)
+
+
+@pytest.fixture
+def everything_is_large(monkeypatch):
+    """Children to which every image is a large one; returns them."""
+    return run_instead(
+        monkeypatch, f"from pipelines import decoding\ndecoding._BATCH_PIXELS = decoding._LARGE_PIXELS = 1\n{SERVE}"
+    )
+
+
+def run_instead(monkeypatch, program: str) -> list[subprocess.Popen[bytes]]:
+    """Let children run a program of the test's own; returns them, as they are started."""
+    children: list[subprocess.Popen[bytes]] = []
     start = subprocess.Popen
 
     def popen(command, **options):
         assert command[1:3] == ["-m", "pipelines.decoding"]
-        children.append(start([command[0], "-c", HOSTILE, *command[3:]], **options))
+        children.append(start([command[0], "-c", f"import sys\n{program}", *command[3:]], **options))
         return children[-1]
 
     monkeypatch.setattr(subprocess, "Popen", popen)
@@ -99,7 +115,7 @@ def test_bad_files_among_good_ones_are_named_with_their_reasons(digits, tmp_path
 def test_a_crash_a_hang_and_an_exit_are_pinned_to_their_files(digits, tmp_path, hostile):
     bad = link_to(digits[0], *(tmp_path / f"{name}.jpg" for name in ("crash", "hang", "leave")))
     mixed = digits[:10] + bad[:1] + digits[10:40] + bad[1:] + digits[40:70]
-    found = dict(decode_files(mixed, processes=2, timeout_sec=1.0))
+    found = dict(decode_files(mixed, processes=2, timeout_sec=2.0))
     assert len(found) == len(mixed)
     assert {path: reason for path, reason in found.items() if reason} == {
         bad[0]: "it crashes the decoder (signal 11)",
@@ -109,6 +125,30 @@ def test_a_crash_a_hang_and_an_exit_are_pinned_to_their_files(digits, tmp_path, 
     # Two to start with; a file that kills does so once in its batch, once alone.
     assert 2 < len(hostile) <= 2 + 6
     assert all(child.returncode is not None for child in hostile)
+
+
+def test_a_large_image_has_a_process_of_its_own(digits, everything_is_large):
+    assert sorted(decode_files(digits[:4], processes=2)) == [(path, None) for path in digits[:4]]
+    assert len(everything_is_large) == 4  # the first is also asked for all of them, and gives them back
+    assert all(child.returncode is not None for child in everything_is_large)
+
+
+@pytest.mark.slow
+def test_the_largest_image_stays_within_a_childs_memory(tmp_path):
+    side = int(MAX_PIXELS**0.5)
+    path = tmp_path / "large.jpg"
+    path.write_bytes(with_size(jpeg(subsampling=0, progressive=True), side, side))
+    child = _Child(["cpu", "1", "60"])
+    try:
+        child.ask([str(path)])
+        assert child.answer() is None  # it has started
+        (report,) = child.answer() or []
+        peak = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{child._process.pid}/status").read_text())
+    finally:
+        child.end()
+    assert [finding.kind for finding in report.findings] == ["damaged"]
+    assert child.spent
+    assert peak and (1 << 30) < int(peak[1]) << 10 < MEMORY_BYTES // 2
 
 
 def test_a_decoder_that_does_not_start_is_no_verdict_on_files(digits, monkeypatch):

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from nvidia.dali.ops import _registry
 
+from pipelines.decoding import image_graph
 from pipelines.graph import view_graph
 
 GPU = "gpu"
@@ -53,6 +54,17 @@ def test_every_operator_exists_for_its_device(center):
     assert len(found) > 20
     for name, device in found:
         assert LISTED_AS.get(name, name) in registered[device], f"{name} does not exist for {device}"
+
+
+def test_a_check_decodes_with_the_operator_and_on_the_device_of_training():
+    pipeline = image_graph(True, batch_size=2, num_threads=1, device_id=None, exec_async=False, exec_pipelined=False)
+    pipeline.serialize()
+    checked, trained = (
+        next(node._op for node in graph._ops if node._op.schema.Name() == "decoders__ImageSlice")
+        for graph in (pipeline, built(center=True))
+    )
+    assert checked.device == trained.device == "mixed"
+    assert checked._init_args == trained._init_args
 
 
 @pytest.mark.parametrize("center", [True, False])
