@@ -161,13 +161,13 @@ def gpu_count() -> int:
 def check_out(config: TrainConfig) -> None:
     """Raise a ValueError if the run's folder holds something else than this run."""
     out = Path(config.out)
-    for folder in (out, *out.parents):
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"--out {out}: {'that' if folder == out else folder} is a file; name a folder")
-    nearest = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
+    # os.path's tests say no where this user may not even look.
+    nearest = next(folder for folder in (out, *out.absolute().parents) if os.path.exists(folder))
+    if not os.path.isdir(nearest):
+        raise ValueError(f"--out {out}: {'that' if nearest == out else nearest} is a file; name a folder")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise ValueError(f"--out {out}: {nearest} cannot be written by this user\nname another folder")
-    if not out.is_dir() or all(path.name.startswith(".") for path in out.iterdir()):  # another node may be writing
+    if nearest != out or all(path.name.startswith(".") for path in out.iterdir()):  # another node may be writing
         return
     try:
         stored: dict[str, Any] = json.loads((out / CONFIG).read_text(encoding="utf-8"))

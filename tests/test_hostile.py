@@ -164,7 +164,7 @@ def without(name: str) -> dict[str, Any]:
             {**Tiny(3).state_dict(), "fc.bias": torch.tensor([1e300] * 3, dtype=torch.float64)},
             "some of its weights are not finite",
         ),
-        ({"model\n\x1b[1m": 3}, "holds no weights of a classifier (its keys: model??[1m)"),
+        ({"model\n\x1b[1m": 3}, "holds no weights of a classifier (its keys: 'model\\n\\x1b[1m')"),
     ],
 )
 def test_a_file_that_is_wrong_says_where(tmp_path, tiny, content, expected):
