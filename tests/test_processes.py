@@ -39,6 +39,7 @@ TINY = Work(side=32, batches={"standard": 2, "worst10": 2}, seconds=0.01)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of machines without a GPU")
+@pytest.mark.slow
 def test_one_and_two_processes_train_and_two_of_them_form_one_group():
     facts, skipped = printed("found = measure([1, 2], TINY); print(json.dumps([found.facts, found.skipped]))")
     assert skipped == {}
