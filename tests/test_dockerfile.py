@@ -19,7 +19,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+import launch
 from fast_spatial import checkpoint
+from fast_spatial.cli import read_flags
 from fast_spatial.environment import COMMIT_VARIABLE
 
 ROOT = Path(__file__).parent.parent
@@ -133,13 +135,27 @@ def test_the_driver_brings_what_decodes_jpegs():
 
 def test_every_cache_lies_where_any_user_may_write():
     (made,) = FINAL.all("RUN")
-    folder = Path(re.fullmatch(r"mkdir --mode=1777 (/\w+)", made)[1])
+    assert made.startswith("mkdir --mode=1777 /")
+    folder = Path(made.split()[-1])
     settings = environment(FINAL)
     caches = {
         name: Path(settings[name]) for name in ("HOME", "XDG_CACHE_HOME", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
     }
     assert [name for name, path in caches.items() if folder not in (path, *path.parents)] == []
     assert "NUMBA_CACHE_DIR" not in settings  # kernels/cache.py would no longer name it after the kernels' sources
+
+
+def test_what_follows_the_images_name_is_a_command_line():
+    assert [json.loads(line) for line in FINAL.all("ENTRYPOINT")] == [["python3"]]
+    assert FINAL.all("WORKDIR") == ["/opt/fast_spatial"]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    found = re.findall(r"^ {4}docker run(?:\\\n|.)*", readme, flags=re.MULTILINE)
+    runs = [shlex.split(line.replace("\\\n", "")) for line in found]
+    assert len(runs) >= 2
+    for words in runs:
+        program, command, *flags = words[words.index("fast_spatial") + 1 :]
+        assert program == "launch.py"
+        read_flags(flags, launch.COMMANDS[command].options)
 
 
 def test_the_commit_can_be_told_without_making_a_layer_anew():
@@ -228,14 +244,16 @@ class Image:
                             (folder / path).parent.mkdir(parents=True, exist_ok=True)
                             shutil.copy(ROOT / path, folder / path)
                 elif name == "RUN" and "apt-get" not in argument:
-                    command = self.mapped(re.sub(r"^--mount=\S+\s+", "", argument)).replace("python3 -", f"{PYTHON} -")
+                    # CUDA's base has no packages for Python; this machine may.
+                    command = re.sub(r"^--mount=\S+\s+|--system-site-packages ", "", argument)
+                    command = self.mapped(command).replace("python3 -", f"{PYTHON} -")
                     subprocess.run(["bash", "-euc", command], cwd=folder, check=True)
 
-    def run(self, *words: str, **options: Any) -> subprocess.Popen[str]:
+    def run(self, *words: str) -> subprocess.Popen[str]:
         """`docker run --user STRANGER IMAGE words`; as this user, where it is not root."""
         program = shutil.which(self.entrypoint[0], path=self.environment["PATH"])
         assert program
-        user = {"user": STRANGER, "group": STRANGER, "extra_groups": []} if os.getuid() == 0 else {}
+        user: dict[str, Any] = {"user": STRANGER, "group": STRANGER, "extra_groups": []} if os.getuid() == 0 else {}
         return subprocess.Popen(
             [program, *self.entrypoint[1:], *words],
             cwd=self.workdir,
@@ -243,8 +261,7 @@ class Image:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            **user,  # type: ignore[call-overload]
-            **options,
+            **user,
         )
 
 
