@@ -81,9 +81,10 @@ class Cluster:
             "29500": str(self.port),
         }.items():
             script = script.replace(there, here)
+        (self.folder / "job.sh").write_text(script)
         nodes = {"SLURM_JOB_NODELIST": "node[0-1]", "SLURM_JOB_NUM_NODES": asked["--nodes"], "SLURM_JOB_ID": "4711"}
         return subprocess.Popen(
-            ["bash", "-c", script],
+            ["bash", "job.sh"],
             cwd=self.folder,
             env={
                 **{**os.environ, **nodes, "SLURM_CPUS_PER_TASK": asked["--cpus-per-task"]},
@@ -157,14 +158,13 @@ def test_a_warned_job_saves_in_time_and_its_next_start_continues(tmp_path, name)
     cluster = Cluster(tmp_path, TRAINS)
     job = cluster.submit(name)
     cluster.wait_for_the_log(job)
-    warned = time.monotonic()
     (srun,) = children(job.pid)
     tasks = children(srun)
     assert len(tasks) == int(options(scripts()[name])["--nodes"])
     for task in tasks:
         os.kill(task, signal.SIGUSR1)
-    said, _ = job.communicate(timeout=100)
-    assert time.monotonic() - warned < 20
+    time_left = options(scripts()["preemptible"])["--signal"].partition("@")[2]
+    said, _ = job.communicate(timeout=float(time_left))
     assert job.returncode == 128 + signal.SIGUSR1, said
     assert "stopped by SIGUSR1; the same command continues" in said
     requeued = ["requeue 4711"] if name == "preemptible" else []
@@ -173,7 +173,7 @@ def test_a_warned_job_saves_in_time_and_its_next_start_continues(tmp_path, name)
     assert 1 <= saved["epoch"] < 4
 
     job = cluster.submit(name)
-    said, _ = job.communicate(timeout=300)
+    said, _ = job.communicate(timeout=600)
     assert job.returncode == 0, said
     assert checkpoint.load(cluster.out / "last.pt")["epoch"] == 4
     assert [call for call in cluster.called("scontrol") if call.startswith("requeue")] == requeued
