@@ -29,6 +29,7 @@ lint: install
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	$(VENV)/bin/hadolint Dockerfile
 
 reproduce: install
 	$(RUN) launch.py reproduce --data digits --out $(OUT)

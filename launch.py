@@ -161,6 +161,9 @@ def torchrun(config: LaunchOptions, job: str, processes: int, words: list[str]) 
     else:
         options.append("--standalone")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cpus() // processes)))
+    # A store for every start of the processes. In the one that agents share, restarted processes may find the addresses
+    # that those before them left there, where nobody listens any more.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     _set_environment()
     try:
         run.main([*options, "-m", "fast_spatial.worker", *words])
