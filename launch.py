@@ -34,6 +34,7 @@ from fast_spatial.reproduce import reproduce as reproduce_rows
 from fast_spatial.stopping import SIGNALS
 
 ROOT = Path(__file__).resolve().parent
+SHUTDOWN_SEC = 120
 
 
 def train(raw: dict[str, str]) -> None:
@@ -150,7 +151,8 @@ def torchrun(config: LaunchOptions, job: str, processes: int, words: list[str]) 
     from kernels.cpus import usable_cpus
 
     options = [f"--nproc-per-node={processes}", f"--nnodes={config.nnodes}", f"--max-restarts={config.max_restarts}"]
-    options.append(f"--signals-to-handle={','.join(_signals_to_handle())}")
+    # A step, another one until all processes know of the signal, and a checkpoint have to fit in before SIGKILL.
+    options += [f"--signals-to-handle={','.join(_signals_to_handle())}", f"--shutdown-timeout={SHUTDOWN_SEC}"]
     if config.rdzv_endpoint:
         options += [
             f"--rdzv-backend={config.rdzv_backend}",

@@ -104,13 +104,15 @@ class Ballot:
         cast = torch.tensor(wishes, dtype=torch.int64)
         if self._group is None:
             return list(wishes)
-        counted, self._counting = (
-            self._counting,
-            (cast, dist.all_reduce(cast, op=dist.ReduceOp.MAX, group=self._group, async_op=True)),
-        )
-        if counted is None:
-            return [0] * len(wishes)
-        values, work = counted
+        counted = self.outstanding(len(wishes))
+        self._counting = cast, dist.all_reduce(cast, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        return counted
+
+    def outstanding(self, count: int) -> list[int]:
+        """What was wished for at the last call, if nobody was told yet, or `count` zeros; all processes have to ask."""
+        if self._counting is None:
+            return [0] * count
+        (values, work), self._counting = self._counting, None
         work.wait()
         return [int(value) for value in values]
 

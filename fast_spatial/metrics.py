@@ -37,16 +37,17 @@ class Tally:
 
 
 class Divergence:
-    """The first step whose loss was no finite number: noted on the device, read only when somebody asks."""
+    """The first step whose loss or weights were no finite numbers: noted on the device, read when somebody asks."""
 
     _NEVER = 2**62
 
     def __init__(self, device: torch.device) -> None:
         self._first = torch.full((), self._NEVER, dtype=torch.int64, device=device)
 
-    def note(self, losses: Tensor, step: int) -> None:
-        """Look at a step's losses, [B]."""
-        self._first = torch.where(losses.isfinite().all(), self._first, self._first.clamp(max=step))
+    def note(self, step: int, *values: Tensor) -> None:
+        """Look at a step's losses, or at its weights."""
+        finite = torch.stack([value.isfinite().all() for value in values]).all()
+        self._first = torch.where(finite, self._first, self._first.clamp(max=step))
 
     def first_step(self) -> int | None:
         """The first such step of any process, known to all; waits for the device."""

@@ -22,6 +22,8 @@ from fast_spatial.config import (
 )
 from fast_spatial.data import data_folder, load_split
 from fast_spatial.files import check_writable, write_json
+from fast_spatial.runlog import LOG
+from fast_spatial.saving import BEST, CONFIG, LAST, PREVIOUS
 from pipelines.dataset import (
     check_classes_agree,
     check_divides,
@@ -30,8 +32,6 @@ from pipelines.dataset import (
     list_classes,
     read_index,
 )
-
-CONFIG = "config.json"
 
 
 def check_train(config: TrainConfig) -> None:
@@ -175,7 +175,8 @@ def check_out(config: TrainConfig) -> None:
             raise ValueError
     except (OSError, ValueError):
         raise ValueError(f"--out {out}: it holds files, but no run of this program; name a new folder") from None
-    if config.resume == "never":
+    # What there is before the processes meet does not count: on several nodes, the first one wrote it.
+    if config.resume == "never" and any((out / name).exists() for name in (LOG, LAST, PREVIOUS, BEST)):
         raise ValueError(f"--out {out}: it holds a run, and --resume never continues none\nname a new folder")
     mine = identity(config)
     differences = [
@@ -186,9 +187,10 @@ def check_out(config: TrainConfig) -> None:
 
 
 def claim_out(config: TrainConfig) -> None:
-    """Create the run's folder and write down whose it is."""
-    out = Path(config.out)
-    write_json(out / CONFIG, to_json(config))
+    """Create the run's folder and write down whose it is, unless that stands there."""
+    path = Path(config.out) / CONFIG
+    if not path.exists():
+        write_json(path, to_json(config))
 
 
 def _check_data(config: TrainConfig) -> None:

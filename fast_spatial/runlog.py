@@ -13,6 +13,7 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
+LOG = "log.jsonl"
 # A process that was told to stop may be writing its last checkpoint.
 _LOCK_PATIENCE_SEC = 30.0
 
@@ -81,7 +82,7 @@ class RunLog:
         if self._active:
             try:
                 out.mkdir(parents=True, exist_ok=True)
-                self._file = open(out / "log.jsonl", "a", encoding="utf-8")  # noqa: SIM115  (closed by `close`)
+                self._file = open(out / LOG, "a", encoding="utf-8")  # noqa: SIM115  (closed by `close`)
             except OSError as error:
                 raise ValueError(f"--out {out}: it cannot be written ({error.strerror})\nname another folder") from None
             _lock(self._file, out)
@@ -99,14 +100,18 @@ class RunLog:
         if self._active:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._file.truncate(min(size, os.fstat(self._file.fileno()).st_size))
-            self._board = SummaryWriter(str(self._out / "tensorboard"), purge_step=step)
+            before = os.fstat(self._file.fileno()).st_size
+            if before and not size:
+                say(f"{self._out} holds a log, but no checkpoint to continue from: this run starts anew")
+            self._file.truncate(min(size, before))
+            self._board = SummaryWriter(str(self._out / "tensorboard"), purge_step=step + 1)  # of what comes again
 
     @property
     def size(self) -> int:
-        """Bytes of `log.jsonl`, all of them on the disk."""
+        """Bytes of `log.jsonl`, all of them on the disk, as TensorBoard's are."""
         if not self._active:
             return 0
+        self._board.flush()
         self._file.flush()
         os.fsync(self._file.fileno())
         return os.fstat(self._file.fileno()).st_size

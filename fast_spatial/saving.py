@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
 import time
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from fast_spatial import checkpoint
 from fast_spatial.files import remove_leftovers, write_atomically
 
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
+CONFIG = "config.json"
 
 
 class Saver:
@@ -41,6 +42,11 @@ class Saver:
         """
         self.wait()
         self._writing = self._thread.submit(self._write, _snapshot(state), best)
+
+    def set_aside(self, damaged: list[Path]) -> None:
+        """Rename damaged checkpoints, so that none takes the place of a good one; nobody may be reading them now."""
+        for path in damaged:
+            path.replace(path.with_name(f"{path.name}.damaged"))
 
     def wait(self) -> None:
         """Return once all is on the disk.
@@ -92,33 +98,38 @@ class Interval:
         return True
 
 
-def find_latest(out: Path, say: Callable[[str], None] | None = None) -> dict[str, Any] | None:
-    """The newest whole checkpoint of a run's folder; None if none was saved. `say` is told of damaged ones.
+class Found(NamedTuple):
+    """A run's newest whole checkpoint (None: none was saved), and newer ones that are damaged."""
+
+    state: dict[str, Any] | None
+    damaged: list[Path]
+
+
+def find_latest(out: Path) -> Found:
+    """The newest whole checkpoint of a run's folder.
 
     Raises:
         ValueError: if there are checkpoints, but none that can be read.
 
     """
-    broken = []
-    for name in (LAST, PREVIOUS):
-        if not (out / name).is_file():
+    damaged: list[Path] = []
+    for path in (out / LAST, out / PREVIOUS):
+        if not path.is_file():
             continue
+        if not os.access(path, os.R_OK):
+            raise ValueError(f"--out {out}: {path.name} cannot be read by this user\nchange that, or name a new folder")
         try:
-            found = checkpoint.load(out / name)
-        except ValueError as error:
-            broken.append(name)
-            if say is not None:
-                reason = str(error).splitlines()[0].partition(": ")[2]
-                say(f"{out / name} is damaged and left aside: {reason}")
-            continue
-        return found
-    if broken:
-        raise ValueError(f"--out {out}: its checkpoints ({', '.join(broken)}) are damaged\nname a new folder")
+            return Found(checkpoint.load(path), damaged)
+        except ValueError:
+            damaged.append(path)
+    if damaged:
+        names = ", ".join(path.name for path in damaged)
+        raise ValueError(f"--out {out}: its checkpoints ({names}) are damaged\nname a new folder")
     if (out / BEST).is_file():
         raise ValueError(
             f"--out {out}: it holds {BEST}, but no {LAST} to continue from\nname a new folder, or move {BEST} away"
         )
-    return None
+    return Found(None, [])
 
 
 def _snapshot(value: Any) -> Any:

@@ -7,6 +7,7 @@ import datetime
 import json
 import os
 import signal
+import zlib
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -18,21 +19,23 @@ from fast_spatial import checkpoint, distributed
 from fast_spatial import model as models
 from fast_spatial.attack import verdicts
 from fast_spatial.bad_images import BadImages
-from fast_spatial.config import MODES, TrainConfig, to_json
+from fast_spatial.config import MODES, TrainConfig, identity, to_json
 from fast_spatial.data import load_split
 from fast_spatial.device import default_pass_size, dtype_of, seed_everything, seed_step
 from fast_spatial.distributed import Ballot, World
 from fast_spatial.environment import COMMAND_VARIABLE, environment
+from fast_spatial.files import write_json
 from fast_spatial.memory import estimate
 from fast_spatial.metrics import Divergence, EachOnce, Tally
 from fast_spatial.model import Classifier
 from fast_spatial.optim import lr_at, make_optimizer, set_lr
 from fast_spatial.runlog import Bar, RunLog, say
-from fast_spatial.saving import LAST, PREVIOUS, Interval, Saver, find_latest
+from fast_spatial.saving import CONFIG, LAST, PREVIOUS, Interval, Saver, find_latest
 from fast_spatial.scoring import Passes, Scorer
 from fast_spatial.step import TrainStep
 from fast_spatial.stopping import Stopped, StopRequest, stop_requests
 from kernels.sampling import EVALUATION, TRAINING, augmentation_settings, pack_key, view_limits
+from pipelines.dataset import some
 from pipelines.loader import Batch, Loader
 
 PROFILE_AFTER_STEPS = 10
@@ -47,7 +50,12 @@ def train(config: TrainConfig, world: World) -> None:
 
     """
     with stop_requests() as request, contextlib.ExitStack() as opened:
-        _train(config, world, request, opened)
+        try:
+            _train(config, world, request, opened)
+        except ValueError as error:
+            if request.signal_number or os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+                say(f"{error}")  # the launcher tells only of what ends it
+            raise
 
 
 def _train(config: TrainConfig, world: World, request: StopRequest, opened: contextlib.ExitStack) -> None:
@@ -135,38 +143,41 @@ def _train(config: TrainConfig, world: World, request: StopRequest, opened: cont
     runlog = opened.enter_context(contextlib.closing(RunLog(out, rank=world.rank, gpus=gpus)))
     saver = opened.enter_context(contextlib.closing(Saver(out))) if world.rank == 0 else None
     distributed.barrier()  # the folder is ours, and nobody writes there: now all may read
-    saved = find_latest(out, say if world.rank == 0 else None)
-    first_epoch = first_step = 0
-    best_pct = -1.0
-    identity = {
+    saved, damaged = find_latest(out)
+    same = {
+        "recipe": identity(config),
         "dtype": str(dtype).removeprefix("torch.") if config.dtype == "auto" else config.dtype,
         "training images": train_images.fingerprint(),
         "validation images": val_images.fingerprint(),
     }
+    first_epoch = first_step = 0
+    best_pct = -1.0
     if saved is not None:
-        check_same_run(saved["identity"], identity, config)
+        check_same_run(saved["identity"], same, config)
         checkpoint.set_weights(net, saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         step.scaler.load_state_dict(saved["scaler"])
         first_epoch, first_step, best_pct = saved["epoch"], saved["step"], saved["best_pct"]
         if step.scorer is not None:
             step.scorer.refresh()
-    if not distributed.agree(first_epoch * loader.steps_per_epoch + first_step, world.device):
-        raise ValueError(
-            f"--out {out}: not every process finds the same checkpoint there\nput it on a disk that all nodes share"
-        )
     done = first_epoch * loader.steps_per_epoch + first_step
+    check_processes_agree(world, {"position": done, **same, "rhythm": [config.log_every, config.eval_every]})
     if saved is None:
         runlog.begin()
     else:
         runlog.begin(elapsed_sec=saved["elapsed_sec"], size=saved["log_size"], step=done)
     if world.rank == 0:
+        write_json(out / CONFIG, to_json(config))
         record_environment(out, config, world, done)
+        for path in damaged:
+            say(f"{path} is damaged: continuing from {PREVIOUS}, which was saved before")
         for left_out in filter(None, (train_images.describe_left_out(), val_images.describe_left_out())):
             say(left_out)
         say(describe(config, world, dtype, len(train_images), len(val_images), len(train_images.classes)))
         if saved is not None:
             say(describe_resume(saved, config, world, done))
+    if saver is not None:
+        saver.set_aside(damaged)
 
     # --- what happens between steps
     ballot, divergence = Ballot(), Divergence(world.device)
@@ -179,6 +190,7 @@ def _train(config: TrainConfig, world: World, request: StopRequest, opened: cont
 
     def save(epoch: int, step_of_epoch: int, tally: Tally | None = None, *, best: bool = False) -> None:
         """Save the position: so many steps of an epoch are done; all of them: but for its evaluation."""
+        divergence.note(done, *net.parameters(), *(b for b in net.buffers() if b.is_floating_point()))
         check_finite()
         sums = None if tally is None else tally.state()
         if saver is None:
@@ -197,7 +209,7 @@ def _train(config: TrainConfig, world: World, request: StopRequest, opened: cont
                 "elapsed_sec": runlog.elapsed_sec,
                 "log_size": runlog.size,
                 "world_size": world.world_size,
-                "identity": identity,
+                "identity": same,
                 "optimizer": optimizer.state_dict(),
                 "scaler": step.scaler.state_dict(),
             },
@@ -210,6 +222,13 @@ def _train(config: TrainConfig, world: World, request: StopRequest, opened: cont
             saver.wait()
             say(f"stopped by {signal.Signals(signal_number).name}; the same command continues")
         raise Stopped(signal_number)
+
+    def stop_together(signal_number: int) -> NoReturn:
+        """End all processes, none before the state is on the disk: torchrun ends the others after the first."""
+        if saver is not None:
+            saver.wait()
+        distributed.barrier()
+        stop(signal_number)
 
     def moved() -> None:
         """Called between the batches of an evaluation; the weights were saved before it."""
@@ -240,7 +259,7 @@ def _train(config: TrainConfig, world: World, request: StopRequest, opened: cont
                 result = step(batch)
                 tally.add(result.loss, result.correct)
                 done = epoch * loader.steps_per_epoch + number + 1
-                divergence.note(result.loss, done)
+                divergence.note(done, result.loss)
                 distributed.progress(config.stall_minutes)
                 if number % config.log_every == config.log_every - 1:
                     check_finite()
@@ -253,7 +272,8 @@ def _train(config: TrainConfig, world: World, request: StopRequest, opened: cont
                 if (save_now or stop_signal) and number + 1 < loader.steps_per_epoch:
                     save(epoch, number + 1, tally)
                     if stop_signal:
-                        stop(stop_signal)
+                        stop_together(stop_signal)
+        stop_signal = stop_signal or ballot.outstanding(2)[1]
         check_finite()
         if start_step < loader.steps_per_epoch:
             means = tally.means(over_ranks=True)
@@ -274,7 +294,7 @@ def _train(config: TrainConfig, world: World, request: StopRequest, opened: cont
         if evaluates or stop_signal:
             save(epoch, loader.steps_per_epoch, tally)
         if stop_signal:
-            stop(stop_signal)
+            stop_together(stop_signal)
         improved = False
         if evaluates:
             before = runlog.elapsed_sec
@@ -306,7 +326,7 @@ def _train(config: TrainConfig, world: World, request: StopRequest, opened: cont
         saver.wait()
     distributed.barrier()
     if world.rank == 0 and (skipped := bad_images.paths()):
-        say(f"{len(skipped)} training images could not be decoded and were replaced: {', '.join(skipped)}")
+        say(f"{len(skipped)} training images could not be decoded and were replaced: {some(skipped)}")
 
 
 def record_environment(out: Path, config: TrainConfig, world: World, done: int) -> None:
@@ -323,15 +343,29 @@ def record_environment(out: Path, config: TrainConfig, world: World, done: int) 
         file.write(json.dumps(about) + "\n")
 
 
-def check_same_run(there: dict[str, str], here: dict[str, str], config: TrainConfig) -> None:
+def check_same_run(there: dict[str, Any], here: dict[str, Any], config: TrainConfig) -> None:
     """Raise a ValueError if a checkpoint is of another run than what would go on here."""
-    differences = [f"{name} {there.get(name)} there, {mine} here" for name, mine in here.items()]
-    differences = [text for text, name in zip(differences, here) if there.get(name) != here[name]]
+    mine, theirs = ({**about["recipe"], **about} for about in (here, there))
+    differences = [
+        f"{name} {theirs.get(name)} there, {mine[name]} here"
+        for name in mine
+        if name != "recipe" and theirs.get(name) != mine[name]
+    ]
     if differences:
         advice = "name a new folder"
-        if config.dtype == "auto" and there.get("dtype") != here["dtype"]:
-            advice = f"add --dtype {there.get('dtype')}, which is not what this machine is best at, or {advice}"
+        if config.dtype == "auto" and theirs["dtype"] != mine["dtype"]:
+            advice = f"add --dtype {theirs['dtype']}, which is not what this machine is best at, or {advice}"
         raise ValueError(f"--out {config.out}: it holds another run ({'; '.join(differences)})\n{advice}")
+
+
+def check_processes_agree(world: World, about: dict[str, Any]) -> None:
+    """Raise a ValueError if this process would not do the same as the others."""
+    for name, value in about.items():
+        if not distributed.agree(zlib.crc32(json.dumps(value).encode()), world.device):
+            raise ValueError(
+                f"the processes differ in their {name}: {value} here\n"
+                f"give the same command on all nodes, with the same images, and --out on a disk that they share"
+            )
 
 
 def describe_resume(saved: dict[str, Any], config: TrainConfig, world: World, done: int) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from nvidia.dali import fn, pipeline_def
 
 from kernels.sampling import BOX_H, BOX_Y
@@ -45,3 +47,22 @@ def view_graph(
         return ops.numba_views(fed[4], images, geometry, matrices, colour), header
     images = ops.dali_resize(images, geometry, center=center)
     return ops.dali_views(images, matrices, colour, views), header
+
+
+@pipeline_def
+def _first_pixel_graph(path: NDArray[np.uint8], on_gpu: bool) -> ops.Node:
+    encoded = fn.io.file.read(fn.external_source(lambda: path[None], batch=True), dont_use_mmap=True)
+    options = decoder_options(on_gpu=on_gpu, hw_decoder_load=0.0)
+    return fn.decoders.image_slice(encoded, start=[0, 0], shape=[1, 1], axes=(0, 1), **options)
+
+
+def has_first_pixel(path: NDArray[np.uint8], *, device_id: int | None) -> bool:
+    """Whether the first pixel of a file, uint8 [W] padded with NUL, can be decoded; if not, no part of it can."""
+    graph = _first_pixel_graph(
+        path, device_id is not None, batch_size=1, num_threads=1, device_id=device_id, prefetch_queue_depth=1
+    )
+    try:
+        graph.run()
+    except RuntimeError:
+        return False
+    return True

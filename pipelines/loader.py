@@ -21,11 +21,12 @@ from torch.utils.dlpack import from_dlpack
 
 from kernels.cpus import cpus_per_process
 from kernels.sampling import CENTER, EPOCH, HEADER_WIDTH, INDEX, KEY, LABEL, SIDE, TICKET, epoch_order
-from pipelines.dataset import ImageIndex, check_divides
+from pipelines.dataset import ImageIndex, check_divides, printable
 
 # What DALI may hold ready, beyond the batch in use: at least one batch, at most this much or four batches.
 _PREFETCH_BYTES = 1 << 30
 _READ_AHEAD_BATCHES = 4
+_NONE = np.empty(0, np.int64)
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,13 @@ class Loader:
         rank: the GLOBAL rank.
         device: where the views are wanted; a GPU decodes and warps there.
         exact_decoding: keep GPU decoding independent of load and chance (no hardware decoder).
-        on_bad_images: called with the positions of images that cannot be decoded, and why, when some are met. If it
-            returns, they are replaced from there on, each by the next good image of the split; the default raises.
-        bad_images: positions to replace from the start.
+        on_bad_images: called when images are met that cannot be decoded, with their positions and why, and with those
+            of which no part can be. If it returns, they are replaced, each by the next good image of the split; the
+            default raises.
+        bad_images: positions of images of which no part can be decoded, to replace from the start.
 
-    An image's replacement depends on which images are bad, not on when that was found, so the stream stays a pure
-    function.
+    A damaged image is replaced where the part that is drawn of it cannot be decoded, which depends on (key, epoch,
+    position) alone, so the stream stays a pure function, whenever the damage is found.
 
     Raises:
         ValueError: if the world size does not divide the batch, or the split is smaller than one batch.
@@ -81,7 +83,7 @@ class Loader:
         threads: int | None = None,
         device: torch.device | None = None,
         exact_decoding: bool = True,
-        on_bad_images: Callable[[dict[int, str]], None] | None = None,
+        on_bad_images: Callable[[dict[int, str], Collection[int]], None] | None = None,
         bad_images: Collection[int] = (),
     ) -> None:
         check_divides(global_batch_size, world_size)
@@ -102,10 +104,13 @@ class Loader:
         self._views = len(limits)
         self._on_bad_images = on_bad_images or self._refuse
         self._bad_images = np.array(sorted(bad_images), np.int64)
+        self._damaged: dict[int, NDArray[np.int64]] = {}  # by epoch
+        self._check_some_are_good()
         threads = threads or cpus_per_process()
         self._readers = ThreadPoolExecutor(4, thread_name_prefix="read-ahead")
         self._device = device or torch.device("cpu")
         on_gpu = self._device.type == "cuda"
+        self._device_id = (self._device.index or 0) if on_gpu else None
         # The same for all images, fed with every batch.
         self._constants: list[NDArray[Any]] = [
             np.repeat(row[None], self._batch_size, axis=0) for row in (limits, settings)
@@ -115,21 +120,19 @@ class Loader:
         batch_bytes = self._batch_size * len(limits) * side * side * 3
         from pipelines.graph import view_graph  # a batch is a batch where DALI is missing, too
 
-        self._build: Callable[[], Any] = partial(
+        self._build: Callable[..., Any] = partial(
             view_graph,
-            self._source,
             views=len(limits),
             center=bool(settings[CENTER]),
             on_gpu=on_gpu,
             hw_decoder_load=0.0 if exact_decoding else 0.65,
             warp_backend="dali" if on_gpu else "numba",
-            batch_size=self._batch_size,
             num_threads=threads,
-            device_id=self._device.index or 0 if on_gpu else None,
-            prefetch_queue_depth=int(np.clip(_PREFETCH_BYTES // batch_bytes, 1, 4)),
+            device_id=self._device_id,
             exec_dynamic=True,
         )
-        self._pipeline = self._build()
+        self._ahead = int(np.clip(_PREFETCH_BYTES // batch_bytes, 1, 4))
+        self._pipeline = self._start()
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """The batches of an epoch, from a step on."""
@@ -157,6 +160,9 @@ class Loader:
             if self._delivered == ticket:
                 return views, header
 
+    def _start(self) -> Any:
+        return self._build(self._source, batch_size=self._batch_size, prefetch_queue_depth=self._ahead)
+
     def _outputs(self) -> tuple[Tensor, Tensor]:
         if self._device.type == "cuda":
             outputs = self._pipeline.run(torch.cuda.current_stream(self._device))
@@ -170,21 +176,43 @@ class Loader:
     def _without_bad_images(self, error: RuntimeError) -> None:
         """A new pipeline without the images in flight that cannot be decoded; DALI's is dead, and names no file."""
         from pipelines.decoding import decode_files
+        from pipelines.graph import has_first_pixel
 
-        positions = np.unique(np.concatenate([self._positions(ticket)[1] for ticket in self._in_flight]))
-        where = {self.images.path(position): int(position) for position in positions}
-        decoded = decode_files(list(where), on_gpu=self._device.type == "cuda")
-        bad = {where[path]: reason for path, reason in decoded if reason is not None}
-        if not bad:
-            raise RuntimeError(f"the loader failed, though every image in flight decodes: {error}") from error
-        self._on_bad_images(bad)
-        self._bad_images = np.union1d(self._bad_images, list(bad))
+        found: dict[int, list[int]] = {}  # epochs, by position
+        for ticket in self._in_flight:
+            epoch, positions = self._positions(ticket)
+            for row in self._bad_rows(ticket, range(len(positions))):
+                found.setdefault(int(positions[row]), []).append(epoch)
+        if not found:
+            raise error
+        reasons = dict(decode_files([self.images.path(position) for position in found]))
+        bad = {p: reasons[self.images.path(p)] or "a part of it cannot be decoded" for p in found}
+        hopeless = [p for p in found if not has_first_pixel(self.images.paths[p], device_id=self._device_id)]
+        self._on_bad_images(bad, hopeless)
+        self._bad_images = np.union1d(self._bad_images, np.array(hopeless, np.int64))
+        for position, epochs in found.items():
+            for epoch in epochs:
+                self._damaged[epoch] = np.union1d(self._damaged.get(epoch, _NONE), position)
+        self._check_some_are_good()
+        self._in_flight.clear()
+        self._pipeline = self._start()
+
+    def _bad_rows(self, ticket: int, rows: range) -> list[int]:
+        """The rows of a batch that cannot be decoded: tried together, then in halves."""
+        arrays = tuple(array[rows.start : rows.stop] for array in self._arrays(ticket))
+        try:
+            self._build(lambda _: arrays, batch_size=len(rows), prefetch_queue_depth=1).run()
+        except RuntimeError:
+            middle = (rows.start + rows.stop) // 2
+            halves = (range(rows.start, middle), range(middle, rows.stop))
+            return [rows.start] if len(rows) == 1 else [row for half in halves for row in self._bad_rows(ticket, half)]
+        return []
+
+    def _check_some_are_good(self) -> None:
         if len(self._bad_images) == len(self.images):
             raise ValueError(f"{self.images.root}: none of its {len(self.images)} images can be decoded")
-        self._in_flight.clear()
-        self._pipeline = self._build()
 
-    def _refuse(self, bad: dict[int, str]) -> None:
+    def _refuse(self, bad: dict[int, str], _: Collection[int]) -> None:
         raise undecodable(self.images, bad)
 
     def _count_steps(self) -> int:
@@ -196,17 +224,10 @@ class Loader:
     def _positions(self, ticket: int) -> tuple[int, NDArray[np.int64]]:
         """(epoch, positions in the split) of one batch of this rank."""
         epoch, positions = self._planned(ticket)
-        if len(self._bad_images):
-            positions = self._replaced(positions)
+        bad = np.union1d(self._bad_images, self._damaged.get(epoch, _NONE))
+        while len(bad) and (replaced := np.isin(positions, bad)).any():
+            positions = np.where(replaced, (positions + 1) % len(self.images), positions)
         return epoch, positions
-
-    def _replaced(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Positions with every bad image replaced by the next good one of the split."""
-        bad = np.isin(positions, self._bad_images)
-        while bad.any():
-            positions = np.where(bad, (positions + 1) % len(self.images), positions)
-            bad = np.isin(positions, self._bad_images)
-        return positions
 
     def _planned(self, ticket: int) -> tuple[int, NDArray[np.int64]]:
         epoch, step = divmod(ticket, self.steps_per_epoch)
@@ -219,17 +240,20 @@ class Loader:
             self._orders[epoch] = epoch_order(self._key, epoch, len(self.images))
         return epoch, self._orders[epoch][begin:end]
 
-    def _source(self, info: Any) -> tuple[NDArray[Any], ...]:
+    def _source(self, _: Any) -> tuple[NDArray[Any], ...]:
         ticket = self._next_ticket
         self._next_ticket += 1
         self._in_flight.append(ticket)
-        epoch, positions = self._positions(ticket)
-        paths = self.images.paths[positions]
         self._readers.submit(_read_ahead, self.images.paths, self._positions(ticket + _READ_AHEAD_BATCHES)[1])
+        return self._arrays(ticket)
+
+    def _arrays(self, ticket: int) -> tuple[NDArray[Any], ...]:
+        """What the graph is fed for one batch."""
+        epoch, positions = self._positions(ticket)
         headers = np.zeros((len(positions), HEADER_WIDTH), np.int64)
         headers[:, LABEL], headers[:, INDEX] = self.images.labels[positions], positions
         headers[:, KEY], headers[:, EPOCH], headers[:, SIDE], headers[:, TICKET] = self._key, epoch, self._side, ticket
-        return paths, headers, *(array[: len(positions)] for array in self._constants)
+        return self.images.paths[positions], headers, *(array[: len(positions)] for array in self._constants)
 
 
 def undecodable(images: ImageIndex, bad: dict[int, str], otherwise: str = "") -> ValueError:
@@ -238,7 +262,7 @@ def undecodable(images: ImageIndex, bad: dict[int, str], otherwise: str = "") ->
     more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
     data = images.root.parent
     return ValueError(
-        f"{images.path(position)}: {reason}{more}\n"
+        f"{printable(images.path(position))}: {reason}{more}\n"
         f"find all such files with launch.py check --data {data} --write-exclusions FILE, and leave them out with "
         f"--exclude FILE{otherwise}"
     )

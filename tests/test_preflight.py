@@ -227,9 +227,11 @@ def test_another_run_in_the_folder_is_refused_listing_what_differs(refuse, data,
 
 def test_a_run_is_continued_only_if_that_is_wanted(refuse, data, started):
     assert launch.main([*TRAIN, "--resume", "never"]) == 0
+    assert launch.main([*TRAIN, "--resume", "never"]) == 0  # as on a second node
+    Path("run/log.jsonl").write_text("")
     lines = refuse(*TRAIN, "--resume", "never")
     assert lines == ["launch.py: --out run: it holds a run, and --resume never continues none", "name a new folder"]
-    assert len(started) == 1
+    assert len(started) == 2
 
 
 def test_a_folder_with_other_files_is_refused(refuse, data):
