@@ -49,14 +49,13 @@ def speed(content: dict[str, Any]) -> str:
 
 def faults(content: dict[str, Any]) -> str:
     """What the fault drill found, in words."""
-    phases = ", ".join(f"{count} in {phase}" for phase, count in content["by_phase"].items())
-    ways = ", ".join(f"{count} by {how}" for how, count in content["by_way"].items())
     return (
-        f"Of {content['kills']} runs of the digits, in one and in two processes, that were killed ({phases}; {ways}), "
+        f"A drill killed {content['kills']} runs of the digits, in one and in two processes, at every kind of moment "
+        f"({', '.join(content['by_phase'])}) and in every way ({', '.join(content['by_way'])}). "
         f"{content['resumed']} were continued to their end, {content['bit_identical']} of them to the same bits as a "
-        f"run that nothing interrupted. With a checkpoint every {content['checkpoint_every_steps']} steps, at most "
-        f"{content['lost_steps_max']} steps were lost, and none to SIGTERM once training had begun "
-        f"({content['lost_steps_max_sigterm']}).\n\n(On {content['hardware']}: `{content['command']}`.)"
+        f"run that nothing interrupted. With a checkpoint every {content['checkpoint_every_steps']} steps, "
+        f"{content['lost_steps_max']} steps were lost at most, and {content['lost_steps_max_sigterm']} to SIGTERM.\n\n"
+        f"(On {content['hardware']}: `{content['command']}`.)"
     )
 
 

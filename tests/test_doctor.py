@@ -469,7 +469,7 @@ def run_broken(tmp_path: Path, *words: str, error: str) -> subprocess.CompletedP
     for name in ("torch.py", "torchvision.py", "numba.py", "nvidia/__init__.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(f"raise {error}\n")
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "COLUMNS": "100"}
     command = [sys.executable, *words]
     return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
 
