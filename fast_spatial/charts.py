@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 WIDTH = 400
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 14, 24, 40
 _PLOT_HEIGHT = 190
-_LEGEND_LINE = 17
+_LEGEND_LINE = 17.0
 # Of letters at the charts' size, in units: as wide as they come, so that nothing is clipped.
 _LETTER = 6.2
 
@@ -42,6 +42,7 @@ svg .grid { stroke: var(--grid); }
 svg .frame { stroke: var(--quiet); fill: none; }
 svg .line { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
 svg .band { stroke: none; opacity: 0.14; }
+svg .cells { shape-rendering: crispEdges; }
 svg .wrong { fill: #000; }
 :root { --s0: #0072b2; --s1: #c84e00; --s2: #008a64; --s3: #a8468c; --s4: #8a6a00; --s5: #5a55c8; }
 @media (prefers-color-scheme: dark) {
@@ -69,6 +70,7 @@ def line_chart(
     y_label: str,
     series: Sequence[Series],
     *,
+    x_ticks: Sequence[float] | None = None,
     y_range: tuple[float, float] | None = None,
 ) -> str:
     """Lines over one pair of axes; labels hold the units.
@@ -78,6 +80,7 @@ def line_chart(
         x_label: below the axis.
         y_label: above the axis.
         series: at least one, with at least one point.
+        x_ticks: by default round numbers.
         y_range: of the axis; by default that of the values.
 
     """
@@ -87,7 +90,7 @@ def line_chart(
     y_low, y_high = y_range or _around(min(ys, default=0.0), max(ys, default=1.0))
     y_axis = _Axis(y_low, y_high, _TOP + _PLOT_HEIGHT, _TOP)
     legend, legend_height = _legend(series, _TOP + _PLOT_HEIGHT + _BOTTOM)
-    parts = [_axes(x_axis, y_axis, x_label, y_label)]
+    parts = [_axes(x_axis, y_axis, x_label, y_label, ticks(x_axis.low, x_axis.high, 6) if x_ticks is None else x_ticks)]
     for one in series:
         if one.band:
             edge = [(x, high) for (x, _), (_, high) in zip(one.points, one.band)]
@@ -148,15 +151,17 @@ def heat_map(
     width, bottom = (WIDTH - _LEFT - _RIGHT) / columns, _TOP + rows * row_height
     cells: dict[int, list[str]] = {}
     for r, row in enumerate(values):
-        # Neighbours of one colour are one rectangle, which is smaller, and has no seams.
-        for level, run in itertools.groupby(range(columns), key=lambda c: scale.level(row[c])):
-            run_of = list(run)
-            x, y = _LEFT + run_of[0] * width, _TOP + r * row_height
-            cells.setdefault(level, []).append(f"M{_n(x)} {_n(y)}h{_n(len(run_of) * width)}v{_n(row_height)}H{_n(x)}z")
-    parts = [f'<path fill="{colour(level)}" d="{"".join(paths)}"/>' for level, paths in sorted(cells.items())]
-    dots = [
-        f"M{_n(_LEFT + (c + 0.5) * width - 1)} {_n(_TOP + (r + 0.5) * row_height - 1)}h2v2h-2z" for r, c in marked
+        top, below = _n(_TOP + r * row_height), _n(_TOP + (r + 1) * row_height)
+        # Neighbours of one colour are one rectangle, which is smaller; edges are absolute, so that none leaves a gap.
+        levels = [scale.level(value) for value in row]
+        for level, neighbours in itertools.groupby(range(columns), key=levels.__getitem__):
+            run = list(neighbours)
+            start, end = _n(_LEFT + run[0] * width), _n(_LEFT + (run[-1] + 1) * width)
+            cells.setdefault(level, []).append(f"M{start} {top}H{end}V{below}H{start}z")
+    parts = [
+        f'<path class="cells" fill="{colour(level)}" d="{"".join(paths)}"/>' for level, paths in sorted(cells.items())
     ]
+    dots = [f"M{_n(_LEFT + (c + 0.5) * width - 1)} {_n(_TOP + (r + 0.5) * row_height - 1)}h2v2h-2z" for r, c in marked]
     if dots:
         parts.append(f'<path class="wrong" d="{"".join(dots)}"/>')
     for r in range(rows_per_group, rows, rows_per_group) if rows_per_group else ():
@@ -212,13 +217,13 @@ def _around(low: float, high: float) -> tuple[float, float]:
     return (0.0 if 0 <= low < (high - low) else low - room), high + room
 
 
-def _axes(x: _Axis, y: _Axis, x_label: str, y_label: str) -> str:
+def _axes(x: _Axis, y: _Axis, x_label: str, y_label: str, x_ticks: Sequence[float]) -> str:
     parts = []
     for value in ticks(y.low, y.high):
         place = _n(y.at(value))
         parts.append(f'<line class="grid" x1="{_n(x.start)}" x2="{_n(x.end)}" y1="{place}" y2="{place}"/>')
         parts.append(_text(x.start - 6, y.at(value) + 4, f"{value:g}", "end"))
-    for value in ticks(x.low, x.high, 6):
+    for value in x_ticks:
         place = _n(x.at(value))
         parts.append(f'<line class="frame" x1="{place}" x2="{place}" y1="{_n(y.start)}" y2="{_n(y.start + 4)}"/>')
         parts.append(_text(x.at(value), y.start + 16, f"{value:g}", "middle"))
@@ -250,8 +255,9 @@ def _colour_bar(scale: Scale, top: float) -> str:
         for i in range(LEVELS)
     ]
     for share in (0.0, 0.5, 1.0):
-        value = f"{scale.low + share * (scale.high - scale.low):.3g}"
-        parts.append(_text(_LEFT + share * width, top + 22, f"≥ {value}" if share and scale.clipped and share == 1 else value, "middle"))
+        text = f"{scale.low + share * (scale.high - scale.low):.3g}"
+        text = f"≥ {text}" if share == 1 and scale.clipped else text
+        parts.append(_text(_LEFT + share * width, top + 22, text, "middle"))
     parts.append(_text(_LEFT + width + 14, top + 9, scale.label, "start", quiet=True))
     return "".join(parts)
 

@@ -36,6 +36,13 @@ BUILT_IN = (
 )
 # What a row of the table is, not how it deviates.
 _OF_ROWS = ("mode", "degrees", "translate_px", "seed")
+_IN_WORDS: dict[str, dict[Any, str]] = {
+    "classes": {0: "all"},
+    "max_train_images": {0: "all"},
+    "bn_group": {0: "each process's batch"},
+    "score_side": {0: "the views' own"},
+    "dtype": {"auto": "auto: half precision where the hardware has it"},
+}
 
 
 def options(configs: dict[str, TrainConfig]) -> list[tuple[str, str, str]]:
@@ -53,15 +60,17 @@ def options(configs: dict[str, TrainConfig]) -> list[tuple[str, str, str]]:
             continue
         by_value: dict[str, list[str]] = {}
         for row, values in used.items():
-            by_value.setdefault(_shown(values[name]), []).append(row)
-        if list(by_value) == [_shown(value)]:
+            by_value.setdefault(_shown(name, values[name]), []).append(row)
+        if list(by_value) == [_shown(name, value)]:
             continue
         ours = [text if len(rows) == len(used) else f"{text} ({', '.join(rows)})" for text, rows in by_value.items()]
-        found.append((flag(name), _shown(value), "; ".join(ours)))
+        found.append((flag(name), _shown(name, value), "; ".join(ours)))
     return found
 
 
-def _shown(value: Any) -> str:
+def _shown(name: str, value: Any) -> str:
     if isinstance(value, list):
-        return ",".join(map(_shown, value))
+        return ",".join(_shown(name, one) for one in value)
+    if value in _IN_WORDS.get(name, {}):
+        return _IN_WORDS[name][value]
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -13,6 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fast_spatial.charts import STYLE as CHART_STYLE
+from fast_spatial.statistics import Interval
+
+# What stands where there is no number.
+DASH = "–"
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,10 @@ class Text:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under a head; the first `text_columns` are text, the others numbers."""
+    """Rows under a head; the first `text_columns` are text, the others numbers.
+
+    Rows whose first cell begins with a space belong to the row above.
+    """
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -106,6 +113,30 @@ def to_markdown(title: str, sections: Sequence[Section]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def percent(interval: Interval | None) -> str:
+    """A share in percent, and its limits: "71.3 [70.9, 71.7]"."""
+    if interval is None:
+        return DASH
+    value, low, high = (f"{100 * v:.1f}" for v in interval)
+    return f"{value} [{low}, {high}]"
+
+
+def points(interval: Interval | None) -> str:
+    """A difference of shares in percentage points, and its limits, with their signs."""
+    if interval is None:
+        return DASH
+    value, low, high = (signed(100 * v, ".1f", plus=True) for v in interval)
+    return f"{value} [{low}, {high}]"
+
+
+def signed(value: float, layout: str = ".3g", *, plus: bool = False) -> str:
+    """A number with a minus sign that is one; what is shown as zero has no sign."""
+    text = format(abs(value), layout)
+    if float(text) == 0:
+        return text
+    return f"{'−' if value < 0 else '+' if plus else ''}{text}"
+
+
 def aligned(lines: Sequence[Sequence[str]], text_columns: int = 1) -> str:
     """An aligned Markdown table; its first line is the head."""
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
@@ -151,12 +182,17 @@ def _block_markdown(block: Block) -> str:
 def _table_html(table: Table) -> str:
     def cells(row: Sequence[str], tag: str) -> str:
         kinds = ("" if i < table.text_columns else ' class="number"' for i in range(len(row)))
-        return "".join(f"<{tag}{kind}>{_inline(cell)}</{tag}>" for cell, kind in zip(row, kinds))
+        heads = (f' data-head="{html.escape(head)}"' if tag == "td" else "" for head in table.head)
+        return "".join(
+            f'<{tag}{kind}{head}><span class="cell">{_inline(cell.strip())}</span></{tag}>'
+            for cell, kind, head in zip(row, kinds, heads)
+        )
 
-    rows = "".join(
-        f"<tr{' class=first' if row[0] else ''}>{cells(row, 'td')}</tr>" for row in table.rows
+    body = "".join(
+        f"<tr{' class=below' if row[0].startswith(' ') else ''}>{cells(row, 'td')}</tr>" for row in table.rows
     )
-    return f'<div class="scroll"><table><thead><tr>{cells(table.head, "th")}</tr></thead><tbody>{rows}</tbody></table></div>'
+    head = f"<thead><tr>{cells(table.head, 'th')}</tr></thead>"
+    return f'<div class="scroll"><table>{head}<tbody>{body}</tbody></table></div>'
 
 
 def _card_html(card: Card) -> str:
@@ -198,10 +234,12 @@ pre code { white-space: pre-wrap; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.92rem; }
 th, td { padding: 0.24rem 0.7rem 0.24rem 0; text-align: left; vertical-align: top; }
 th { border-bottom: 1.5px solid var(--quiet); font-weight: 600; vertical-align: bottom; }
-tr.first td { border-top: 1px solid var(--grid); }
-tr:not(.first) td { color: var(--quiet); }
+td { border-top: 1px solid var(--grid); }
+tr.below td { border-top: none; color: var(--quiet); padding-top: 0; }
+tr.below td:first-child { padding-left: 1rem; }
 .number { text-align: right; }
 .interval { white-space: nowrap; color: var(--quiet); font-size: 0.92em; }
+.figures > figure { display: flex; flex-direction: column; justify-content: flex-end; }
 .figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 350px), 1fr)); gap: 1.4rem 1.6rem;
   margin: 1rem 0; }
 figure { margin: 0; min-width: 0; }
@@ -210,5 +248,19 @@ figcaption { font-size: 0.9rem; line-height: 1.35; margin-bottom: 0.2rem; }
 .cards img { width: calc(50% - 2px); image-rendering: auto; vertical-align: top; background: #000; }
 .cards img + img { margin-left: 4px; }
 .cards figcaption { margin-top: 0.25rem; font-size: 0.82rem; }
-@media (max-width: 520px) { body { font-size: 14px; } th, td { padding-right: 0.45rem; } table { font-size: 0.84rem; } }
+@media (max-width: 640px) {
+  body { font-size: 14px; }
+  .scroll { overflow-x: visible; }
+  table, tbody { display: block; }
+  thead { display: none; }
+  tr { display: grid; grid-template-columns: auto 1fr; border-top: 1px solid var(--grid); padding: 0.3rem 0; }
+  tr.below { border-top: none; padding-top: 0; }
+  td, tr.below td { border: none; padding: 0.05rem 0; min-width: 0; overflow-wrap: anywhere; }
+  td:first-child { grid-column: 1 / -1; font-weight: 600; }
+  tr.below td:first-child { padding-left: 0; font-weight: 400; }
+  td:not(:first-child) { display: contents; }
+  td:not(:first-child)::before { content: attr(data-head); color: var(--quiet); padding-right: 1rem; text-align: left; }
+  td > span.cell { text-align: left; }
+  .number > span.cell { text-align: right; }
+}
 """

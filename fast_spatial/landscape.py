@@ -1,7 +1,7 @@
 """The landscape: loss and verdict of every one of the grid's 775 views, on a fixed, class-balanced subset.
 
-An evaluation stops looking at an image at its first wrong view, which says how many images survive, but not how loss and
-accuracy depend on angle and translation. This pass looks at all views, of few images, and keeps what it saw:
+An evaluation stops looking at an image at its first wrong view, which says how many images survive, but not how loss
+and accuracy depend on angle and translation. This pass looks at all views, of few images, and keeps what it saw:
 
     OUT/landscape.json    the limits, the images by name, the sample pictures and what they show
     OUT/landscape.npz     loss float16 [N, 775], correct as bits, uint8 [N, 97], in the order of `kernels.spatial.grid`
@@ -35,7 +35,7 @@ from fast_spatial.evaluate import default_judge_batch
 from fast_spatial.files import write_atomically, write_json
 from fast_spatial.model import Classifier
 from fast_spatial.runlog import Bar, say
-from fast_spatial.scoring import Judge, Passes, Scorer
+from fast_spatial.scoring import Passes, Scorer
 from fast_spatial.stopping import stop_requests
 from kernels.limits import NOMINAL_SIDE, SpatialLimits
 from kernels.sampling import EVALUATION, augmentation_settings, pack_key, view_limits

@@ -96,7 +96,8 @@ def rows_of(runs: Sequence[Run]) -> list[Row]:
         rows.setdefault(json.dumps(recipe), Row(row_name(run.config.mode, run.config.degrees))).runs.append(run)
     names = [row.name for row in rows.values()]
     return [
-        row if names.count(row.name) == 1 else Row(f"{row.name} ({row.first.folder})", row.runs) for row in rows.values()
+        row if names.count(row.name) == 1 else Row(f"{row.name} ({row.first.folder})", row.runs)
+        for row in rows.values()
     ]
 
 

@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import math
 import statistics as plain_statistics
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from fast_spatial import deviations
-from fast_spatial.charts import Scale, Series, heat_map, line_chart
+from fast_spatial import deviations, robustness
+from fast_spatial.charts import Series, line_chart, ticks
 from fast_spatial.config import DIGITS, PUBLISHED
-from fast_spatial.document import Block, Card, Code, Figure, Figures, Pictures, Section, Table, Text
+from fast_spatial.document import DASH, Block, Code, Figure, Figures, Section, Table, Text, percent, points
 from fast_spatial.landscape import Landscape
 from fast_spatial.report import ATTACKS, HEADS
 from fast_spatial.runs import Row, Run
 from fast_spatial.statistics import Interval, difference, mean, paired_difference, wilson
-from kernels.spatial import GRID_ANGLES, GRID_IDENTITY, GRID_SHIFTS, GRID_VIEWS
+from kernels.spatial import GRID_IDENTITY, GRID_VIEWS
 
 # ImageNet's validation images: as many as the published percentages are of.
 PUBLISHED_IMAGES = 50_000
 _MANY_CLASSES = 20
-_MAPPED_IMAGES = 3
-_DASH = "–"
 
 
 def sections(rows: Sequence[Row], price: float) -> list[Section]:
@@ -33,9 +30,9 @@ def sections(rows: Sequence[Row], price: float) -> list[Section]:
         Section("Results", results(rows)),
         Section("Cost", cost(rows, price)),
         Section("Learning curves", learning(rows)),
-        Section("Robustness", robustness(rows)),
-        Section("Landscape", landscapes(rows)),
-        Section("Worst views", worst_views(rows)),
+        Section("Robustness", robustness.curves(rows)),
+        Section("Landscape", robustness.landscapes(rows)),
+        Section("Worst views", robustness.worst_views(rows)),
         Section("Classes", classes(rows)),
         Section("Deviations from the reference", deviating(rows)),
         Section("How to repeat it", repeating(rows)),
@@ -75,13 +72,12 @@ def results(rows: Sequence[Row]) -> list[Block]:
     )
     lines = []
     for row in judged:
-        lines.append([_with_seeds(row), *(_shown(_accuracy(row, attack)) for attack in ATTACKS)])
+        lines.append([_with_seeds(row), *(percent(_accuracy(row, attack)) for attack in ATTACKS)])
         published = _published(row)
         if published:
-            lines.append(["", *(f"{value:.1f}" for value in published)])
-            lines[-1][0] = "published, ImageNet"
+            lines.append([" published, ImageNet", *(f"{value:.1f}" for value in published)])
             if _comparable(row):
-                lines.append(["ours less published", *(_against_published(row, attack) for attack in ATTACKS)])
+                lines.append([" ours less published", *(_against_published(row, attack) for attack in ATTACKS)])
     blocks.append(Table(["trained as", *HEADS], lines))
     if any(_comparable(row) for row in judged):
         blocks.append(
@@ -159,7 +155,7 @@ def _against_published(row: Row, attack: str) -> str:
     ours, published = _accuracy(row, attack), _published(row)
     assert published is not None
     right = round(published[ATTACKS.index(attack)] * PUBLISHED_IMAGES / 100)
-    return _shown(None if ours is None else difference(ours, wilson(right, PUBLISHED_IMAGES)), signed=True)
+    return points(None if ours is None else difference(ours, wilson(right, PUBLISHED_IMAGES)))
 
 
 def _against_each_other(judged: Sequence[Row]) -> list[Block]:
@@ -175,7 +171,7 @@ def _against_each_other(judged: Sequence[Row]) -> list[Block]:
         if pairs is None:
             other_images.append(row.name)
         else:
-            lines.append([row.name, *(_shown(pairs[attack], signed=True) for attack in ATTACKS)])
+            lines.append([row.name, *(points(pairs[attack]) for attack in ATTACKS)])
     blocks: list[Block] = []
     if lines:
         blocks = [
@@ -193,7 +189,9 @@ def _against_each_other(judged: Sequence[Row]) -> list[Block]:
 def _pairs(run: Run, base: Run) -> dict[str, Interval | None] | None:
     """Differences by attack; None if these runs were not judged on the same images."""
     assert run.evaluation is not None and base.evaluation is not None
-    mine, theirs = ({image["path"]: image for image in r.evaluation.get("images", [])} for r in (run, base) if r.evaluation)
+    mine, theirs = (
+        {image["path"]: image for image in r.evaluation.get("images", [])} for r in (run, base) if r.evaluation
+    )
     if not mine or mine.keys() != theirs.keys():
         return None
     found: dict[str, Interval | None] = {}
@@ -227,13 +225,13 @@ def cost(rows: Sequence[Row], price: float) -> list[Block]:
             lines.append(
                 [
                     row.name if len(row.runs) == 1 else f"{row.name}, seed {run.config.seed}",
-                    str(gpus or _DASH),
+                    str(gpus or DASH),
                     _duration(train_sec),
-                    _DASH if evaluate_sec is None else _duration(evaluate_sec),
-                    f"{gpu_hours:.2f}" if gpus else _DASH,
-                    f"{price * gpu_hours:.2f}" if gpus and price else _DASH,
-                    f"{plain_statistics.median(rates):,.0f}" if rates else _DASH,
-                    f"{sum(kwh):.3f}" if kwh else _DASH,
+                    DASH if evaluate_sec is None else _duration(evaluate_sec),
+                    f"{gpu_hours:.2f}" if gpus else DASH,
+                    f"{price * gpu_hours:.2f}" if gpus and price else DASH,
+                    f"{plain_statistics.median(rates):,.0f}" if rates else DASH,
+                    f"{sum(kwh):.3f}" if kwh else DASH,
                 ]
             )
     if not lines:
@@ -250,10 +248,14 @@ def cost(rows: Sequence[Row], price: float) -> list[Block]:
     else:
         notes.append("These runs used no GPU: there are no GPU-hours, and nothing to price.")
     if kwh_known:
-        notes.append("kWh is what the GPUs used while training, by NVML's counters; the rest of the machine is not in it.")
+        notes.append(
+            "kWh is what the GPUs used while training, by NVML's counters; the rest of the machine is not in it."
+        )
     else:
         notes.append("No energy is in the logs: NVML gave none.")
-    return [Table(head, lines), Text(" ".join(notes))]
+    told = [i for i in range(len(head)) if any(line[i] != DASH for line in lines)]
+    table = Table([head[i] for i in told], [[line[i] for i in told] for line in lines])
+    return [table, Text(" ".join(notes))]
 
 
 def _gpus(run: Run) -> int:
@@ -275,7 +277,12 @@ def learning(rows: Sequence[Row]) -> list[Block]:
         ("train", "loss", "Training loss, on the views trained on", "cross-entropy, nats"),
         ("train", "top1_pct", "Training accuracy, on the views trained on", "top-1 accuracy, %"),
         ("evaluation", "top1_pct", "Validation accuracy, untouched images", "top-1 accuracy, %"),
-        ("evaluation", "attacked_top1_pct", "Validation accuracy under each row's training attack", "top-1 accuracy, %"),
+        (
+            "evaluation",
+            "attacked_top1_pct",
+            "Validation accuracy under each row's training attack",
+            "top-1 accuracy, %",
+        ),
     )
     figures = []
     for event, name, caption, y_label in wanted:
@@ -286,7 +293,7 @@ def learning(rows: Sequence[Row]) -> list[Block]:
                 if points:
                     series.append(Series(row.name, points, style))
         if series:
-            figures.append(Figure(caption, line_chart(caption, "epoch", y_label, series)))
+            figures.append(Figure(caption, line_chart(caption, "epoch", y_label, series, x_ticks=_whole_ticks(series))))
     if not figures:
         return [Text("No run here has finished an epoch.")]
     return [
@@ -298,219 +305,9 @@ def learning(rows: Sequence[Row]) -> list[Block]:
     ]
 
 
-# --- robustness
-
-
-def robustness(rows: Sequence[Row]) -> list[Block]:
-    """Accuracy against the limits of the attack."""
-    mapped = [(style, row.name, row.mapped.landscape) for style, row in enumerate(rows) if row.mapped]
-    found = [(style, name, landscape) for style, name, landscape in mapped if landscape is not None]
-    if not found:
-        return [Text(_no_landscape())]
-    angle_steps, shift_steps = GRID_ANGLES // 2, GRID_SHIFTS // 2
-    wanted: tuple[tuple[str, str, int, Callable[[int], tuple[int, int]], bool], ...] = (
-        ("Right on every view: rotations alone", "angle", angle_steps, lambda step: (step, 0), True),
-        ("Right on every view: translations alone", "shift", shift_steps, lambda step: (0, step), True),
-        ("Right on every view: rotations, with all translations", "angle", angle_steps, lambda s: (s, shift_steps), True),
-        ("Right on every view: translations, with all rotations", "shift", shift_steps, lambda s: (angle_steps, s), True),
-        ("Mean over the views: rotations alone", "angle", angle_steps, lambda step: (step, 0), False),
-        ("Mean over the views: translations alone", "shift", shift_steps, lambda step: (0, step), False),
-    )
-    figures = []
-    for caption, kind, steps, limits_at, every in wanted:
-        series = []
-        for style, name, landscape in found:
-            values = landscape.angles_deg if kind == "angle" else landscape.shifts_px
-            limits = values[len(values) // 2 :]
-            curve = [_over_views(landscape.within(*limits_at(step)), every=every) for step in range(steps + 1)]
-            points = [(x, 100 * one.value) for x, one in zip(limits, curve)]
-            series.append(Series(name, points, style, [(100 * one.low, 100 * one.high) for one in curve]))
-        x_label = "angle limit, degrees" if kind == "angle" else "translation limit, px at side 224"
-        chart = line_chart(caption, x_label, "top-1 accuracy, %", series, y_range=(0.0, 100.0))
-        figures.append(Figure(caption, chart))
-    head = ["trained as", "untouched", *(f"{a:g}°" for a in (10, 20, 30)), "12 px", "24 px", "30°, 24 px"]
-    limits_of_columns = [(0, 0), (5, 0), (10, 0), (15, 0), (0, 1), (0, 2), (15, 2)]
-    a_limit, t_limit = found[0][2].about["degrees"], found[0][2].about["translate_px"]
-    head[2:] = [
-        *(f"{a_limit * a / angle_steps:g}°" for a in (5, 10, 15)),
-        *(f"{t_limit * t / shift_steps:.3g} px" for t in (1, 2)),
-        f"{a_limit:g}°, {t_limit:.3g} px",
-    ]
-    lines = [
-        [name, *(_shown(_over_views(landscape.within(*limits), every=True)) for limits in limits_of_columns)]
-        for _, name, landscape in found
-    ]
-    return [
-        Text(_subset(found[0][2])),
-        Text(
-            "An image counts as right within a limit if it is right on every view of the grid that stays within it, the "
-            f"untouched one included; at both limits these are all {GRID_VIEWS} views. Bands are 95 % intervals: "
-            "Wilson's, and Student's t for means over views. The subset has as many images of every class, so they are "
-            "a little too wide."
-        ),
-        Figures(figures),
-        Text("The same in numbers: percent of images that are right on every view up to a limit."),
-        Table(head, lines),
-    ]
-
-
-def _over_views(correct: NDArray[np.bool_], *, every: bool) -> Interval:
-    """Accuracy over images, [N, views]: right on every view, or the mean share of the views."""
-    if every:
-        return wilson(int(correct.all(axis=1).sum()), len(correct))
-    found = mean(correct.mean(axis=1).tolist())
-    return Interval(found.value, max(0.0, found.low), min(1.0, found.high))
-
-
-def _subset(landscape: Landscape) -> str:
-    about = landscape.about
-    return (
-        f"Survivors cannot tell how accuracy depends on the limits, so all {GRID_VIEWS} views of a fixed subset were "
-        f"judged: {about['num_images']} validation images, {about['images_per_class']} of every class, drawn once for "
-        f"all models and named in each run's `landscape.json`. Of several seeds, the first one's model is shown."
-    )
-
-
-def _no_landscape() -> str:
-    return (
-        "No run here has a landscape: `launch.py landscape --checkpoint RUN/best.pt --data DATA --out RUN` makes one, "
-        "and `launch.py report` shows it."
-    )
-
-
-# --- landscape
-
-
-def landscapes(rows: Sequence[Row]) -> list[Block]:
-    """Loss and accuracy over angle and translation, of models and of single images."""
-    found = [(row.name, run) for row in rows if (run := row.mapped) is not None]
-    maps = [(name, run.landscape) for name, run in found if run.landscape is not None]
-    if not maps:
-        return [Text(_no_landscape())]
-    losses = [landscape.loss.mean(axis=(0, 3)) for _, landscape in maps]
-    loss_scale = _scale_of(losses, "mean cross-entropy, nats")
-    percent = Scale(0.0, 100.0, "top-1 accuracy, %")
-    model_figures = []
-    for (name, landscape), loss in zip(maps, losses):
-        for caption, values, scale in (
-            (f"{name}: accuracy, mean over ty", 100 * landscape.correct.mean(axis=(0, 3)), percent),
-            (f"{name}: right for all five ty", 100 * landscape.correct.all(axis=3).mean(axis=0), percent),
-            (f"{name}: loss, mean over ty", loss, loss_scale),
-        ):
-            model_figures.append(Figure(caption, _model_map(caption, landscape, values.T, scale)))
-    shown = [
-        (name, landscape, sample["image"])
-        for name, landscape in maps
-        for sample in landscape.about["samples"][:: max(1, len(landscape.about["samples"]) // _MAPPED_IMAGES)][:_MAPPED_IMAGES]
-    ]
-    image_scale = _scale_of([landscape.loss[image] for _, landscape, image in shown], "cross-entropy, nats")
-    image_figures = []
-    for name, landscape, image in shown:
-        about = landscape.about["images"][image]
-        caption = f"{name}: `{about['path']}`, class {about['class']}"
-        image_figures.append(Figure(caption, _image_map(caption, landscape, image, image_scale)))
-    return [
-        Text(_subset(maps[0][1])),
-        Text(
-            "Models: columns are the 31 angles, rows the 5 horizontal translations tx (a positive one moves the content "
-            "to the left). Over the 5 vertical ones, ty, the first map takes the mean, the second demands that an image "
-            "is right for all five, and the third shows the mean loss."
-        ),
-        Figures(model_figures),
-        Text(
-            f"Single images: all {GRID_VIEWS} views, none averaged. Rows are the 25 translations, ty from "
-            f"{maps[0][1].shifts_px[0]:.3g} to {maps[0][1].shifts_px[-1]:.3g} px from top to bottom within each tx; a dot "
-            f"marks a view that is judged wrong."
-        ),
-        Figures(image_figures),
-    ]
-
-
-def _scale_of(losses: Sequence[NDArray[np.float32]], label: str) -> Scale:
-    """One scale for maps that are compared: up to the 98th percentile, rounded up to two digits."""
-    values = np.concatenate([loss.ravel() for loss in losses])
-    high = float(np.percentile(values, 98))
-    digits = 10.0 ** (math.floor(math.log10(high)) - 1) if high > 0 else 1.0
-    high = math.ceil(high / digits - 1e-9) * digits or 1.0
-    return Scale(0.0, high, label, clipped=bool(values.max() > high))
-
-
-def _angle_ticks(landscape: Landscape) -> list[tuple[float, str]]:
-    return [(a, _signed(angle)) for a, angle in enumerate(landscape.angles_deg) if a % 5 == 0]
-
-
-def _model_map(caption: str, landscape: Landscape, values: NDArray[np.float64], scale: Scale) -> str:
-    ticks = [(row, _signed(shift)) for row, shift in enumerate(landscape.shifts_px)]
-    return heat_map(
-        caption,
-        "angle, degrees",
-        "tx, px at side 224",
-        values.tolist(),
-        scale,
-        x_ticks=_angle_ticks(landscape),
-        y_ticks=ticks,
-        row_height=24,
-    )
-
-
-def _image_map(caption: str, landscape: Landscape, image: int, scale: Scale) -> str:
-    # [31, tx, ty] to rows of (tx, ty).
-    loss, correct = (
-        values[image].transpose(1, 2, 0).reshape(-1, GRID_ANGLES) for values in (landscape.loss, landscape.correct)
-    )
-    middle = GRID_SHIFTS // 2
-    return heat_map(
-        caption,
-        "angle, degrees",
-        "tx, px at side 224 (ty within)",
-        loss.tolist(),
-        scale,
-        x_ticks=_angle_ticks(landscape),
-        y_ticks=[(row * GRID_SHIFTS + middle, _signed(shift)) for row, shift in enumerate(landscape.shifts_px)],
-        row_height=7,
-        marked=[(int(r), int(c)) for r, c in np.argwhere(~correct)],
-        rows_per_group=GRID_SHIFTS,
-    )
-
-
-# --- worst views
-
-
-def worst_views(rows: Sequence[Row]) -> list[Block]:
-    """Sample images, untouched and as the view of highest loss."""
-    blocks: list[Block] = []
-    for row in rows:
-        run = row.mapped
-        if run is None or run.landscape is None:
-            continue
-        images = run.landscape.about["images"]
-        cards = []
-        for sample in run.landscape.about["samples"]:
-            about = images[sample["image"]]
-            pictures = [
-                (run.folder / sample[kind], f"{about['path']}, {kind}{' view' if kind == 'worst' else ''}")
-                for kind in ("untouched", "worst")
-            ]
-            if all(path.is_file() for path, _ in pictures):
-                cards.append(Card(pictures, _worst_caption(about["class"], sample)))
-        if cards:
-            blocks.append(Pictures(row.name, cards))
-    if not blocks:
-        return [Text(f"There are no pictures. {_no_landscape()}")]
-    about_them = (
-        f"Images spread evenly over the subset, not chosen by their looks: untouched on the left, and on the right the "
-        f"view of highest loss of all {GRID_VIEWS}."
-    )
-    return [Text(about_them), *blocks]
-
-
-def _worst_caption(name: str, sample: dict[str, Any]) -> str:
-    said = sample["worst_predicted"]
-    verdict = f"class {name}, still right" if said == name else f"class {name}, taken for {said}"
-    return (
-        f"{verdict}; {_signed(sample['degrees'])}°, {_signed(sample['tx_px'])} and {_signed(sample['ty_px'])} px; "
-        f"loss {sample['untouched_loss']:.2f} to {sample['worst_loss']:.2f}"
-    )
+def _whole_ticks(series: Sequence[Series]) -> list[int]:
+    epochs = [x for one in series for x, _ in one.points]
+    return sorted({round(tick) for tick in ticks(min(epochs), max(epochs), 6)})
 
 
 # --- classes
@@ -518,25 +315,25 @@ def _worst_caption(name: str, sample: dict[str, Any]) -> str:
 
 def classes(rows: Sequence[Row]) -> list[Block]:
     """Accuracy and loss by class."""
-    judged = [(row.name, run.judged[0]) for row in rows for run in [row] if run.judged]
-    accuracy = {name: _by_class(run) for name, run in judged if run.evaluation and run.evaluation.get("images")}
+    judged = {row.name: row.judged[0] for row in rows if row.judged}
+    accuracy = {name: _by_class(run) for name, run in judged.items() if run.evaluation and run.evaluation.get("images")}
     blocks: list[Block] = []
     if accuracy:
-        counts = {c: n for found in accuracy.values() for c, (n, _, _) in found.items()}
-        with_grid = [f[c][2] for f in accuracy.values() for c in f]
+        found_of = {
+            c: [found[c] for found in accuracy.values() if c in found] for found in accuracy.values() for c in found
+        }
         hardest = sorted(
-            counts,
-            key=lambda c: sum((found[c][2] if found[c][2] is not None else found[c][1]) for found in accuracy.values() if c in found),
+            found_of, key=lambda c: sum(f.natural_pct if f.grid_pct is None else f.grid_pct for f in found_of[c])
         )
         lines = [
-            [c, str(counts[c]), *(_natural_and_grid(found.get(c)) for found in accuracy.values())]
-            for c in _some(hardest, sorted(counts))
+            [c, str(found_of[c][0].images), *(_natural_and_grid(found.get(c)) for found in accuracy.values())]
+            for c in _some(hardest, sorted(found_of))
         ]
-        grid = "right on every view of the grid" if any(v is not None for v in with_grid) else "under no other attack"
+        few = len(found_of) <= _MANY_CLASSES
         blocks += [
             Text(
-                f"Percent right, untouched and {grid}"
-                + ("." if len(counts) <= _MANY_CLASSES else f": the ten hardest and the ten easiest of {len(counts)} classes.")
+                "Percent of images that are right untouched, and on every view of the grid"
+                + ("." if few else f": the ten hardest and the ten easiest of {len(found_of)} classes.")
             ),
             Table(["class", "images", *accuracy], lines),
         ]
@@ -547,7 +344,7 @@ def classes(rows: Sequence[Row]) -> list[Block]:
         hardest = sorted(names, key=lambda c: -sum(found[c][1] for found in losses.values() if c in found))
         each = next(iter(maps.values())).about["images_per_class"]
         lines = [
-            [c, *(" / ".join(f"{v:.2f}" for v in found[c]) if c in found else _DASH for found in losses.values())]
+            [c, *(" / ".join(f"{v:.2f}" for v in found[c]) if c in found else DASH for found in losses.values())]
             for c in _some(hardest, names)
         ]
         blocks += [
@@ -560,25 +357,29 @@ def classes(rows: Sequence[Row]) -> list[Block]:
     return blocks or [Text("No run here has verdicts or losses of single images.")]
 
 
-def _by_class(run: Run) -> dict[str, tuple[int, float, float | None]]:
-    """Images, percent right untouched, and percent that the grid leaves right, by class."""
+class _OfClass(NamedTuple):
+    images: int
+    natural_pct: float
+    grid_pct: float | None
+
+
+def _by_class(run: Run) -> dict[str, _OfClass]:
     assert run.evaluation is not None
     verdicts: dict[str, list[tuple[bool, bool | None]]] = {}
     for image in run.evaluation["images"]:
         verdicts.setdefault(image["path"].split("/")[-2], []).append((image["natural"], image["grid"]))
-    found: dict[str, tuple[int, float, float | None]] = {}
+    found = {}
     for name, of_class in verdicts.items():
         grid = [g for _, g in of_class if g is not None]
-        natural_pct = 100 * sum(n for n, _ in of_class) / len(of_class)
-        found[name] = (len(of_class), natural_pct, 100 * sum(grid) / len(grid) if grid else None)
+        natural_pct = 100 * sum(natural for natural, _ in of_class) / len(of_class)
+        found[name] = _OfClass(len(of_class), natural_pct, 100 * sum(grid) / len(grid) if grid else None)
     return found
 
 
-def _natural_and_grid(found: tuple[int, float, float | None] | None) -> str:
+def _natural_and_grid(found: _OfClass | None) -> str:
     if found is None:
-        return _DASH
-    _, natural, grid = found
-    return f"{natural:.0f} / {_DASH if grid is None else f'{grid:.0f}'}"
+        return DASH
+    return f"{found.natural_pct:.0f} / {DASH if found.grid_pct is None else f'{found.grid_pct:.0f}'}"
 
 
 def _losses_by_class(landscape: Landscape) -> dict[str, tuple[float, float, float]]:
@@ -641,7 +442,9 @@ def repeating(rows: Sequence[Row]) -> list[Block]:
         blocks.append(Text(f"Runs were continued {continued} times; the same command continues one that was stopped."))
 
     def of(name: str) -> str:
-        return "; ".join(_distinct(str(start[name]) for start in starts if start.get(name) not in (None, [], ""))) or _DASH
+        return (
+            "; ".join(_distinct(str(start[name]) for start in starts if start.get(name) not in (None, [], ""))) or DASH
+        )
 
     versions = _distinct(
         f"{package} {number}" for start in starts for package, number in (start.get("versions") or {}).items()
@@ -659,7 +462,7 @@ def repeating(rows: Sequence[Row]) -> list[Block]:
         ["system", of("os")],
         ["Python", of("python")],
         ["packages", ", ".join(versions)],
-        ["commit", "; ".join(commits) or _DASH],
+        ["commit", "; ".join(commits) or DASH],
         ["started", _span(starts)],
     ]
     return [*blocks, Table(["ran on", ""], lines, text_columns=2)]
@@ -668,31 +471,8 @@ def repeating(rows: Sequence[Row]) -> list[Block]:
 def _span(starts: Sequence[dict[str, Any]]) -> str:
     times = sorted(start["started"] for start in starts if start.get("started"))
     if not times:
-        return _DASH
+        return DASH
     return times[0] if len(times) == 1 else f"{times[0]} (the first), {times[-1]} (the last)"
-
-
-# --- words
-
-
-def _shown(interval: Interval | None, *, signed: bool = False) -> str:
-    """Percent, and its limits in brackets."""
-    if interval is None:
-        return _DASH
-    value, low, high = (100 * v for v in interval)
-    if signed:
-        return f"{_points(value)} [{_points(low)}, {_points(high)}]"
-    return f"{value:.1f} [{low:.1f}, {high:.1f}]"
-
-
-def _points(value: float) -> str:
-    text = f"{abs(value):.1f}"
-    return text if text == "0.0" else f"{'+' if value > 0 else '−'}{text}"
-
-
-def _signed(value: float) -> str:
-    text = f"{abs(value):.3g}"
-    return text if value >= 0 else f"−{text}"
 
 
 def _data(run: Run) -> str:

@@ -44,8 +44,8 @@ def wilson(right: int, count: int) -> Interval:
 def difference(first: Interval, second: Interval) -> Interval:
     """The first less the second, independent of each other, by squaring and adding the distances to their limits.
 
-    Of two Wilson intervals it is Newcombe's hybrid score interval, method 10 of Statistics in Medicine 17:873 (1998); of
-    others, what Zou and Donner call MOVER (Statistics in Medicine 27:1693, 2008).
+    Of two Wilson intervals it is Newcombe's hybrid score interval, method 10 of Statistics in Medicine 17:873 (1998);
+    of others, what Zou and Donner call MOVER (Statistics in Medicine 27:1693, 2008).
     """
     return _combined(first, second, correlation=0.0)
 

@@ -78,7 +78,7 @@ def test_the_same_images_tell_more_than_others():
 def test_wilson_covers_95_percent(count, region):
     """On average over a region; at single proportions the coverage of any interval for counts oscillates."""
     random = np.random.default_rng(count)
-    truth = random.uniform(*region, RUNS)
+    truth = random.uniform(region[0], region[1], RUNS)
     table = np.array([wilson(right, count) for right in range(count + 1)])
     found = table[random.binomial(count, truth)]
     assert abs(shares_of(found[:, 1], found[:, 2], truth) - 0.95) < ERROR + 0.01
@@ -105,7 +105,7 @@ def test_an_interval_that_is_too_short_would_be_found():
 @pytest.mark.parametrize("regions", [((0.0, 0.1), (0.0, 0.3)), ((0.4, 0.8), (0.2, 0.6)), ((0.9, 1.0), (0.9, 1.0))])
 def test_the_difference_of_two_samples_covers_95_percent(count, regions):
     random = np.random.default_rng(count)
-    first, second = (random.uniform(*region, RUNS) for region in regions)
+    first, second = (random.uniform(region[0], region[1], RUNS) for region in regions)
     rights = random.binomial(count, first), random.binomial(5 * count, second)
     pairs = zip(rights[0].tolist(), rights[1].tolist())
     found = np.array([difference(wilson(a, count), wilson(b, 5 * count)) for a, b in pairs])
@@ -118,7 +118,7 @@ def test_the_difference_of_two_samples_covers_95_percent(count, regions):
 def test_the_difference_of_pairs_covers_95_percent(count, agree, regions):
     """Two models that share a part of their luck; where a handful of images decides, it covers more than it says."""
     random = np.random.default_rng(count)
-    first, second = (random.uniform(*region, RUNS) for region in regions)
+    first, second = (random.uniform(region[0], region[1], RUNS) for region in regions)
     shared = np.minimum(first, second) * np.maximum(0, 1 - np.maximum(first, second))
     both = first * second + agree * shared
     cells = np.stack([both, first - both, second - both, 1 - first - second + both], axis=1).clip(0)
