@@ -135,7 +135,9 @@ def landscape(config: LandscapeConfig, world: World) -> None:
         if [image.index for image in found] != list(range(len(images))):
             raise RuntimeError(f"{len(found)} of {len(images)} images were judged, or one of them twice")
         shown = {index: values for _, part in parts for index, values in part.items()}
-        write(config, images, side, found, [(index, shown[index]) for index in sampled], time.monotonic() - start)
+        gpus = world.world_size if world.device.type == "cuda" else 0
+        samples = [(index, shown[index]) for index in sampled]
+        write(config, images, side, found, samples, seconds=time.monotonic() - start, gpus=gpus)
     distributed.barrier()
 
 
@@ -187,9 +189,22 @@ def write(
     side: int,
     found: list[ImageLandscape],
     samples: list[tuple[int, NDArray[np.uint8]]],
+    *,
     seconds: float,
+    gpus: int,
 ) -> None:
-    """Write the arrays and the pictures, and last the JSON that names them."""
+    """Write the arrays and the pictures, and last the JSON that names them.
+
+    Args:
+        config: what was asked for.
+        images: the subset.
+        side: of the views.
+        found: of every image, in the subset's order.
+        samples: images whose pictures are kept, and their pixels, uint8 [S, S, 3].
+        seconds: that the pass took.
+        gpus: that it took them on.
+
+    """
     out, limits = Path(config.out), config.limits
     params = grid(limits)
     (out / PICTURES).mkdir(parents=True, exist_ok=True)
@@ -231,6 +246,7 @@ def write(
         "num_images": len(found),
         "images_per_class": int((images.labels == images.labels[0]).sum()),
         "seconds": round(seconds, 1),
+        "gpus": gpus,
         "natural_top1_pct": 100 * float(correct[:, GRID_IDENTITY].mean()),
         "grid_top1_pct": 100 * float(correct.all(axis=1).mean()),
         "images": [{"path": path, "class": name} for path, name in zip(paths, classes)],

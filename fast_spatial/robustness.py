@@ -134,6 +134,7 @@ def _subset(found: Sequence[_Mapped]) -> str:
 
 
 def no_landscape() -> str:
+    """What to say, and do, where no run has a landscape."""
     return (
         "No run here has a landscape: `launch.py landscape --checkpoint RUN/best.pt --data DATA --out RUN` makes one, "
         "and `launch.py report` shows it."
@@ -142,7 +143,7 @@ def no_landscape() -> str:
 
 def landscapes(rows: Sequence[Row]) -> list[Block]:
     """Loss and accuracy over angle and translation, of models and of single images."""
-    found, left_out = _mapped(rows)
+    found, _ = _mapped(rows)
     if not found:
         return [Text(no_landscape())]
     maps = [(one.name, one.landscape) for one in found]
@@ -172,8 +173,8 @@ def landscapes(rows: Sequence[Row]) -> list[Block]:
         image_figures.append(Figure(caption, _image_map(caption, landscape, image, image_scale)))
     return [
         Text(
-            f"Of the same {maps[0][1].about['num_images']} images as the curves above.{left_out} Models: columns are "
-            "the 31 angles, rows the 5 horizontal translations tx (a positive one moves the content to the left). Over "
+            f"Of the same {maps[0][1].about['num_images']} images as the curves above. Models: columns are the "
+            "31 angles, rows the 5 horizontal translations tx (a positive one moves the content to the left). Over "
             "the 5 vertical ones, ty, the first map takes the mean, the second demands that an image is right for all "
             "five, and the third shows the mean loss."
         ),

@@ -115,6 +115,12 @@ def _read(folder: Path) -> Run:
         path = folder / name
         return _json(path, path.read_text(encoding="utf-8")) if path.is_file() else None
 
+    def evaluation() -> dict[str, Any] | None:
+        found = content("evaluation.json")
+        if found is not None and "num_images" not in found.get("summary", {}):
+            raise ValueError(f"{folder / 'evaluation.json'}: it is damaged (no summary)")
+        return found
+
     try:
         config = from_json(TrainConfig, content(CONFIG) or {})
     except (OSError, ValueError, TypeError) as error:
@@ -124,7 +130,7 @@ def _read(folder: Path) -> Run:
         config,
         attempt(lambda: _lines(folder / "environment.jsonl"), []),
         attempt(lambda: _lines(folder / "log.jsonl"), []),
-        attempt(lambda: content("evaluation.json"), None),
+        attempt(evaluation, None),
         attempt(lambda: content("result.json"), None),
         attempt(lambda: landscape.read(folder), None),
         problems,

@@ -64,7 +64,8 @@ def results(rows: Sequence[Row]) -> list[Block]:
             f"with rotations and translations of up to {' or '.join(limits)} (of a side of 224), and its 95 % interval "
             f"in brackets: Wilson's over the images"
             + (
-                ", or, where a row has several seeds, Student's t over their accuracies."
+                ", or, where a row has several seeds, Student's t over their accuracies, which is about other seeds on the "
+                "same images."
                 if any(len(row.judged) > 1 for row in judged)
                 else "."
             )
@@ -130,7 +131,10 @@ def _accuracy(row: Row, attack: str) -> Interval | None:
     shares = [right for right in found if right is not None]
     if not shares:
         return None
-    return wilson(*shares[0]) if len(shares) == 1 else mean([right / count for right, count in shares])
+    if len(shares) == 1:
+        return wilson(*shares[0])
+    found = mean([right / count for right, count in shares])
+    return Interval(found.value, max(0.0, found.low), min(1.0, found.high))
 
 
 def _published(row: Row) -> tuple[float, ...] | None:
@@ -217,7 +221,9 @@ def cost(rows: Sequence[Row], price: float) -> list[Block]:
             gpus = _gpus(run)
             train_sec = run.log[-1]["elapsed_sec"]
             evaluate_sec = (run.result or {}).get("seconds_evaluate")
-            gpu_hours = run.log[-1]["gpu_hours"] + gpus * (evaluate_sec or 0.0) / 3600
+            gpu_hours = run.log[-1].get("gpu_hours", 0.0) + gpus * (evaluate_sec or 0.0) / 3600
+            if run.landscape is not None:
+                gpu_hours += run.landscape.about["gpus"] * run.landscape.about["seconds"] / 3600
             kwh = [record["energy_kwh"] for record in run.log if "energy_kwh" in record]
             kwh_known, gpus_used = kwh_known or bool(kwh), gpus_used or gpus > 0
             total_gpu_hours += gpu_hours
@@ -240,7 +246,7 @@ def cost(rows: Sequence[Row], price: float) -> list[Block]:
     notes = ["Times are of the clock on the wall; images/s is the median epoch's, training alone."]
     if gpus_used:
         notes.append(
-            f"All of it took {total_gpu_hours:.2f} GPU-hours, evaluations included"
+            f"All of it took {total_gpu_hours:.2f} GPU-hours, evaluations and landscapes included"
             + (f", which come to {price * total_gpu_hours:.2f} at {price:g} each." if price else ".")
         )
         if not price:
