@@ -51,6 +51,7 @@ SAMPLES = 8
 # Few, so that a signal is heard soon; many enough that the last forward pass of a batch may be filled up.
 BATCH_SIZE = 16
 _LARGEST_FLOAT16 = 65504.0
+_KEYS = {"degrees", "translate_px", "num_images", "images_per_class", "seconds", "gpus", "images", "samples"}
 _JPEG_QUALITY = 92
 
 
@@ -311,6 +312,8 @@ def read(folder: Path) -> Landscape | None:
         with np.load(folder / ARRAYS) as arrays:
             loss = arrays["loss"].astype(np.float32)
             correct = np.unpackbits(arrays["correct"], axis=1, count=GRID_VIEWS).astype(bool)
+        if missing := _KEYS - about.keys():
+            raise KeyError(*sorted(missing))
         shape = (about["num_images"], GRID_ANGLES, GRID_SHIFTS, GRID_SHIFTS)
         return Landscape(folder, about, loss.reshape(shape), correct.reshape(shape))
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:

@@ -6,7 +6,7 @@ All of it comes from the landscapes that `launch.py landscape` left beside the r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +19,17 @@ from fast_spatial.runs import Row
 from fast_spatial.statistics import Interval, mean, wilson
 from kernels.spatial import GRID_ANGLES, GRID_SHIFTS, GRID_VIEWS
 
+# From the untouched image to the limit: of angles, of translations.
+_STEPS = (GRID_ANGLES // 2, GRID_SHIFTS // 2)
+# (caption, whether the limit is the angles', whether all of the other kind are judged too, right on every view or mean)
+_CURVES = (
+    ("Right on every view: rotations alone", True, False, True),
+    ("Right on every view: rotations, all translations", True, True, True),
+    ("Mean over the views: rotations alone", True, False, False),
+    ("Right on every view: translations alone", False, False, True),
+    ("Right on every view: translations, all rotations", False, True, True),
+    ("Mean over the views: translations alone", False, False, False),
+)
 _MAPPED_IMAGES = 3
 
 
@@ -27,46 +38,26 @@ def curves(rows: Sequence[Row]) -> list[Block]:
     found, left_out = _mapped(rows)
     if not found:
         return [Text(no_landscape())]
-    angle_steps, shift_steps = GRID_ANGLES // 2, GRID_SHIFTS // 2
-    wanted: tuple[tuple[str, str, int, Callable[[int], tuple[int, int]], bool], ...] = (
-        ("Right on every view: rotations alone", "angle", angle_steps, lambda step: (step, 0), True),
-        (
-            "Right on every view: rotations, with all translations",
-            "angle",
-            angle_steps,
-            lambda s: (s, shift_steps),
-            True,
-        ),
-        ("Mean over the views: rotations alone", "angle", angle_steps, lambda step: (step, 0), False),
-        ("Right on every view: translations alone", "shift", shift_steps, lambda step: (0, step), True),
-        (
-            "Right on every view: translations, with all rotations",
-            "shift",
-            shift_steps,
-            lambda s: (angle_steps, s),
-            True,
-        ),
-        ("Mean over the views: translations alone", "shift", shift_steps, lambda step: (0, step), False),
-    )
     figures = []
-    for caption, kind, steps, limits_at, every in wanted:
+    for caption, of_angles, with_others, every in _CURVES:
         series = []
         for name, landscape, style in found:
-            values = landscape.angles_deg if kind == "angle" else landscape.shifts_px
-            limits = values[steps:]
-            curve = [_over_views(landscape.within(*limits_at(step)), every=every) for step in range(steps + 1)]
-            points = [(x, 100 * one.value) for x, one in zip(limits, curve)]
+            limits = (landscape.angles_deg if of_angles else landscape.shifts_px)[_STEPS[not of_angles] :]
+            others = _STEPS[of_angles] if with_others else 0
+            parts = (landscape.within(*((s, others) if of_angles else (others, s))) for s in range(len(limits)))
+            curve = [_over_views(part, every=every) for part in parts]
+            points = [(limit, 100 * one.value) for limit, one in zip(limits, curve)]
             series.append(Series(name, points, style, [(100 * one.low, 100 * one.high) for one in curve]))
-        x_label = "angle limit, degrees" if kind == "angle" else "translation limit, px at side 224"
-        marks = limits if kind == "shift" else None
+        x_label = "angle limit, degrees" if of_angles else "translation limit, px at side 224"
+        marks = None if of_angles else limits  # of which there are but three
         chart = line_chart(caption, x_label, "top-1 accuracy, %", series, x_ticks=marks, y_range=(0.0, 100.0))
         figures.append(Figure(caption, chart))
     columns = [(0, 0), (5, 0), (10, 0), (15, 0), (0, 1), (0, 2), (15, 2)]
     degrees, px = found[0].landscape.about["degrees"], found[0].landscape.about["translate_px"]
     head = [
         *("trained as", "untouched"),
-        *(f"{degrees * a / angle_steps:g}°" for a, _ in columns[1:4]),
-        *(f"{px * t / shift_steps:.3g} px" for _, t in columns[4:6]),
+        *(f"{degrees * a / _STEPS[0]:g}°" for a, _ in columns[1:4]),
+        *(f"{px * t / _STEPS[1]:.3g} px" for _, t in columns[4:6]),
         f"{degrees:g}°, {px:.3g} px",
     ]
     lines = [
@@ -149,21 +140,19 @@ def landscapes(rows: Sequence[Row]) -> list[Block]:
     maps = [(one.name, one.landscape) for one in found]
     losses = [landscape.loss.mean(axis=(0, 3)) for _, landscape in maps]
     loss_scale = _scale_of(losses, "mean cross-entropy, nats")
-    percent = Scale(0.0, 100.0, "top-1 accuracy, %")
+    accuracy_scale = Scale(0.0, 100.0, "top-1 accuracy, %")
     model_figures = []
     for (name, landscape), loss in zip(maps, losses):
         for caption, values, scale in (
-            (f"{name}: accuracy, mean over ty", 100 * landscape.correct.mean(axis=(0, 3)), percent),
-            (f"{name}: right for all five ty", 100 * landscape.correct.all(axis=3).mean(axis=0), percent),
+            (f"{name}: accuracy, mean over ty", 100 * landscape.correct.mean(axis=(0, 3)), accuracy_scale),
+            (f"{name}: right for all five ty", 100 * landscape.correct.all(axis=3).mean(axis=0), accuracy_scale),
             (f"{name}: loss, mean over ty", loss, loss_scale),
         ):
             model_figures.append(Figure(caption, _model_map(caption, landscape, values.T, scale)))
     shown = [
         (name, landscape, sample["image"])
         for name, landscape in maps
-        for sample in landscape.about["samples"][:: max(1, len(landscape.about["samples"]) // _MAPPED_IMAGES)][
-            :_MAPPED_IMAGES
-        ]
+        for sample in _spread(landscape.about["samples"], _MAPPED_IMAGES)
     ]
     image_scale = _scale_of([landscape.loss[image] for _, landscape, image in shown], "cross-entropy, nats")
     image_figures = []
@@ -186,6 +175,10 @@ def landscapes(rows: Sequence[Row]) -> list[Block]:
         ),
         Figures(image_figures),
     ]
+
+
+def _spread(samples: Sequence[dict[str, Any]], count: int) -> Sequence[dict[str, Any]]:
+    return samples[:: max(1, len(samples) // count)][:count]
 
 
 def _scale_of(losses: Sequence[NDArray[np.float32]], label: str) -> Scale:

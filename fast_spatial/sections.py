@@ -64,8 +64,8 @@ def results(rows: Sequence[Row]) -> list[Block]:
             f"with rotations and translations of up to {' or '.join(limits)} (of a side of 224), and its 95 % interval "
             f"in brackets: Wilson's over the images"
             + (
-                ", or, where a row has several seeds, Student's t over their accuracies, which is about other seeds on the "
-                "same images."
+                ", or, where a row has several seeds, Student's t over their accuracies, which is about other seeds on "
+                "the same images."
                 if any(len(row.judged) > 1 for row in judged)
                 else "."
             )
@@ -133,8 +133,8 @@ def _accuracy(row: Row, attack: str) -> Interval | None:
         return None
     if len(shares) == 1:
         return wilson(*shares[0])
-    found = mean([right / count for right, count in shares])
-    return Interval(found.value, max(0.0, found.low), min(1.0, found.high))
+    over_seeds = mean([right / count for right, count in shares])
+    return Interval(over_seeds.value, max(0.0, over_seeds.low), min(1.0, over_seeds.high))
 
 
 def _published(row: Row) -> tuple[float, ...] | None:

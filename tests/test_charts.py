@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterator
@@ -102,8 +103,12 @@ def test_ticks_are_round_and_inside(low, high, expected):
 
 def cells(root: ElementTree.Element, rows: int, columns: int) -> list[list[str]]:
     """The colour of every cell, read back from the rectangles."""
-    shapes = [(p.attrib["fill"], p.attrib["d"]) for p in root.iter(f"{SVG}path") if p.attrib.get("class") == "cells"]
-    boxes = [(fill, *map(float, box)) for fill, d in shapes for box in re.findall(r"M(\S+) (\S+?)H(\S+?)V(\S+?)H", d)]
+    boxes: list[tuple[str, float, float, float, float]] = []
+    for path in root.iter(f"{SVG}path"):
+        if path.attrib.get("class") == "cells":
+            for box in re.findall(r"M(\S+) (\S+?)H(\S+?)V(\S+?)H", path.attrib["d"]):
+                x, y, right, below = map(float, box)
+                boxes.append((path.attrib["fill"], x, y, right, below))
     left, top = min(b[1] for b in boxes), min(b[2] for b in boxes)
     width, height = (max(b[3] for b in boxes) - left) / columns, (max(b[4] for b in boxes) - top) / rows
     found = [[""] * columns for _ in range(rows)]
@@ -170,7 +175,7 @@ def luminance(text: str) -> float:
 def test_a_brighter_colour_is_always_a_larger_value():
     shades = [luminance(colour(level)) for level in range(LEVELS)]
     assert shades == sorted(shades)
-    assert min(b - a for a, b in zip(shades, shades[1:])) > 0.002
+    assert min(b - a for a, b in itertools.pairwise(shades)) > 0.002
 
 
 @pytest.mark.parametrize(("mode", "page"), [(0, "#ffffff"), (1, "#14161a")])

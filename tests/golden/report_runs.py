@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image
 
 from fast_spatial.config import TrainConfig, to_json
-from kernels.spatial import GRID_IDENTITY, GRID_VIEWS, grid
 from kernels.limits import SpatialLimits
+from kernels.spatial import GRID_IDENTITY, GRID_VIEWS, grid
 
 IMAGES = 50
 STARTED = {
