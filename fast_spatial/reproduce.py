@@ -146,6 +146,7 @@ def map_landscape(row: Row, launch: Launch) -> None:
         return
     shared = {f.name: getattr(row.evaluate, f.name) for f in dataclasses.fields(LaunchOptions)}
     judged = row.evaluate
+    say(f"judging every view of a few images, for the report: {row.train.out}")
     config = LandscapeConfig(
         checkpoint=judged.checkpoint,
         data=judged.data,
