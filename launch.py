@@ -23,7 +23,9 @@ from fast_spatial.config import (
     DoctorConfig,
     EvaluateConfig,
     ExportConfig,
+    LandscapeConfig,
     LaunchOptions,
+    ReportConfig,
     TrainConfig,
     parse,
     to_json,
@@ -55,6 +57,19 @@ def reproduce(raw: dict[str, str]) -> None:
     for row in rows:
         preflight.check_train(row.train)
     reproduce_rows(config, rows, launch)
+
+
+def landscape(raw: dict[str, str]) -> None:
+    launch("landscape", parse(LandscapeConfig, raw))
+
+
+def report(raw: dict[str, str]) -> None:
+    config = parse(ReportConfig, raw)
+    from fast_spatial.files import check_writable
+    from fast_spatial.report import write_report
+
+    check_writable("--out", str(Path(config.out or config.runs[0]) / "report.html"))
+    write_report([Path(run) for run in config.runs], Path(config.out or config.runs[0]), config.price)
 
 
 def export(raw: dict[str, str]) -> None:
@@ -103,6 +118,14 @@ COMMANDS = {
         options_of(ReproduceConfig, TrainConfig, without=DECIDED) | options_of(ReproduceConfig),
         reproduce,
     ),
+    "landscape": Command(
+        "Judge all 775 views of a fixed subset: loss and accuracy over angle and translation.",
+        options_of(LandscapeConfig),
+        landscape,
+    ),
+    "report": Command(
+        "Write report.html and report.md from run folders.", options_of(ReportConfig), report, positional="runs"
+    ),
     "export": Command("Write a checkpoint's model as safetensors or ONNX.", options_of(ExportConfig), export),
     "check": Command(
         "Decode every file of a data folder and list what would end a run or change its result.",
@@ -125,8 +148,10 @@ def launch(task: str, config: Any) -> float:
         preflight.check_train(config)
         if config.node_rank == 0:
             preflight.claim_out(config)
-    else:
+    elif task == "evaluate":
         preflight.check_evaluate(config)
+    else:
+        preflight.check_landscape(config)
     if config.in_process:
         from fast_spatial import distributed, worker
 
@@ -136,7 +161,7 @@ def launch(task: str, config: Any) -> float:
             distributed.stop()
     else:
         # torchrun closes a rendezvous for good when its job is done, so every task has its own.
-        about = f"{task} {config.out if task == 'train' else config.checkpoint}"
+        about = f"{task} {config.checkpoint if task == 'evaluate' else config.out}"
         job = f"{config.rdzv_id}-{zlib.crc32(about.encode()):08x}"
         torchrun(config, job, preflight.local_processes(config), [task, json.dumps(to_json(config))])
     return time.monotonic() - start

@@ -29,7 +29,8 @@ Options = dict[str, "Field[Any]"]
 class Command:
     """A command: what it does in a sentence, the fields that are its flags, and the function its raw values go to.
 
-    `positional` names the field that may be given as the first word, without its flag.
+    `positional` names the field that may be given as the first word, without its flag; as the first words, if it
+    holds several values.
     """
 
     help: str
@@ -64,7 +65,9 @@ def dispatch(commands: dict[str, Command], argv: Sequence[str]) -> None:
         return
     positional = commands[name].positional
     if positional and words and not words[0].startswith("-"):
-        words[0] = f"{flag(positional)}={words[0]}"
+        first = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+        count = first if _is_several(commands[name].options[positional]) else 1
+        words[:count] = [f"{flag(positional)}={','.join(words[:count])}"]
     raw = read_flags(words, commands[name].options)
     fire.Fire(functions, command=[name, *(f"--{key}={value}" for key, value in raw.items())], name=NAME)
 
@@ -107,6 +110,10 @@ def read_flags(words: Sequence[str], options: Options) -> dict[str, str]:
 
 def _is_switch(option: Field[Any]) -> bool:
     return option.type in (bool, "bool")
+
+
+def _is_several(option: Field[Any]) -> bool:
+    return str(option.type).startswith("tuple")
 
 
 def _is_number(word: str) -> bool:

@@ -295,6 +295,60 @@ class EvaluateConfig(LaunchOptions):
 
 
 @dataclass(frozen=True)
+class LandscapeConfig(LaunchOptions):
+    """Judge all 775 views of a fixed, class-balanced subset: how loss and accuracy depend on angle and translation."""
+
+    checkpoint: str = option("", "ours, the original code's, or a plain state dict (.pt or .safetensors)")
+    data: str = option("", "folder with val/ (a folder per class), or digits")
+    out: str = option("", "folder for landscape.json, landscape.npz and sample pictures, such as the run's own")
+    images_per_class: int = option(0, "images of every class; 0: enough for 100 in all, at least one")
+    degrees: float = option(30.0, "largest rotation, either way")
+    translate_px: float | None = option(
+        None, "largest translation, pixels at side 224; default 24 for 30 degrees, 32 for 40"
+    )
+    side: int = option(0, "side of the views, pixels; 0: the checkpoint's, or 224")
+    arch: str = option("", "a torchvision classifier; default the checkpoint's, or resnet18")
+    dtype: str = option("float32", "arithmetic of the network", choices=("float32", "tf32", "bfloat16", "float16"))
+    exclude: str = option("", "file of images to leave out, a path per line, as `check --write-exclusions` writes it")
+    allow_partial_classes: bool = option(False, "the folder may hold fewer classes than the model has outputs")
+    judge_batch: int = option(0, "views in one forward pass; 0: 1024 on a GPU, 2^20 pixels' worth on a CPU")
+
+    def __post_init__(self) -> None:
+        _needed(self, "checkpoint", "data", "out")
+        _choice(self, "dtype")
+        self.limits  # noqa: B018
+        _at_least(self, 0, "images_per_class", "side", "judge_batch", "workers", "nproc_per_node")
+        _side(self)
+
+    @property
+    def limits(self) -> SpatialLimits:
+        """The limits of the grid."""
+        return _limits(self)
+
+    @property
+    def judged(self) -> EvaluateConfig:
+        """The evaluation of the same model on the same folder."""
+        shared = {f.name for f in dataclasses.fields(self)} & {f.name for f in dataclasses.fields(EvaluateConfig)}
+        return EvaluateConfig(**{name: getattr(self, name) for name in shared})
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Write report.html and report.md from what runs left in their folders."""
+
+    runs: tuple[str, ...] = option((), "folders of train or reproduce; may come first, without their flag")
+    out: str = option("", "folder for the report; default the run's, if it is one")
+    price: float = option(0.0, "price of a GPU-hour, in a currency of your choice; 0: not told")
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise ValueError("a folder of train or reproduce is needed, as in launch.py report /runs/table")
+        if len(self.runs) > 1 and not self.out:
+            raise ValueError("--out is needed: where the report of several runs goes")
+        _at_least(self, 0, "price")
+
+
+@dataclass(frozen=True)
 class ExportConfig:
     """Write a checkpoint's model for other programs; each file is read back, and its logits are compared."""
 

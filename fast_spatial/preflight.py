@@ -14,6 +14,7 @@ from fast_spatial.config import (
     CheckConfig,
     EvaluateConfig,
     ExportConfig,
+    LandscapeConfig,
     LaunchOptions,
     TrainConfig,
     flag,
@@ -98,6 +99,15 @@ def check_evaluate(config: EvaluateConfig) -> None:
 
     check_launch(config)
     check_writable("--json", config.json)
+    prepare(config)
+
+
+def check_landscape(config: LandscapeConfig) -> None:
+    """Raise a ValueError if this pass cannot work; reads the checkpoint and the folder's listing."""
+    from fast_spatial.landscape import FILE, prepare
+
+    check_launch(config)
+    check_writable("--out", str(Path(config.out) / FILE))
     prepare(config)
 
 

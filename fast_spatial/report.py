@@ -1,11 +1,15 @@
-"""The table of a reproduction: ours beside the published one."""
+"""The report of runs: the page, its Markdown, and the small tables of a reproduction."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from fast_spatial.config import PUBLISHED
+from fast_spatial.document import aligned, to_html, to_markdown
+from fast_spatial.files import write_atomically
+from fast_spatial.runlog import say
 
 ATTACKS = ("natural", "random", "worst10", "grid")
 HEADS = ("Natural", "Random", "Worst-of-10", "Exhaustive (775)")
@@ -29,7 +33,7 @@ def results_table(results: Sequence[dict[str, Any]], title: str) -> str:
             spread = f" ±{(max(values) - min(values)) / 2:.1f}" if len(values) > 1 else ""
             cells.append(f"{sum(values) / len(values):.1f}{spread}")
         lines.append([row_name(mode, degrees), *cells])
-    return _aligned(lines)
+    return aligned(lines)
 
 
 def published_table(rows: Sequence[tuple[str, float]]) -> str:
@@ -41,15 +45,29 @@ def published_table(rows: Sequence[tuple[str, float]]) -> str:
         for (mode, degrees), values in PUBLISHED.items()
         if (mode, degrees) in known
     ]
-    return _aligned(lines)
+    return aligned(lines)
 
 
-def _aligned(lines: list[list[str]]) -> str:
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    rule = ["-" * width for width in widths[:1]] + ["-" * (width - 1) + ":" for width in widths[1:]]
+def write_report(folders: Sequence[Path], out: Path, price: float = 0.0) -> None:
+    """Write report.html and report.md of the runs in these folders.
 
-    def row(cells: list[str]) -> str:
-        first, *rest = (cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths)))
-        return "| " + " | ".join([first, *rest]) + " |"
+    Args:
+        folders: of `train` or `reproduce`.
+        out: where to; created.
+        price: of a GPU-hour; 0: not told.
 
-    return "\n".join([row(lines[0]), row(rule), *map(row, lines[1:])])
+    Raises:
+        ValueError: if a folder holds no run, or the report cannot be written.
+
+    """
+    from fast_spatial import sections  # imports torch
+    from fast_spatial.runs import find_runs, rows_of
+
+    rows = rows_of(find_runs(folders))
+    title, content = sections.title(rows), sections.sections(rows, price)
+    texts = {"report.html": to_html(title, content), "report.md": to_markdown(title, content)}
+    out.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        encoded = text.encode()
+        write_atomically(out / name, lambda file: file.write(encoded))  # noqa: B023  (called at once)
+    say(f"written to {out / 'report.html'} and report.md")

@@ -15,13 +15,14 @@ from fast_spatial.config import (
     MODES,
     PUBLISHED,
     EvaluateConfig,
+    LandscapeConfig,
     LaunchOptions,
     TrainConfig,
     option,
     parse,
 )
 from fast_spatial.files import write_json
-from fast_spatial.report import published_table, results_table, row_name
+from fast_spatial.report import published_table, results_table, row_name, write_report
 from fast_spatial.runlog import say
 
 DIGITS_ROWS = ("nocrop", "standard", "random:30", "worst10:30")
@@ -127,12 +128,34 @@ def reproduce(config: ReproduceConfig, rows: list[Row], launch: Launch) -> None:
             write_json(row.result_file, _result(row, seconds_evaluate))
         results.append(json.loads(row.result_file.read_text(encoding="utf-8")))
         write_json(Path(config.out) / "results.json", results)
+        map_landscape(row, launch)
     pilot = ", pilot" if any(row.train.classes or row.train.max_train_images for row in rows) else ""
     table = results_table(results, "ours" + (", digits" if config.data == DIGITS else "") + pilot)
     published = published_table([(r["mode"], r["degrees"]) for r in results])
     text = f"Top-1 accuracy in percent, judged at 30 degrees and 24 px.\n\n{table}\n\n{published}"
     (Path(config.out) / "results.md").write_text(text + "\n", encoding="utf-8")
     say(f"\n{text}\n\nwritten to {Path(config.out) / 'results.json'} and results.md")
+    write_report([Path(config.out)], Path(config.out))
+
+
+def map_landscape(row: Row, launch: Launch) -> None:
+    """Judge all views of a few images, for the report; a row that has its landscape is left alone."""
+    from fast_spatial.landscape import FILE  # imports torch
+
+    if (Path(row.train.out) / FILE).is_file():
+        return
+    shared = {f.name: getattr(row.evaluate, f.name) for f in dataclasses.fields(LaunchOptions)}
+    judged = row.evaluate
+    say(f"judging every view of a few images, for the report: {row.train.out}")
+    config = LandscapeConfig(
+        checkpoint=judged.checkpoint,
+        data=judged.data,
+        out=row.train.out,
+        exclude=judged.exclude,
+        allow_partial_classes=judged.allow_partial_classes,
+        **shared,
+    )
+    launch("landscape", config)
 
 
 def _result(row: Row, seconds_evaluate: float) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
+from fast_spatial.energy import EnergyMeter, local_gpus
+
 LOG = "log.jsonl"
 # A process that was told to stop may be writing its last checkpoint.
 _LOCK_PATIENCE_SEC = 30.0
@@ -79,6 +81,7 @@ class RunLog:
         self._active, self._gpus, self._out = rank == 0, gpus, out
         self._start = time.time()
         self._board: Any = None
+        self._meter = EnergyMeter(local_gpus(gpus) if self._active else [])
         if self._active:
             try:
                 out.mkdir(parents=True, exist_ok=True)
@@ -127,14 +130,20 @@ class RunLog:
         return self.elapsed_sec / 3600 * self._gpus
 
     def record(self, event: str, step: int, **values: Any) -> None:
-        """Write one record, its numbers as scalars, and a line for people."""
+        """Write one record, its numbers as scalars, and a line for people.
+
+        Where it can be told, `energy_kwh` is what this machine's GPUs used since the record before, or since this
+        process began; what a run that was killed used after its last record is not in the log.
+        """
         if not self._active:
             return
+        energy_kwh = self._meter.take_kwh()
         line = {
             "event": event,
             **values,
             "elapsed_sec": round(self.elapsed_sec, 2),
             "gpu_hours": round(self.gpu_hours, 5),
+            **({} if energy_kwh is None else {"energy_kwh": round(energy_kwh, 6)}),
         }
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()

@@ -15,14 +15,16 @@ from typing import Any
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from fast_spatial import distributed
-from fast_spatial.config import EvaluateConfig, TrainConfig, from_json
+from fast_spatial.config import EvaluateConfig, LandscapeConfig, TrainConfig, from_json
 from fast_spatial.evaluate import evaluate_checkpoint
+from fast_spatial.landscape import landscape
 from fast_spatial.stopping import stop_with_parent
 from fast_spatial.train import train
 
 TASKS: dict[str, tuple[type, Callable[..., None]]] = {
     "train": (TrainConfig, train),
     "evaluate": (EvaluateConfig, evaluate_checkpoint),
+    "landscape": (LandscapeConfig, landscape),
 }
 
 

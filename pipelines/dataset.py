@@ -96,6 +96,22 @@ class ImageIndex:
             raise ValueError(f"cannot keep {count} images of {self.root}: at least 1 is needed")
         return self._take(np.sort(epoch_order(pack_key(TRAINING, _SUBSET_SEED), 0, len(self))[:count]))
 
+    def balanced_subset(self, per_class: int) -> ImageIndex:
+        """A fixed pseudo-random subset with so many images of every class that has any, in the split's order.
+
+        Raises:
+            ValueError: if a class has fewer.
+
+        """
+        order = epoch_order(pack_key(TRAINING, _SUBSET_SEED), 0, len(self))
+        chosen = []
+        for label in np.unique(self.labels):
+            of_class = order[self.labels[order] == label]
+            if len(of_class) < per_class:
+                raise ValueError(f"{self.root} holds only {len(of_class)} images of class {self.classes[label]}")
+            chosen.append(of_class[:per_class])
+        return self._take(np.sort(np.concatenate(chosen)))
+
     def without(self, listing: Path) -> ImageIndex:
         """The images that are not named in an exclusion file.
 

@@ -114,6 +114,34 @@ BUGS = (
         "fill_value=50)",
         "tests/test_warp.py",
     ),
+    Bug(
+        "pairs taken for anti-correlated",
+        "fast_spatial/statistics.py",
+        "one**2 - 2 * correlation * one * other",
+        "one**2 + 2 * correlation * one * other",
+        "tests/test_statistics.py",
+    ),
+    Bug(
+        "robust on some view taken for robust on all",
+        "fast_spatial/robustness.py",
+        "wilson(int(correct.all(axis=1).sum()), len(correct))",
+        "wilson(int(correct.any(axis=1).sum()), len(correct))",
+        "tests/test_report_of_runs.py",
+    ),
+    Bug(
+        "a chart upside down",
+        "fast_spatial/charts.py",
+        "_Axis(y_low, y_high, _TOP + _PLOT_HEIGHT, _TOP)",
+        "_Axis(y_high, y_low, _TOP + _PLOT_HEIGHT, _TOP)",
+        "tests/test_charts.py",
+    ),
+    Bug(
+        "the worst view of another image",
+        "fast_spatial/landscape.py",
+        "predicted_BG.gather(1, worst_B[:, None])[:, 0]",
+        "predicted_BG.gather(1, worst_B.flip(0)[:, None])[:, 0]",
+        "tests/test_landscape.py",
+    ),
 )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import launch
-from fast_spatial import preflight
+from fast_spatial import preflight, report
 from fast_spatial.cli import read_flags
 from fast_spatial.config import flag
 
@@ -97,6 +97,22 @@ EVALUATE_OPTIONS = {
     "judge_batch": 0,
     **LAUNCH_OPTIONS,
 }
+LANDSCAPE_OPTIONS = {
+    "checkpoint": "",
+    "data": "",
+    "out": "",
+    "images_per_class": 0,
+    "degrees": 30.0,
+    "translate_px": None,
+    "side": 0,
+    "arch": "",
+    "dtype": "float32",
+    "exclude": "",
+    "allow_partial_classes": False,
+    "judge_batch": 0,
+    **LAUNCH_OPTIONS,
+}
+REPORT_OPTIONS = {"runs": (), "out": "", "price": 0.0}
 EXPORT_OPTIONS = {"checkpoint": "", "safetensors": "", "onnx": "", "side": 0, "arch": ""}
 CHECK_OPTIONS = {"data": "", "splits": ("train", "val"), "json": "", "write_exclusions": "", "workers": 0}
 BENCH_OPTIONS = {
@@ -170,6 +186,11 @@ def configured(monkeypatch):
         (["export", "--checkpoint", "c.pt", "--onnx", "m"], "--onnx m: the name must end in .onnx"),
         (["export", "--checkpoint", "c.pt", "--onnx", "m.onnx", "--side", "-1"], "--side -1: it must be at least 0"),
         (["reproduce", "--data", "d", "--out", "o", "--degrees", "40"], "--degrees: no such flag"),
+        (["landscape", "--data", "d", "--out", "o"], "--checkpoint is needed"),
+        (["report"], "a folder of train or reproduce is needed"),
+        (["report", "a", "b"], "--out is needed: where the report of several runs goes"),
+        (["report", "--out", "o", "a"], "a: a stray word"),
+        (["report", "a", "--price", "-1"], "--price -1.0: it must be at least 0"),
         ([*TRAIN, "--epochs", "1e5"], "--epochs 1e5: expected a whole number"),
         ([*TRAIN, "--epochs=3.0"], "--epochs 3.0: expected a whole number"),
         ([*TRAIN, "--seed"], "--seed: its value is missing"),
@@ -349,6 +370,8 @@ def test_the_options_of_train_are_the_frozen_ones():
 
 def test_the_options_of_the_other_commands_are_the_frozen_ones():
     assert defaults("evaluate") == EVALUATE_OPTIONS
+    assert defaults("landscape") == LANDSCAPE_OPTIONS
+    assert defaults("report") == REPORT_OPTIONS
     assert defaults("export") == EXPORT_OPTIONS
     assert defaults("check") == CHECK_OPTIONS
     assert defaults("bench") == BENCH_OPTIONS
@@ -389,6 +412,24 @@ def test_the_part_to_measure_may_come_first(monkeypatch, words, what):
 )
 def test_a_benchmark_that_cannot_work_is_refused(capsys, words, expected):
     assert expected in refused(capsys, "bench", *words)[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "runs"),
+    [(["a"], ["a"]), (["a", "b c", "--out", "o"], ["a", "b c"]), (["--runs", "a,b", "--out", "o"], ["a", "b"])],
+)
+def test_the_folders_of_a_report_may_come_first(monkeypatch, words, runs):
+    asked: list[Any] = []
+    monkeypatch.setattr(report, "write_report", lambda *given: asked.append(given))
+    assert launch.main(["report", *words]) == 0
+    assert asked == [([Path(run) for run in runs], Path("o" if len(runs) > 1 else "a"), 0.0)]
+
+
+def test_a_report_of_no_run_is_refused(capsys, tmp_path):
+    first, second = refused(capsys, "report", str(tmp_path))
+    assert first == f"launch.py: {tmp_path}: it holds no run"
+    assert second == "name the --out folder of train or reproduce"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_rates_on_gpus_are_refused_without_one(capsys, monkeypatch):

@@ -13,7 +13,7 @@ import pytest
 
 import launch
 from fast_spatial import reproduce
-from fast_spatial.config import DIGITS_PRESET, EvaluateConfig, TrainConfig, parse
+from fast_spatial.config import DIGITS_PRESET, EvaluateConfig, LandscapeConfig, TrainConfig, parse, to_json
 from fast_spatial.report import published_table, results_table, row_name
 from fast_spatial.reproduce import ReproduceConfig, Row, plan, split_row
 
@@ -219,21 +219,26 @@ def test_a_bad_flag_of_the_recipe_is_refused():
 
 
 class FakeLaunch:
-    """Stands for training and evaluating: leaves the files they leave, and can break off."""
+    """Stands for training and judging: leaves the files they leave, and can break off."""
 
     def __init__(self, break_at: int = 0) -> None:
         self.calls: list[tuple[str, str]] = []
         self.break_at = break_at
 
     def __call__(self, task: str, config: Any) -> float:
-        self.calls.append((task, config.out if task == "train" else config.json))
+        self.calls.append((task, config.json if task == "evaluate" else config.out))
         if len(self.calls) == self.break_at:
             raise KeyboardInterrupt
         if task == "train":
             assert isinstance(config, TrainConfig)
             Path(config.out).mkdir(parents=True, exist_ok=True)
+            (Path(config.out) / "config.json").write_text(json.dumps(to_json(config)))
             (Path(config.out) / "log.jsonl").write_text('{"elapsed_sec": 1}\n{"elapsed_sec": 12.3}\n')
             return 99.0
+        if task == "landscape":
+            assert isinstance(config, LandscapeConfig)
+            (Path(config.out) / "landscape.json").touch()
+            return 1.0
         assert isinstance(config, EvaluateConfig)
         values = {"natural": 99.0, "random": 96.5, "worst10": 88.25, "worst10_any": 87.0, "grid": 49.1}
         summary = {f"{attack}_top1_pct": value for attack, value in values.items()}
@@ -255,7 +260,11 @@ def results_of(config: ReproduceConfig) -> list[dict[str, Any]]:
 
 
 def calls_of(rows: list[Row]) -> list[tuple[str, str]]:
-    return [call for row in rows for call in (("train", row.train.out), ("evaluate", row.evaluate.json))]
+    return [
+        call
+        for row in rows
+        for call in (("train", row.train.out), ("evaluate", row.evaluate.json), ("landscape", row.train.out))
+    ]
 
 
 def test_each_row_is_trained_then_judged_and_written_down(planned):
@@ -283,7 +292,7 @@ def test_finished_rows_are_skipped(planned, capsys):
 def test_one_that_was_broken_off_goes_on_with_the_row_it_was_at(planned):
     config, rows = planned
     with pytest.raises(KeyboardInterrupt):
-        reproduce.reproduce(config, rows, FakeLaunch(break_at=4))
+        reproduce.reproduce(config, rows, FakeLaunch(break_at=5))
     assert [found["mode"] for found in results_of(config)] == ["standard"]
     again = FakeLaunch()
     reproduce.reproduce(config, rows, again)
@@ -300,6 +309,17 @@ def test_it_ends_in_our_table_beside_the_published_one(planned, capsys):
     assert "| ours, digits " in text and "| published, ImageNet " in text
     assert "nocrop" not in text
     assert text.strip() in capsys.readouterr().out
+    assert "worst10, 40 degrees" in (Path(config.out) / "report.md").read_text()
+    assert (Path(config.out) / "report.html").read_text().startswith("<!DOCTYPE html>")
+
+
+def test_a_row_without_a_landscape_is_only_given_one(planned):
+    config, rows = planned
+    reproduce.reproduce(config, rows, FakeLaunch())
+    (Path(rows[1].train.out) / "landscape.json").unlink()
+    again = FakeLaunch()
+    reproduce.reproduce(config, rows, again)
+    assert again.calls == [("landscape", rows[1].train.out)]
 
 
 def test_several_seeds_are_named_and_averaged(tmp_path, capsys):
@@ -316,7 +336,7 @@ def test_the_command_reproduces(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(launch, "launch", launched)
     words = ["reproduce", "--data", "digits", "--out", str(tmp_path), "--rows", "standard", "--epochs", "1"]
     assert launch.main(words) == 0
-    assert [task for task, _ in launched.calls] == ["train", "evaluate"]
+    assert [task for task, _ in launched.calls] == ["train", "evaluate", "landscape"]
     assert "| standard     |    99.0 |" in capsys.readouterr().out
 
 

@@ -1,0 +1,320 @@
+"""The landscape: loss and verdict of every one of the grid's 775 views, on a fixed, class-balanced subset.
+
+An evaluation stops looking at an image at its first wrong view, which says how many images survive, but not how loss
+and accuracy depend on angle and translation. This pass looks at all views, of few images, and keeps what it saw:
+
+    OUT/landscape.json    the limits, the images by name, the sample pictures and what they show
+    OUT/landscape.npz     loss float16 [N, 775], correct as bits, uint8 [N, 97], in the order of `kernels.spatial.grid`
+    OUT/landscape/*.jpg   some of the images, untouched and as their worst view
+
+Its cost is that of 775 views per image, on all processes together. B images of a batch, N images in all, G views of the
+grid, S side, K classes.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fast_spatial import distributed, inputs
+from fast_spatial.attack import losses_of, worst_view
+from fast_spatial.config import LandscapeConfig, to_json
+from fast_spatial.device import dtype_of, seed_everything
+from fast_spatial.distributed import World
+from fast_spatial.evaluate import default_judge_batch
+from fast_spatial.files import write_atomically, write_json
+from fast_spatial.model import Classifier
+from fast_spatial.runlog import Bar, say
+from fast_spatial.scoring import Passes, Scorer
+from fast_spatial.stopping import stop_requests
+from kernels.limits import NOMINAL_SIDE, SpatialLimits
+from kernels.sampling import EVALUATION, augmentation_settings, pack_key, view_limits
+from kernels.spatial import GRID_ANGLES, GRID_IDENTITY, GRID_SHIFTS, GRID_VIEWS, grid, matrices
+from kernels.warp import warp
+from pipelines.dataset import ImageIndex
+from pipelines.loader import Batch, Loader
+
+FILE, ARRAYS, PICTURES = "landscape.json", "landscape.npz", "landscape"
+# As many images as make the 95 % interval of an accuracy at most 20 points wide; minutes on a CPU.
+DEFAULT_IMAGES = 100
+SAMPLES = 8
+# Few, so that a signal is heard soon; many enough that the last forward pass of a batch may be filled up.
+BATCH_SIZE = 16
+_LARGEST_FLOAT16 = 65504.0
+_KEYS = {"degrees", "translate_px", "num_images", "images_per_class", "seconds", "gpus", "images", "samples"}
+_JPEG_QUALITY = 92
+
+
+@dataclass(frozen=True)
+class ImageLandscape:
+    """All views of one image: loss [G], correct [G], the predicted class of the view of highest loss."""
+
+    index: int
+    loss: NDArray[np.float16]
+    correct: NDArray[np.bool_]
+    worst_view: int
+    worst_predicted: int
+
+
+def prepare(config: LandscapeConfig) -> tuple[Classifier, ImageIndex, int]:
+    """The model, the subset and the side, validated.
+
+    Raises:
+        ValueError: on a checkpoint that does not fit, or a class with too few images.
+
+    """
+    model, images, _, side = inputs.prepare(config.judged)
+    counts = np.unique(images.labels, return_counts=True)[1]
+    wanted = config.images_per_class or min(int(counts.min()), max(1, DEFAULT_IMAGES // len(counts)))
+    try:
+        return model, images.balanced_subset(wanted), side
+    except ValueError as error:
+        raise ValueError(f"--images-per-class {wanted}: {error}") from None
+
+
+def landscape(config: LandscapeConfig, world: World) -> None:
+    """Judge all views of the subset with all processes; rank 0 writes what they saw."""
+    seed_everything(0, deterministic=False)
+    torch.backends.cudnn.benchmark = False
+    dtype = dtype_of(config.dtype, world.device)
+    model, images, side = prepare(config)
+    start = time.monotonic()
+    batch_size = BATCH_SIZE * world.world_size
+    loader = Loader(
+        images,
+        limits=view_limits(0, untouched_first=True, degrees=0.0, translate=0.0),
+        settings=augmentation_settings(center=True),
+        side=side,
+        global_batch_size=batch_size,
+        key=pack_key(EVALUATION, 0),
+        train=False,
+        rank=world.rank,
+        world_size=world.world_size,
+        threads=config.workers or None,
+        device=world.device,
+    )
+    bar = Bar(
+        loader.epoch(0),
+        total=loader.steps_per_epoch,
+        images_per_batch=batch_size,
+        title="landscape",
+        show=world.rank == 0,
+    )
+    passes = Passes(
+        Scorer(model.to(world.device), dtype), config.judge_batch or default_judge_batch(world.device, side), pad=True
+    )
+    sampled = sample_positions(len(images))
+    pixels: dict[int, NDArray[np.uint8]] = {}
+    with stop_requests() as request:
+
+        def moved() -> None:
+            distributed.progress(config.stall_minutes)
+            request.obey()
+
+        def kept(batches: Iterable[Batch]) -> Iterator[Batch]:
+            for batch in batches:
+                for row, index in enumerate(batch.index.tolist()):
+                    if index in sampled:
+                        pixels[index] = batch.views[row, 0].cpu().numpy()
+                yield batch
+
+        mine = list(judge_all_views(passes, kept(bar), config.limits, side, moved=moved))
+    distributed.progress(4 * config.stall_minutes)
+    parts = distributed.gather((mine, pixels))
+    if world.rank == 0:
+        found = sorted((image for part, _ in parts for image in part), key=lambda image: image.index)
+        if [image.index for image in found] != list(range(len(images))):
+            raise RuntimeError(f"{len(found)} of {len(images)} images were judged, or one of them twice")
+        shown = {index: values for _, part in parts for index, values in part.items()}
+        gpus = world.world_size if world.device.type == "cuda" else 0
+        samples = [(index, shown[index]) for index in sampled]
+        write(config, images, side, found, samples, seconds=time.monotonic() - start, gpus=gpus)
+    distributed.barrier()
+
+
+def sample_positions(count: int) -> list[int]:
+    """The images whose pictures are kept: spread evenly over a subset, which is in the order of its classes."""
+    return sorted({int(position) for position in np.linspace(0, count - 1, min(SAMPLES, count))})
+
+
+def judge_all_views(
+    passes: Passes,
+    batches: Iterable[Batch],
+    limits: SpatialLimits,
+    side: int,
+    *,
+    moved: Callable[[], None] = lambda: None,
+) -> Iterator[ImageLandscape]:
+    """Loss and verdict of the grid's views, for batches whose first view is the untouched image.
+
+    Args:
+        passes: forward passes.
+        batches: of images at this side.
+        limits: of the grid.
+        side: of the images.
+        moved: called after every batch.
+
+    """
+    matrices_G23 = torch.from_numpy(matrices(grid(limits), side))
+    for batch in batches:
+        images_BSSC = batch.views[:, 0]
+        matrices_BG23 = matrices_G23.to(images_BSSC.device).expand(len(images_BSSC), -1, -1, -1)
+        logits_BGK = passes.warped(images_BSSC, matrices_BG23)
+        predicted_BG = logits_BGK.argmax(dim=2)
+        losses_BG = losses_of(logits_BGK, batch.labels)
+        worst_B = worst_view(losses_BG)
+        columns = (
+            losses_BG.clamp(max=_LARGEST_FLOAT16).half(),
+            predicted_BG == batch.labels[:, None],
+            worst_B,
+            predicted_BG.gather(1, worst_B[:, None])[:, 0],
+        )
+        for index, loss, correct, worst, said in zip(batch.index.tolist(), *(c.cpu().numpy() for c in columns)):
+            yield ImageLandscape(index, loss, correct, int(worst), int(said))
+        moved()
+
+
+def write(
+    config: LandscapeConfig,
+    images: ImageIndex,
+    side: int,
+    found: list[ImageLandscape],
+    samples: list[tuple[int, NDArray[np.uint8]]],
+    *,
+    seconds: float,
+    gpus: int,
+) -> None:
+    """Write the arrays and the pictures, and last the JSON that names them.
+
+    Args:
+        config: what was asked for.
+        images: the subset.
+        side: of the views.
+        found: of every image, in the subset's order.
+        samples: images whose pictures are kept, and their pixels, uint8 [S, S, 3].
+        seconds: that the pass took.
+        gpus: that it took them on.
+
+    """
+    out, limits = Path(config.out), config.limits
+    params = grid(limits)
+    (out / PICTURES).mkdir(parents=True, exist_ok=True)
+    loss = np.stack([image.loss for image in found])
+    correct = np.stack([image.correct for image in found])
+    bits = np.packbits(correct, axis=1)
+    write_atomically(out / ARRAYS, lambda file: np.savez_compressed(file, loss=loss, correct=bits))
+    paths = [images.relative_path(index) for index in range(len(found))]
+    classes = [Path(path).parent.name for path in paths]
+    outputs = dict(zip(images.labels.tolist(), classes))
+    described = []
+    for index, pixels in samples:
+        image = found[index]
+        matrix_23 = matrices(params[image.worst_view], side)
+        warped = warp(torch.from_numpy(pixels)[None], torch.from_numpy(matrix_23)[None, None])[0, 0]
+        names = [f"{PICTURES}/{index:05d}_{kind}.jpg" for kind in ("untouched", "worst")]
+        for name, shown in zip(names, (torch.from_numpy(pixels), warped)):
+            _write_jpeg(out / name, shown)
+        degrees, tx, ty = params[image.worst_view] * (1, NOMINAL_SIDE, NOMINAL_SIDE)
+        described.append(
+            {
+                "image": index,
+                "untouched": names[0],
+                "worst": names[1],
+                "worst_view": image.worst_view,
+                "degrees": round(float(degrees), 3),
+                "tx_px": round(float(tx), 3),
+                "ty_px": round(float(ty), 3),
+                "untouched_loss": float(image.loss[GRID_IDENTITY]),
+                "worst_loss": float(image.loss[image.worst_view]),
+                "worst_predicted": outputs.get(image.worst_predicted, f"output {image.worst_predicted}"),
+            }
+        )
+    content = {
+        "config": to_json(config),
+        "degrees": limits.degrees,
+        "translate_px": limits.translate_px,
+        "side": side,
+        "num_images": len(found),
+        "images_per_class": int((images.labels == images.labels[0]).sum()),
+        "seconds": round(seconds, 1),
+        "gpus": gpus,
+        "natural_top1_pct": 100 * float(correct[:, GRID_IDENTITY].mean()),
+        "grid_top1_pct": 100 * float(correct.all(axis=1).mean()),
+        "images": [{"path": path, "class": name} for path, name in zip(paths, classes)],
+        "samples": described,
+    }
+    write_json(out / FILE, content)
+    say(
+        f"all {GRID_VIEWS} views of {len(found)} images: {content['natural_top1_pct']:.1f} % right untouched, "
+        f"{100 * float(correct.mean()):.1f} % of all views, {content['grid_top1_pct']:.1f} % right on every view; "
+        f"written to {out / FILE}"
+    )
+
+
+def _write_jpeg(path: Path, pixels: Tensor) -> None:
+    from PIL import Image
+
+    picture = Image.fromarray(pixels.numpy())
+    write_atomically(path, lambda file: picture.save(file, "JPEG", quality=_JPEG_QUALITY, subsampling=0))
+
+
+@dataclass(frozen=True)
+class Landscape:
+    """What a pass left in a folder: its JSON, and loss float32 and correct, [N, 31 angles, 5 tx, 5 ty]."""
+
+    folder: Path
+    about: dict[str, Any]
+    loss: NDArray[np.float32]
+    correct: NDArray[np.bool_]
+
+    @property
+    def angles_deg(self) -> list[float]:
+        """Of the first axis of views."""
+        return _symmetric(self.about["degrees"], GRID_ANGLES)
+
+    @property
+    def shifts_px(self) -> list[float]:
+        """Of the other two, in pixels at side 224."""
+        return _symmetric(self.about["translate_px"], GRID_SHIFTS)
+
+    def within(self, angles: int, shifts: int) -> NDArray[np.bool_]:
+        """Correct, [N, views], on views that are at most so many steps of the grid from the untouched image."""
+        a, s = GRID_ANGLES // 2, GRID_SHIFTS // 2
+        part = self.correct[:, a - angles : a + angles + 1, s - shifts : s + shifts + 1, s - shifts : s + shifts + 1]
+        return part.reshape(len(part), -1)
+
+
+def _symmetric(limit: float, count: int) -> list[float]:
+    return [limit * (step / (count // 2)) for step in range(-(count // 2), count // 2 + 1)]
+
+
+def read(folder: Path) -> Landscape | None:
+    """The landscape in a run's folder, or None.
+
+    Raises:
+        ValueError: if it is there, and damaged.
+
+    """
+    if not (folder / FILE).is_file():
+        return None
+    try:
+        about = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        with np.load(folder / ARRAYS) as arrays:
+            loss = arrays["loss"].astype(np.float32)
+            correct = np.unpackbits(arrays["correct"], axis=1, count=GRID_VIEWS).astype(bool)
+        if missing := _KEYS - about.keys():
+            raise KeyError(*sorted(missing))
+        shape = (about["num_images"], GRID_ANGLES, GRID_SHIFTS, GRID_SHIFTS)
+        return Landscape(folder, about, loss.reshape(shape), correct.reshape(shape))
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{folder / FILE}: it cannot be read ({error})\nrun launch.py landscape again") from None

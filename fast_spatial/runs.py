@@ -1,0 +1,155 @@
+"""What runs left in their folders, read for a report; what is missing or damaged is said, not fatal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fast_spatial import landscape
+from fast_spatial.config import MODES, TrainConfig, from_json, identity
+from fast_spatial.landscape import Landscape
+from fast_spatial.report import row_name
+
+CONFIG = "config.json"
+Content = TypeVar("Content")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training's folder.
+
+    Attributes:
+        folder: where it is.
+        config: what was asked for.
+        starts: a record of every time that it was started (`environment.jsonl`).
+        log: a record per epoch and evaluation (`log.jsonl`).
+        evaluation: what `evaluate` wrote (`evaluation.json`), or None.
+        result: what `reproduce` wrote (`result.json`), or None.
+        landscape: what `launch.py landscape` wrote, or None.
+        problems: a sentence on everything that could not be read.
+
+    """
+
+    folder: Path
+    config: TrainConfig
+    starts: list[dict[str, Any]]
+    log: list[dict[str, Any]]
+    evaluation: dict[str, Any] | None
+    result: dict[str, Any] | None
+    landscape: Landscape | None
+    problems: list[str]
+
+    def records(self, event: str) -> list[dict[str, Any]]:
+        """The log's records of "train" or "evaluation"."""
+        return [record for record in self.log if record.get("event") == event]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Runs that differ in their seeds alone: one row of a table."""
+
+    name: str
+    runs: list[Run] = field(default_factory=list)
+
+    @property
+    def first(self) -> Run:
+        """The run of the lowest seed."""
+        return self.runs[0]
+
+    @property
+    def judged(self) -> list[Run]:
+        """The runs that were evaluated."""
+        return [run for run in self.runs if run.evaluation is not None]
+
+    @property
+    def mapped(self) -> Run | None:
+        """The first run that has a landscape."""
+        return next((run for run in self.runs if run.landscape is not None), None)
+
+
+def find_runs(folders: Sequence[Path]) -> list[Run]:
+    """The runs in folders of `train` and `reproduce`.
+
+    Raises:
+        ValueError: if one of them holds no run.
+
+    """
+    found: dict[Path, Run] = {}
+    for folder in folders:
+        files = [folder / CONFIG, *sorted(folder.glob(f"*/{CONFIG}")), *sorted(folder.glob(f"*/*/{CONFIG}"))]
+        runs = {file.parent.resolve(): _read(file.parent) for file in files if file.is_file()}
+        if not runs:
+            raise ValueError(f"{folder}: it holds no run\nname the --out folder of train or reproduce")
+        found.update(runs)
+    return list(found.values())
+
+
+def rows_of(runs: Sequence[Run]) -> list[Row]:
+    """Runs sorted by mode and degrees, those of the same recipe together; rows of one name also name their folders."""
+    order = list(MODES)
+    rows: dict[str, Row] = {}
+    for run in sorted(runs, key=lambda r: (order.index(r.config.mode), r.config.degrees, r.config.seed)):
+        recipe = {name: value for name, value in identity(run.config).items() if name != "seed"}
+        rows.setdefault(json.dumps(recipe), Row(row_name(run.config.mode, run.config.degrees))).runs.append(run)
+    names = [row.name for row in rows.values()]
+    return [
+        row if names.count(row.name) == 1 else Row(f"{row.name} ({row.first.folder})", row.runs)
+        for row in rows.values()
+    ]
+
+
+def _read(folder: Path) -> Run:
+    problems: list[str] = []
+
+    def attempt(read: Callable[[], Content], otherwise: Content) -> Content:
+        try:
+            return read()
+        except (OSError, ValueError) as error:
+            problems.append(str(error).splitlines()[0])
+            return otherwise
+
+    def content(name: str) -> dict[str, Any] | None:
+        path = folder / name
+        return _json(path, path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    def evaluation() -> dict[str, Any] | None:
+        found = content("evaluation.json")
+        if found is not None and "num_images" not in found.get("summary", {}):
+            raise ValueError(f"{folder / 'evaluation.json'}: it is damaged (no summary)")
+        return found
+
+    try:
+        config = from_json(TrainConfig, content(CONFIG) or {})
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{folder / CONFIG}: it is no run's ({str(error).splitlines()[0]})") from None
+    return Run(
+        folder,
+        config,
+        attempt(lambda: _lines(folder / "environment.jsonl"), []),
+        attempt(lambda: _lines(folder / "log.jsonl"), []),
+        attempt(evaluation, None),
+        attempt(lambda: content("result.json"), None),
+        attempt(lambda: landscape.read(folder), None),
+        problems,
+    )
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a file; its last line may be half written, if the run goes on."""
+    if not path.is_file():
+        return []
+    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
+    return [_json(path, line) for line in whole.splitlines() if line.strip()]
+
+
+def _json(path: Path, text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: it is damaged ({error})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: it is damaged (no object)")
+    return found
