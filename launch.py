@@ -66,7 +66,7 @@ def landscape(raw: dict[str, str]) -> None:
 def report(raw: dict[str, str]) -> None:
     config = parse(ReportConfig, raw)
     from fast_spatial.files import check_writable
-    from fast_spatial.report import write_report
+    from fast_spatial.reporting.report import write_report
 
     check_writable("--out", str(Path(config.out or config.runs[0]) / "report.html"))
     write_report([Path(run) for run in config.runs], Path(config.out or config.runs[0]), config.price)

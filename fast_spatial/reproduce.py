@@ -22,7 +22,7 @@ from fast_spatial.config import (
     parse,
 )
 from fast_spatial.files import write_json
-from fast_spatial.report import published_table, results_table, row_name, write_report
+from fast_spatial.reporting.report import published_table, results_table, row_name, write_report
 from fast_spatial.runlog import say
 
 DIGITS_ROWS = ("nocrop", "standard", "random:30", "worst10:30")

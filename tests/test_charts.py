@@ -10,8 +10,19 @@ from xml.etree import ElementTree
 
 import pytest
 
-from fast_spatial import charts
-from fast_spatial.charts import LEVELS, STYLE, STYLES, WIDTH, Scale, Series, colour, heat_map, line_chart, ticks
+from fast_spatial.reporting import charts
+from fast_spatial.reporting.charts import (
+    LEVELS,
+    STYLE,
+    STYLES,
+    WIDTH,
+    Scale,
+    Series,
+    colour,
+    heat_map,
+    line_chart,
+    ticks,
+)
 
 SVG = "{http://www.w3.org/2000/svg}"
 ROWS = [Series("a < b", [(0, 10.0), (15, 50.0), (30, 20.0)], 0), Series("other", [(0, 90.0), (30, 0.0)], 1)]

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 import launch
-from fast_spatial import preflight, report
+from fast_spatial import preflight
 from fast_spatial.cli import read_flags
 from fast_spatial.config import flag
+from fast_spatial.reporting import report
 
 ROOT = Path(launch.__file__).parent
 TRAIN = ("train", "--data", "d", "--mode", "random", "--out", "o")

@@ -14,7 +14,7 @@ import pytest
 import launch
 from fast_spatial import reproduce
 from fast_spatial.config import DIGITS_PRESET, EvaluateConfig, LandscapeConfig, TrainConfig, parse, to_json
-from fast_spatial.report import published_table, results_table, row_name
+from fast_spatial.reporting.report import published_table, results_table, row_name
 from fast_spatial.reproduce import ReproduceConfig, Row, plan, split_row
 
 KEYS = [

@@ -13,12 +13,12 @@ from xml.etree import ElementTree
 
 import pytest
 
-from fast_spatial import deviations
 from fast_spatial.config import PUBLISHED, TrainConfig
-from fast_spatial.document import Code, Section, Table, Text, points, signed, to_html, to_markdown
-from fast_spatial.report import write_report
-from fast_spatial.runs import find_runs, rows_of
-from fast_spatial.statistics import Interval, difference, mean, paired_difference, wilson
+from fast_spatial.reporting import deviations
+from fast_spatial.reporting.document import Code, Section, Table, Text, points, signed, to_html, to_markdown
+from fast_spatial.reporting.report import write_report
+from fast_spatial.reporting.runs import find_runs, rows_of
+from fast_spatial.reporting.statistics import Interval, difference, mean, paired_difference, wilson
 from tests.golden.report_runs import write_all, write_evaluation, write_landscape, write_run
 
 ROOT = Path(__file__).parent.parent

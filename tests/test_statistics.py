@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
-from fast_spatial.statistics import Interval, difference, mean, paired_difference, t_quantile, wilson
+from fast_spatial.reporting.statistics import Interval, difference, mean, paired_difference, t_quantile, wilson
 
 RUNS = 4000
 # Three standard errors of a share of 95 % over so many simulations.

@@ -111,7 +111,7 @@ def write_all(out: Path) -> Path:
 if __name__ == "__main__":
     import tempfile
 
-    from fast_spatial.report import write_report
+    from fast_spatial.reporting.report import write_report
 
     with tempfile.TemporaryDirectory() as folder:
         runs = write_all(Path(folder) / "runs")

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from fast_spatial.config import PUBLISHED
-from fast_spatial.document import aligned, to_html, to_markdown
 from fast_spatial.files import write_atomically
+from fast_spatial.reporting.document import aligned, to_html, to_markdown
 from fast_spatial.runlog import say
 
 ATTACKS = ("natural", "random", "worst10", "grid")
@@ -60,8 +60,8 @@ def write_report(folders: Sequence[Path], out: Path, price: float = 0.0) -> None
         ValueError: if a folder holds no run, or the report cannot be written.
 
     """
-    from fast_spatial import sections  # imports torch
-    from fast_spatial.runs import find_runs, rows_of
+    from fast_spatial.reporting import sections  # imports torch
+    from fast_spatial.reporting.runs import find_runs, rows_of
 
     rows = rows_of(find_runs(folders))
     title, content = sections.title(rows), sections.sections(rows, price)

@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fast_spatial import deviations, robustness
-from fast_spatial.charts import Series, line_chart, ticks
 from fast_spatial.config import DIGITS, PUBLISHED
-from fast_spatial.document import DASH, Block, Code, Figure, Figures, Section, Table, Text, percent, points
 from fast_spatial.landscape import Landscape
-from fast_spatial.report import ATTACKS, HEADS
-from fast_spatial.runs import Row, Run
-from fast_spatial.statistics import Interval, difference, mean, paired_difference, wilson
+from fast_spatial.reporting import deviations, robustness
+from fast_spatial.reporting.charts import Series, line_chart, ticks
+from fast_spatial.reporting.document import DASH, Block, Code, Figure, Figures, Section, Table, Text, percent, points
+from fast_spatial.reporting.report import ATTACKS, HEADS
+from fast_spatial.reporting.runs import Row, Run
+from fast_spatial.reporting.statistics import Interval, difference, mean, paired_difference, wilson
 from kernels.spatial import GRID_IDENTITY, GRID_VIEWS
 
 # ImageNet's validation images: as many as the published percentages are of.

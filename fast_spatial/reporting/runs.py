@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from fast_spatial import landscape
 from fast_spatial.config import MODES, TrainConfig, from_json, identity
 from fast_spatial.landscape import Landscape
-from fast_spatial.report import row_name
+from fast_spatial.reporting.report import row_name
 
 CONFIG = "config.json"
 Content = TypeVar("Content")

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fast_spatial.charts import STYLE as CHART_STYLE
-from fast_spatial.statistics import Interval
+from fast_spatial.reporting.charts import STYLE as CHART_STYLE
+from fast_spatial.reporting.statistics import Interval
 
 # What stands where there is no number.
 DASH = "–"
