@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fast_spatial import checkpoint
+from fast_spatial.config import TrainConfig
 from fast_spatial.files import remove_leftovers, write_atomically
 
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
@@ -119,6 +120,17 @@ def find_latest(out: Path, say: Callable[[str], None] | None = None) -> dict[str
             f"--out {out}: it holds {BEST}, but no {LAST} to continue from\nname a new folder, or move {BEST} away"
         )
     return None
+
+
+def check_same_run(there: dict[str, str], here: dict[str, str], config: TrainConfig) -> None:
+    """Raise a ValueError if a checkpoint is of another run than what would go on here."""
+    differences = [f"{name} {there.get(name)} there, {mine} here" for name, mine in here.items()]
+    differences = [text for text, name in zip(differences, here) if there.get(name) != here[name]]
+    if differences:
+        advice = "name a new folder"
+        if config.dtype == "auto" and there.get("dtype") != here["dtype"]:
+            advice = f"add --dtype {there.get('dtype')}, which is not what this machine is best at, or {advice}"
+        raise ValueError(f"--out {config.out}: it holds another run ({'; '.join(differences)})\n{advice}")
 
 
 def _snapshot(value: Any) -> Any:

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 import launch
-from fast_spatial import reproduce
-from fast_spatial.config import DIGITS_PRESET, EvaluateConfig, TrainConfig, parse
+from fast_spatial import recipe, reproduce
+from fast_spatial.config import EvaluateConfig, TrainConfig, parse
 from fast_spatial.report import published_table, results_table, row_name
 from fast_spatial.reproduce import ReproduceConfig, Row, plan, split_row
 
@@ -162,7 +162,7 @@ def test_the_digits_have_four_rows_by_default():
         ("worst10", 30.0),
     ]
     for row in rows:
-        assert {name: getattr(row.train, name) for name in DIGITS_PRESET} == DIGITS_PRESET
+        assert {name: getattr(row.train, name) for name in recipe.load("digits")} == recipe.load("digits")
 
 
 def test_a_folder_has_the_published_rows_by_default():

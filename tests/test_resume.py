@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from fast_spatial import checkpoint, distributed
-from fast_spatial.config import DIGITS_PRESET, TrainConfig, parse
+from fast_spatial import checkpoint, distributed, recipe
+from fast_spatial.config import TrainConfig
 from fast_spatial.distributed import Ballot, World
 from fast_spatial.files import write_atomically
 from fast_spatial.runlog import RunLog
@@ -44,7 +44,7 @@ def config_of(out: Path, **flags: str) -> TrainConfig:
     """Two epochs of four steps, each evaluated; the network draws random numbers (dropout) and has BatchNorm."""
     small = {"epochs": "2", "max_train_images": "64", "global_batch_size": "16", "views": "2", "milestones": "1"}
     raw = {"data": "digits", "mode": "worst10", "out": str(out), "arch": "mobilenet_v3_small", "eval_every": "1"}
-    return parse(TrainConfig, {**raw, **small, **flags}, DIGITS_PRESET)
+    return recipe.train_config({**raw, **small, **flags})
 
 
 def run(out: Path, **flags: str) -> None:

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from fast_spatial import checkpoint, distributed, memory
+from fast_spatial import checkpoint, distributed, memory, recipe
 from fast_spatial import model as models
-from fast_spatial.config import DIGITS_PRESET, EvaluateConfig, TrainConfig, parse
+from fast_spatial.config import EvaluateConfig, TrainConfig
 from fast_spatial.distributed import World
 from fast_spatial.evaluate import evaluate_checkpoint
 from fast_spatial.train import train
@@ -31,7 +31,7 @@ def _stand_down():
 def config_of(out: Path, **flags: str) -> TrainConfig:
     small = {"epochs": "3", "max_train_images": "64", "global_batch_size": "32", "views": "2", "milestones": "2"}
     raw = {"data": "digits", "mode": "worst10", "out": str(out), **small, **flags}
-    return parse(TrainConfig, raw, DIGITS_PRESET)
+    return recipe.train_config(raw)
 
 
 def records(out: Path) -> list[dict[str, Any]]:
