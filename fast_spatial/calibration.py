@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import statistics
 import time
 from collections.abc import Collection, Mapping
 
 import torch
 
 from fast_spatial.config import TrainConfig
-from fast_spatial.device import dtype_of
+from fast_spatial.device import dtype_of, seed_everything
 from fast_spatial.schedule import side_starts
 from fast_spatial.step import make_step
 from pipelines.loader import Batch
@@ -32,9 +33,10 @@ def measure_steps(
         sides: of the views, pixels.
         num_classes: outputs of the network.
         batch: images in a step; 0: all of `global_batch_size`.
-        seconds: how long each side is timed, at the least; two steps before that are not.
+        seconds: how long each side is timed, at the least, and for three steps; two steps before that are not.
 
     """
+    seed_everything(config.seed, deterministic=config.deterministic)
     batch = batch or config.global_batch_size
     step = make_step(config, num_classes, device, dtype_of(config.dtype, device))
     labels = torch.arange(batch, device=device) % num_classes
@@ -44,13 +46,14 @@ def measure_steps(
         images = Batch(torch.randint(256, shape, dtype=torch.uint8, device=device), labels, torch.arange(batch))
         for _ in range(2):
             step(images)
-        _wait(device)
-        start, steps = time.perf_counter(), 0
-        while steps == 0 or time.perf_counter() - start < seconds:
+        taken: list[float] = []
+        while len(taken) < 3 or sum(taken) < seconds:
+            _wait(device)
+            start = time.perf_counter()
             step(images)
             _wait(device)
-            steps += 1
-        found[side] = steps * batch / (time.perf_counter() - start)
+            taken.append(time.perf_counter() - start)
+        found[side] = batch / statistics.median(taken)
     return found
 
 

@@ -49,9 +49,9 @@ def list_recipes(config: RecipesConfig) -> str:
     lines = [
         *_aligned(rows),
         "",
-        f"{', '.join(MODES)}: time to train on {images:,} images ({config.data or 'ImageNet'}) on {where}, extrapolated",
-        f"from a few steps of {'the recipe' if gpus else f'{CPU_BATCH} images'}, of random pixels: decoding is not in "
-        f"it, nor are evaluations.",
+        f"{', '.join(MODES)}: time to train on {images:,} images ({config.data or 'ImageNet'}) on {where},",
+        f"extrapolated from a few steps of {'the recipe' if gpus else f'{CPU_BATCH} images'} of random pixels; decoding "
+        f"and evaluations are not in it.",
     ]
     if config.data != DIGITS:
         lines += _orientation()
@@ -105,7 +105,9 @@ def _shown(value: object) -> str:
 
 def _orientation() -> list[str]:
     """What others reached in the ladder's style."""
-    figures = (f"{n} epochs {run.top1_pct:g} % in {run.minutes:.0f} min" for n, run in recipe.PUBLISHED_LADDER.items())
+    figures = (
+        f"{n} epochs {run.top1_pct:.1f} % in {run.minutes:.0f} min" for n, run in recipe.PUBLISHED_LADDER.items()
+    )
     return [
         "",
         "The ladder has not been trained on ImageNet by this project. Natural accuracy published elsewhere:",

@@ -130,7 +130,7 @@ def reproduce(config: ReproduceConfig, rows: list[Row], launch: Launch) -> None:
     pilot = ", pilot" if any(row.train.classes or row.train.max_train_images for row in rows) else ""
     table = results_table(results, "ours" + (", digits" if config.data == DIGITS else "") + pilot)
     published = published_table([(r["mode"], r["degrees"]) for r in results])
-    deviations = sorted({deviation for r in results for deviation in r["deviations"]})
+    deviations = sorted({deviation for r in results for deviation in r.get("deviations", [])})
     judged = ", ".join(["judged at 30 degrees and 24 px", *deviations])
     text = f"Top-1 accuracy in percent, {judged}.\n\n{table}\n\n{published}"
     (Path(config.out) / "results.md").write_text(text + "\n", encoding="utf-8")
