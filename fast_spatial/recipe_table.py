@@ -50,8 +50,8 @@ def list_recipes(config: RecipesConfig) -> str:
         *_aligned(rows),
         "",
         f"{', '.join(MODES)}: time to train on {images:,} images ({config.data or 'ImageNet'}) on {where},",
-        f"extrapolated from a few steps of {'the recipe' if gpus else f'{CPU_BATCH} images'} of random pixels; decoding "
-        f"and evaluations are not in it.",
+        f"extrapolated from a few steps of {'the recipe' if gpus else f'{CPU_BATCH} images'} of random pixels: without "
+        f"decoding and evaluations.",
     ]
     if config.data != DIGITS:
         lines += _orientation()
@@ -105,9 +105,8 @@ def _shown(value: object) -> str:
 
 def _orientation() -> list[str]:
     """What others reached in the ladder's style."""
-    figures = (
-        f"{n} epochs {run.top1_pct:.1f} % in {run.minutes:.0f} min" for n, run in recipe.PUBLISHED_LADDER.items()
-    )
+    runs = recipe.PUBLISHED_LADDER.items()
+    figures = (f"{epochs} epochs {run.top1_pct:.1f} % in {run.minutes:.0f} min" for epochs, run in runs)
     return [
         "",
         "The ladder has not been trained on ImageNet by this project. Natural accuracy published elsewhere:",

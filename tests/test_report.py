@@ -20,7 +20,7 @@ from fast_spatial.reproduce import ReproduceConfig, Row, plan, split_row
 KEYS = [
     *("mode", "degrees", "seed"),
     *("natural_top1_pct", "random_top1_pct", "worst10_top1_pct", "worst10_any_top1_pct", "grid_top1_pct"),
-    *("num_images", "seconds_train", "seconds_evaluate"),
+    *("num_images", "deviations", "seconds_train", "seconds_evaluate"),
 ]
 
 
@@ -237,7 +237,10 @@ class FakeLaunch:
         assert isinstance(config, EvaluateConfig)
         values = {"natural": 99.0, "random": 96.5, "worst10": 88.25, "worst10_any": 87.0, "grid": 49.1}
         summary = {f"{attack}_top1_pct": value for attack, value in values.items()}
-        content = {"summary": {**summary, "num_images": 497, "degrees": 30.0, "partial": False}, "images": []}
+        content = {
+            "summary": {**summary, "num_images": 497, "degrees": 30.0, "partial": False, "deviations": ()},
+            "images": [],
+        }
         Path(config.json).write_text(json.dumps(content))
         return 3.0
 
