@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import fcntl
 import json
 import os
@@ -13,10 +12,6 @@ from pathlib import Path
 from typing import IO, Any
 
 from tqdm import tqdm
-
-from fast_spatial.config import TrainConfig, to_json
-from fast_spatial.distributed import World
-from fast_spatial.environment import COMMAND_VARIABLE, environment
 
 # A process that was told to stop may be writing its last checkpoint.
 _LOCK_PATIENCE_SEC = 30.0
@@ -179,17 +174,3 @@ def say(text: str) -> None:
     """A line for people, above any progress bar."""
     tqdm.write(text, file=sys.stdout)
     sys.stdout.flush()
-
-
-def record_environment(out: Path, config: TrainConfig, world: World, done: int) -> None:
-    """Add a line to OUT/environment.jsonl: what this part of the run was started with, on, and after which step."""
-    about = {
-        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "steps_before": done,
-        "command": os.environ.get(COMMAND_VARIABLE),
-        "world_size": world.world_size,
-        "config": to_json(config),
-        **environment(),
-    }
-    with open(out / "environment.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(about) + "\n")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 import io
+import json
+import os
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,7 +16,9 @@ import torch
 from torch import Tensor
 
 from fast_spatial import checkpoint
-from fast_spatial.config import TrainConfig
+from fast_spatial.config import TrainConfig, to_json
+from fast_spatial.distributed import World
+from fast_spatial.environment import COMMAND_VARIABLE, environment
 from fast_spatial.files import remove_leftovers, write_atomically
 
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
@@ -131,6 +136,20 @@ def check_same_run(there: dict[str, str], here: dict[str, str], config: TrainCon
         if config.dtype == "auto" and there.get("dtype") != here["dtype"]:
             advice = f"add --dtype {there.get('dtype')}, which is not what this machine is best at, or {advice}"
         raise ValueError(f"--out {config.out}: it holds another run ({'; '.join(differences)})\n{advice}")
+
+
+def record_environment(out: Path, config: TrainConfig, world: World, done: int) -> None:
+    """Add a line to OUT/environment.jsonl: what this part of the run was started with, on, and after which step."""
+    about = {
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "steps_before": done,
+        "command": os.environ.get(COMMAND_VARIABLE),
+        "world_size": world.world_size,
+        "config": to_json(config),
+        **environment(),
+    }
+    with open(out / "environment.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(about) + "\n")
 
 
 def _snapshot(value: Any) -> Any:

@@ -19,8 +19,8 @@ from fast_spatial.device import dtype_of, seed_everything, seed_step
 from fast_spatial.distributed import Ballot, World
 from fast_spatial.metrics import Divergence, Tally
 from fast_spatial.optim import set_lr
-from fast_spatial.runlog import Bar, RunLog, record_environment, say
-from fast_spatial.saving import Interval, Saver, check_same_run, find_latest
+from fast_spatial.runlog import Bar, RunLog, say
+from fast_spatial.saving import Interval, Saver, check_same_run, find_latest, record_environment
 from fast_spatial.schedule import lr_at, side_at
 from fast_spatial.scoring import Scorer
 from fast_spatial.step import is_compiled, make_step

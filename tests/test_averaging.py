@@ -40,10 +40,10 @@ def test_the_average_is_a_network_of_its_own():
     model = network()
     before = copy.deepcopy(model.net.state_dict())
     average = WeightAverage(model, 0.5)
-    with torch.no_grad():
-        model.net[0].weight.add_(1.0)
-    assert torch.equal(average.model.net[0].weight, before["0.weight"])
+    weight = model.net.state_dict()["0.weight"]
+    weight += 1.0
+    assert torch.equal(average.state_dict()["0.weight"], before["0.weight"])
     average.update()
-    torch.testing.assert_close(average.model.net[0].weight, before["0.weight"] + 0.5)
-    torch.testing.assert_close(model.net[0].weight, before["0.weight"] + 1.0)
+    torch.testing.assert_close(average.state_dict()["0.weight"], before["0.weight"] + 0.5)
+    torch.testing.assert_close(model.net.state_dict()["0.weight"], before["0.weight"] + 1.0)
     assert not any(parameter.requires_grad for parameter in average.model.parameters())

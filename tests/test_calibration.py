@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fast_spatial import recipe, recipe_table
+from fast_spatial import preflight, recipe, recipe_table
 from fast_spatial.calibration import measure_steps, training_hours
 from fast_spatial.config import RecipesConfig, TrainConfig
 from fast_spatial.step import TrainStep
@@ -43,7 +43,7 @@ def test_hours_follow_from_the_share_of_each_side():
 @pytest.fixture
 def rates(monkeypatch):
     """One process does 1000 images a second of one view and 100 of many, at any side."""
-    monkeypatch.setattr(recipe_table.preflight, "gpu_count", lambda: 0)
+    monkeypatch.setattr(preflight, "gpu_count", lambda: 0)
 
     def measured(config, device, sides, *, num_classes, batch, seconds):
         return dict.fromkeys(sides, 100.0 if len(config.view_limits()) > 1 else 1000.0)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fast_spatial import recipe
-from fast_spatial.config import TrainConfig, identity
+from fast_spatial.config import TrainConfig, identity, parse
 from fast_spatial.reproduce import ReproduceConfig, plan
 from fast_spatial.schedule import side_starts
 
@@ -39,7 +39,7 @@ def test_these_come_with_the_project():
 
 def test_the_reference_is_the_defaults_and_names_all_that_decides_numbers_but_the_attack_and_the_pilots():
     values = recipe.load("reference")
-    defaults = TrainConfig(**RUN)
+    defaults = parse(TrainConfig, RUN)
     assert {name: getattr(defaults, name) for name in values} == values
     unnamed = {"mode", "degrees", "translate_px", "views", "seed", "classes", "max_train_images", "deterministic"}
     assert identity(defaults).keys() - values.keys() == unnamed | {"accumulate", "score_side"}
@@ -68,7 +68,7 @@ def test_the_ladder_differs_in_its_epochs_alone(name):
 
 
 def test_the_digits_have_the_recipe_that_their_published_results_were_made_with():
-    config, defaults = recipe.train_config({**RUN, "data": "digits"}), TrainConfig(**RUN)
+    config, defaults = recipe.train_config({**RUN, "data": "digits"}), parse(TrainConfig, RUN)
     changed = {
         f.name: getattr(config, f.name)
         for f in dataclasses.fields(config)

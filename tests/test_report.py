@@ -268,7 +268,7 @@ def test_each_row_is_trained_then_judged_and_written_down(planned):
     assert launched.calls == calls_of(rows)
     results = results_of(config)
     assert [list(found) for found in results] == [KEYS, KEYS]
-    assert list(results[0].values()) == ["standard", 30.0, 0, 99.0, 96.5, 88.25, 87.0, 49.1, 497, 12.3, 3.0]
+    assert list(results[0].values()) == ["standard", 30.0, 0, 99.0, 96.5, 88.25, 87.0, 49.1, 497, [], 12.3, 3.0]
     assert list(results[1].values())[:3] == ["worst10", 40.0, 0]
 
 
