@@ -225,6 +225,7 @@ def test_compiled_networks_choose_and_train_as_plain_ones():
         )
         results = [step(batch_of(views, labels)) for _ in range(2)]
         fresh = Scorer(model, torch.float32)(views.flatten(0, 1))
+        assert step.scorer is not None
         torch.testing.assert_close(step.scorer(views.flatten(0, 1)), fresh, rtol=1e-3, atol=1e-3)
         found.append(results)
     # A network at random weights and a batch of four is chaotic: each step enlarges what rounding did a thousandfold.
