@@ -6,20 +6,22 @@ A recipe replaces defaults, and flags override it. Imports no torch.
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fast_spatial.config import DIGITS, LaunchOptions, TrainConfig, parse
+from fast_spatial.config import DIGITS, TrainConfig, identity, parse
 
 FOLDER = Path(__file__).parent / "recipes"
 REFERENCE = "reference"
-# What a recipe is not about: which run, on which data, and where it runs.
-_OF_A_RUN = {"data", "out", "mode", "recipe", "degrees", "translate_px", "seed", "resume"}
-_KEYS = {f.name for f in dataclasses.fields(TrainConfig)} - _OF_A_RUN
-_KEYS -= {f.name for f in dataclasses.fields(LaunchOptions)}
+_ANY = TrainConfig(data="data", out="out", mode="standard")
+# A recipe holds what decides a run's numbers, but for what the run is about, and when it is judged.
+_OF_A_RUN = {"mode", "degrees", "translate_px", "seed", "classes", "max_train_images"}
+_KEYS = (identity(_ANY).keys() - _OF_A_RUN) | {"eval_every"}
+_EXPECTED = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a text in quotes"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,10 +91,10 @@ def load(name: str) -> dict[str, Any]:
         if key in _KEYS:
             values[key] = _typed(name, key, value, hints[key])
         else:
-            what = "it says which run, or where, and is a flag" if key in hints else "no such option"
+            what = "it is no part of a recipe; give it as a flag" if key in hints else "no such option"
             raise ValueError(f"--recipe {name}: {key}: {what}\na recipe may hold {', '.join(sorted(_KEYS))}")
     try:
-        TrainConfig(data="data", out="out", mode="standard", **values)
+        dataclasses.replace(_ANY, **values)
     except ValueError as error:
         text = str(error).removeprefix("--")
         key, _, rest = text.partition(" ")
@@ -107,10 +109,10 @@ def _typed(name: str, key: str, value: Any, hint: Any) -> Any:
         if isinstance(value, list) and (of[-1] is Ellipsis or len(value) == len(of)):
             return tuple(_typed(name, key, item, of[0]) for item in value)
         expected = "an array of numbers" if of[-1] is Ellipsis else f"an array of {len(of)} numbers"
-    elif type(value) is hint:
+    elif type(value) is hint and (hint is not float or math.isfinite(value)):
         return value
     elif hint is float and type(value) is int:
         return float(value)
     else:
-        expected = {bool: "true or false", int: "a whole number", float: "a number", str: "a text in quotes"}[hint]
+        expected = _EXPECTED[hint]
     raise ValueError(f"--recipe {name}: {key} = {value}: expected {expected}\ncorrect the file")

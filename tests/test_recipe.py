@@ -90,9 +90,9 @@ def test_a_recipe_that_is_named_replaces_the_one_of_the_data():
 
 
 def test_a_file_of_ones_own_is_taken(tmp_path):
-    own = write(tmp_path, "epochs = 3\nlr = 1\njitter = [0, 0.5, 0]\ncompile = 'false'\n")
+    own = write(tmp_path, "epochs = 3\nlr = 1\njitter = [0, 0.5, 0]\narch = 'resnet34'\n")
     config = recipe.train_config({**RUN, "recipe": own})
-    assert (config.epochs, config.lr, config.jitter, config.compile) == (3, 1.0, (0.0, 0.5, 0.0), "false")
+    assert (config.epochs, config.lr, config.jitter, config.arch) == (3, 1.0, (0.0, 0.5, 0.0), "resnet34")
     assert type(config.lr) is type(config.jitter[0]) is float
 
 
@@ -100,11 +100,12 @@ def test_a_file_of_ones_own_is_taken(tmp_path):
     ("text", "message"),
     [
         ("epoch = 3", "epoch: no such option"),
-        ("mode = 'random'", "mode: it says which run, or where, and is a flag"),
-        ("workers = 3", "workers: it says which run, or where, and is a flag"),
+        ("mode = 'random'", "mode: it is no part of a recipe; give it as a flag"),
+        ("workers = 3", "workers: it is no part of a recipe; give it as a flag"),
         ("epochs = 3.5", "epochs = 3.5: expected a whole number"),
         ("epochs = true", "epochs = True: expected a whole number"),
-        ("lr = 'fast'", "lr = fast: expected a number"),
+        ("lr = 'fast'", "lr = fast: expected a finite number"),
+        ("lr = nan", "lr = nan: expected a finite number"),
         ("blurpool = 1", "blurpool = 1: expected true or false"),
         ("arch = 18", "arch = 18: expected a text in quotes"),
         ("jitter = [0.1, 0.1]", "jitter = [0.1, 0.1]: expected an array of 3 numbers"),
