@@ -16,8 +16,6 @@ from typing import Any
 
 from fast_spatial.cli import NAME, Command, dispatch, options_of
 from fast_spatial.config import (
-    DIGITS,
-    DIGITS_PRESET,
     BenchConfig,
     CheckConfig,
     DoctorConfig,
@@ -25,12 +23,14 @@ from fast_spatial.config import (
     ExportConfig,
     LandscapeConfig,
     LaunchOptions,
+    RecipesConfig,
     ReportConfig,
     TrainConfig,
     parse,
     to_json,
 )
 from fast_spatial.environment import COMMAND_VARIABLE
+from fast_spatial.recipe import train_config
 from fast_spatial.reproduce import DECIDED, ReproduceConfig, plan
 from fast_spatial.reproduce import reproduce as reproduce_rows
 from fast_spatial.stopping import SIGNALS
@@ -40,8 +40,7 @@ SHUTDOWN_SEC = 120
 
 
 def train(raw: dict[str, str]) -> None:
-    config = parse(TrainConfig, raw, DIGITS_PRESET if raw.get("data") == DIGITS else None)
-    launch("train", config)
+    launch("train", train_config(raw))
 
 
 def evaluate(raw: dict[str, str]) -> None:
@@ -91,6 +90,13 @@ def check(raw: dict[str, str]) -> None:
     raise SystemExit(check_data(config, on_gpu=preflight.gpu_count() > 0))
 
 
+def recipes(raw: dict[str, str]) -> None:
+    config = parse(RecipesConfig, raw)
+    from fast_spatial.recipe_table import list_recipes
+
+    print(list_recipes(config))
+
+
 def bench(raw: dict[str, str]) -> None:
     from fast_spatial import preflight
 
@@ -131,6 +137,11 @@ COMMANDS = {
         "Decode every file of a data folder and list what would end a run or change its result.",
         options_of(CheckConfig),
         check,
+    ),
+    "recipes": Command(
+        "List the recipes, what is different in each, and its cost on this machine.",
+        options_of(RecipesConfig),
+        recipes,
     ),
     "bench": Command(
         "Measure the hot parts side by side with what they replace.", options_of(BenchConfig), bench, positional="what"

@@ -146,12 +146,12 @@ def _score(
 
 
 def _train(job: Job, views: int, side: int, batch: int, peak: float, compiled: bool) -> dict[str, Any]:
-    step = make_step(job, scored=views > 1, side=side, compiled=compiled)
+    step = make_step(job, scored=views > 1, compiled=compiled)
     candidates = torch.randint(0, 256, (batch, views, side, side, 3), dtype=torch.uint8, device=job.device)
     labels = torch.randint(0, 1000, (batch,), device=job.device)
     index = torch.arange(batch)
     few = Batch(candidates[:4], labels[:4], index[:4])
-    plain = make_step(job, scored=views > 1, side=side, compiled=False)
+    plain = make_step(job, scored=views > 1, compiled=False)
     flops = _flops(lambda: plain(few)) / 4 * batch
     spent = _seconds(lambda: step(Batch(candidates, labels, index)), job.device)
     return {"images_per_sec": round(batch / spent, 1), "flop_utilization_pct": round(100 * flops / spent / peak, 1)}

@@ -11,13 +11,13 @@ from benchmarks.original import Original
 from benchmarks.rounds import Contender, compare, rates_of, spread
 from benchmarks.score import TRIES, original_ways, random_batch, views_of
 from fast_spatial import model as models
-from fast_spatial.device import default_pass_size, dtype_of
+from fast_spatial.device import dtype_of
 from fast_spatial.model import Classifier
 from fast_spatial.step import TrainStep
 from pipelines.loader import Batch
 
 
-def make_step(job: Job, *, scored: bool, score_side: int = 0, side: int = 0, compiled: bool | None = None) -> TrainStep:
+def make_step(job: Job, *, scored: bool, score_side: int = 0, compiled: bool | None = None) -> TrainStep:
     """A step as `launch.py train` makes it."""
     model = Classifier(models.build("resnet18", 1000)).to(job.device)
     return TrainStep(
@@ -25,7 +25,6 @@ def make_step(job: Job, *, scored: bool, score_side: int = 0, side: int = 0, com
         torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=1e-4, fused=True),
         dtype=dtype_of("auto", job.device),
         scored=scored,
-        score_chunk=default_pass_size(job.device, score_side or side or job.config.side),
         score_side=score_side,
         compiled=job.device.type == "cuda" if compiled is None else compiled,
     )

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.jobs import Job
-from fast_spatial.config import DIGITS, DIGITS_PRESET, EvaluateConfig, TrainConfig, identity, to_json
+from fast_spatial import recipe
+from fast_spatial.config import DIGITS, EvaluateConfig, TrainConfig, identity, to_json
 from fast_spatial.inputs import prepare
 from fast_spatial.model import Classifier
 from kernels.cache import cache_folder
@@ -49,10 +50,10 @@ def trained(job: Job, count: int) -> tuple[Classifier, Tensor, Tensor]:
 
 def _digits_checkpoint() -> str:
     # As on ImageNet, crops of many sizes: a network that knows one scale alone cannot judge at a smaller side.
-    preset = {**DIGITS_PRESET, "side": SIDE, "crop_scale": (0.15, 1.0), "eval_every": 0}
-    recipe = TrainConfig(data=DIGITS, mode="random", out="bench", **preset)
-    out = cache_folder() / f"bench-digits-{zlib.crc32(json.dumps(identity(recipe)).encode()):08x}"
-    config = dataclasses.replace(recipe, out=str(out))
+    preset = {**recipe.load(DIGITS), "side": SIDE, "crop_scale": (0.15, 1.0), "eval_every": 0}
+    asked = TrainConfig(data=DIGITS, mode="random", out="bench", **preset)
+    out = cache_folder() / f"bench-digits-{zlib.crc32(json.dumps(identity(asked)).encode()):08x}"
+    config = dataclasses.replace(asked, out=str(out))
     if not (out / "best.pt").is_file():
         from fast_spatial.worker import run
 

@@ -78,13 +78,17 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Weights:
-    """A classifier's weights as found in a file, and what the file says about them (None where it is silent)."""
+    """A classifier's weights as found in a file, and what the file says about them (None where it is silent).
+
+    `side` is what its evaluations judged at.
+    """
 
     state: dict[str, Tensor]
     num_classes: int
     arch: str | None = None
     classes: tuple[str, ...] | None = None
     side: int | None = None
+    blurpool: bool = False
     mean: tuple[float, ...] = models.IMAGENET_MEAN
     std: tuple[float, ...] = models.IMAGENET_STD
 
@@ -110,13 +114,15 @@ def read_weights(path: Path) -> Weights:
 
 def _read_ours(path: Path, content: dict[str, Any]) -> Weights:
     arch, classes, config, state = (content.get(key) for key in ("arch", "classes", "config", "model"))
-    side = config.get("side") if isinstance(config, dict) else None
+    config = config if isinstance(config, dict) else {}
+    side, blurpool = config.get("eval_side") or config.get("side"), config.get("blurpool", False)
     mean, std = content.get("mean", models.IMAGENET_MEAN), content.get("std", models.IMAGENET_STD)
     unnamed = classes is None and path.suffix == ".safetensors"  # an export of weights that came without names
     right = {
         "model": isinstance(state, dict) and all(isinstance(name, str) for name in state),
         "arch": isinstance(arch, str) and arch in models.known_archs(),
         "classes": unnamed or _are_names(classes),
+        "config.blurpool": type(blurpool) is bool,
         "config.side": type(side) is int and 1 <= side <= MAX_SIDE,
         "mean and std": _is_normalization(mean, std),
     }
@@ -130,7 +136,7 @@ def _read_ours(path: Path, content: dict[str, Any]) -> Weights:
     if others:
         raise ValueError(f"--checkpoint {path}: its model holds other than tensors: {some(others)}\nuse another one")
     num_classes = _outputs(path, state) if classes is None else len(classes)
-    return Weights(state, num_classes, arch, classes and tuple(classes), side, tuple(mean), tuple(std))
+    return Weights(state, num_classes, arch, classes and tuple(classes), side, blurpool, tuple(mean), tuple(std))
 
 
 def _are_names(classes: Any) -> bool:
@@ -205,6 +211,8 @@ def build_classifier(path: Path, weights: Weights, arch: str) -> Classifier:
             f"{differences}; {advice}"
         )
     net: nn.Module = models.build(arch, weights.num_classes)
+    if weights.blurpool:
+        models.blur_before_strides(net)
     set_weights(net, weights.state)
     broken = [name for name, value in net.state_dict().items() if not torch.isfinite(value).all()]
     if broken:

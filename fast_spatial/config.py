@@ -1,4 +1,4 @@
-"""What can be asked for: the modes, the recipe and every option, as flat frozen dataclasses.
+"""What can be asked for: the modes and every option, as flat frozen dataclasses.
 
 Imports neither torch nor numba, so that help and errors about options are instant. Raw strings from the command line
 become typed values here and nowhere else; a bad one is a ValueError that names the flag, the value and what is allowed.
@@ -56,18 +56,8 @@ PUBLISHED = {
     ("worst10", 40.0): (68.6, 67.2, 59.3, 48.4),
 }
 
-# What `--data digits` changes in the defaults; any flag overrides it.
-DIGITS_PRESET: dict[str, Any] = {
-    "side": 32,
-    "epochs": 8,
-    "global_batch_size": 64,
-    "lr": 0.02,
-    "milestones": (5, 7),
-    "crop_scale": (0.7, 1.0),
-    "flip_prob": 0.0,
-    "eval_every": 4,
-}
-
+SCHEDULES = ("milestones", "linear")
+SIDE_STEP = 16  # progressive sides are so many pixels apart, or twice as many
 DTYPES = ("auto", "bfloat16", "float16", "float32", "tf32")
 # Fields that may change between the parts of one run: where and how it runs, not what it computes.
 _NOT_IDENTITY = "not_identity"
@@ -109,6 +99,12 @@ class TrainConfig(LaunchOptions):
         "", "folder of this run: checkpoints, logs; created, or continued if it is the same run", identity=False
     )
     mode: str = option("", "how to train", choices=tuple(MODES))
+    recipe: str = option(
+        "",
+        "values of options, which flags override: a name (`launch.py recipes` lists them) or a TOML file; "
+        "default reference, or digits for --data digits",
+        identity=False,  # its values are
+    )
     degrees: float = option(30.0, "largest rotation of random and worst10, either way")
     translate_px: float | None = option(
         None, "largest translation, pixels at side 224; default 24 for 30 degrees, 32 for 40"
@@ -116,14 +112,37 @@ class TrainConfig(LaunchOptions):
     views: int = option(10, "random views that compete in worst10, besides the untouched image")
     epochs: int = option(110, "passes over the training images")
     global_batch_size: int = option(256, "images per step over all processes")
-    lr: float = option(0.1, "learning rate at the start")
+    lr: float = option(0.1, "the highest learning rate")
+    schedule: str = option(
+        "milestones",
+        "milestones: the learning rate drops at epochs; linear: it rises to --lr step by step and falls to 0",
+        choices=SCHEDULES,
+    )
     milestones: tuple[int, ...] = option((30, 60, 85, 95, 105), "epochs at whose start the learning rate drops")
     gamma: float = option(0.1, "factor of each drop")
+    warmup_epochs: float = option(0.0, "linear schedule: epochs in which the learning rate rises from 0")
     momentum: float = option(0.9, "momentum of SGD")
-    weight_decay: float = option(1e-4, "weight decay of every parameter")
+    weight_decay: float = option(1e-4, "weight decay")
+    bn_weight_decay: bool = option(
+        True, "also decay parameters of one dimension: BatchNorm's and biases (the reference does)"
+    )
+    label_smoothing: float = option(
+        0.0, "share of the training target spread over all classes; worst views and logs keep the plain loss"
+    )
+    ema: float = option(
+        0.0, "judge and save as best a moving average of the weights: what it keeps of itself in a step; 0: off"
+    )
     optimizer: str = option("sgd", "torch's fused SGD, or FusedSGD of NVIDIA's apex", choices=("sgd", "apex"))
     arch: str = option("resnet18", "a torchvision classifier")
-    side: int = option(224, "side of the training and evaluation views, pixels")
+    blurpool: bool = option(
+        False, "blur before convolutions with a stride (BlurPool); it changes the robustness that is being measured"
+    )
+    side: int = option(224, "side of the training views, pixels, and of the evaluation's without --eval-side")
+    start_side: int = option(
+        0, "progressive sides: train on views of this side first, on those of --side from three quarters on; 0: never"
+    )
+    eval_side: int = option(0, "side of the evaluation's views; 0: --side")
+    eval_flip: bool = option(False, "evaluations average the logits of every view and of its mirror image")
     crop_scale: tuple[float, float] = option((0.08, 1.0), "area of RandomResizedCrop, share of the image: MIN,MAX")
     crop_ratio: tuple[float, float] = option((3 / 4, 4 / 3), "aspect ratio of RandomResizedCrop: MIN,MAX")
     flip_prob: float = option(0.5, "probability of a horizontal flip")
@@ -183,7 +202,7 @@ class TrainConfig(LaunchOptions):
 
     def __post_init__(self) -> None:
         _needed(self, "data", "mode", "out")
-        _choice(self, "mode", "dtype", "optimizer", "compile", "resume", "on_bad_image")
+        _choice(self, "mode", "schedule", "dtype", "optimizer", "compile", "resume", "on_bad_image")
         self.limits, self.checkpoint_steps  # noqa: B018  (validates them)
         _at_least(self, 1, "epochs", "global_batch_size", "accumulate", "views", "log_every", "side")
         _at_least(self, 0, "lr", "momentum", "weight_decay", "lighting", "bn_group", "score_chunk", "classes")
@@ -198,11 +217,29 @@ class TrainConfig(LaunchOptions):
             "profile",
             "gamma",
             "max_bad_images",
+            "warmup_epochs",
+            "start_side",
+            "eval_side",
         )
         _seed(self)
         _side(self)
-        if self.score_side and not 8 <= self.score_side < self.side:
-            raise ValueError(f"--score-side {self.score_side}: it must be at least 8 and below --side {self.side}")
+        smallest = "start_side" if self.start_side else "side"
+        if self.start_side and (self.start_side >= self.side or (self.side - self.start_side) % SIDE_STEP):
+            raise ValueError(
+                f"--start-side {self.start_side}: it must be below --side {self.side}, by a multiple of {SIDE_STEP}"
+            )
+        if self.score_side and not 8 <= self.score_side < getattr(self, smallest):
+            raise ValueError(
+                f"--score-side {self.score_side}: it must be at least 8 and below {flag(smallest)} "
+                f"{getattr(self, smallest)}"
+            )
+        if self.warmup_epochs and self.schedule != "linear":
+            raise ValueError(f"--warmup-epochs {self.warmup_epochs:g}: it is for --schedule linear")
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"--warmup-epochs {self.warmup_epochs:g}: it must be below --epochs {self.epochs}")
+        for name in ("label_smoothing", "ema"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{flag(name)} {getattr(self, name):g}: it must be at least 0 and below 1")
         if self.classes == 1:
             raise ValueError("--classes 1: a classifier needs at least 2")
         if self.momentum >= 1:
@@ -266,7 +303,8 @@ class EvaluateConfig(LaunchOptions):
     )
     views: int = option(10, "random views of worst-of-10")
     grid: bool = option(True, "also the exhaustive grid of 31 x 5 x 5 views")
-    side: int = option(0, "side of the views, pixels; 0: the checkpoint's, or 224")
+    side: int = option(0, "side of the views, pixels; 0: the one the checkpoint was judged at, or 224")
+    flip: bool = option(False, "average the logits of every view and of its mirror image (not the published protocol)")
     arch: str = option("", "a torchvision classifier; default the checkpoint's, or resnet18")
     dtype: str = option("float32", "arithmetic of the verdicts", choices=("float32", "tf32", "bfloat16", "float16"))
     seed: int = option(0, "another seed draws other random views; every run uses the same unless told otherwise")
@@ -444,6 +482,18 @@ class BenchConfig:
 
 
 @dataclass(frozen=True)
+class RecipesConfig:
+    """List the recipes, and what each costs on this machine."""
+
+    data: str = option("", "folder with train/ and val/, or digits: their number of images; default ImageNet's")
+    seconds: float = option(1.0, "how long each kind of step is timed, at the least")
+
+    def __post_init__(self) -> None:
+        if self.seconds <= 0:
+            raise ValueError(f"--seconds {self.seconds:g}: it must be more than 0")
+
+
+@dataclass(frozen=True)
 class DoctorConfig:
     """Say what this machine can do, what is missing, and what to do about it."""
 
@@ -543,8 +593,9 @@ def _seed(config: Any) -> None:
 
 
 def _side(config: Any) -> None:
-    if config.side > MAX_SIDE:
-        raise ValueError(f"--side {config.side}: it must be at most {MAX_SIDE}")
+    for name in ("side", "eval_side"):
+        if getattr(config, name, 0) > MAX_SIDE:
+            raise ValueError(f"{flag(name)} {getattr(config, name)}: it must be at most {MAX_SIDE}")
 
 
 def _choice(config: Any, *names: str) -> None:

@@ -17,15 +17,16 @@ from torch import Tensor, nn
 
 from fast_spatial import distributed
 from fast_spatial.attack import GridSurvivors, verdicts
-from fast_spatial.config import EvaluateConfig, to_json
+from fast_spatial.config import DIGITS, EvaluateConfig, to_json
 from fast_spatial.device import default_pass_size, dtype_of, exact_float32, seed_everything
 from fast_spatial.distributed import World
 from fast_spatial.files import write_json
 from fast_spatial.inputs import prepare
+from fast_spatial.model import has_blurpool
 from fast_spatial.runlog import Bar, say
-from fast_spatial.scoring import Judge, ModuleJudge, Passes, Scorer
+from fast_spatial.scoring import FlipJudge, Judge, ModuleJudge, Passes, Scorer
 from fast_spatial.stopping import stop_requests
-from kernels.limits import SpatialLimits
+from kernels.limits import NOMINAL_SIDE, SpatialLimits
 from kernels.sampling import EVALUATION, augmentation_settings, draw_matrices, pack_key, view_limits
 from kernels.spatial import GRID_VIEWS
 from kernels.warp import warp
@@ -71,7 +72,7 @@ class Summary:
     all of them, `grid` on all 775 views of the grid. `grid_views_per_image` is how many of these were judged, on
     average, to know the answer; `grid_views_per_broken_image` the same of images that are right untouched and broken by
     another view. `near_ties` counts images of which a verdict hangs on a margin below 1e-4. `partial` marks a result
-    that was limited on purpose.
+    that was limited on purpose, `deviations` what was otherwise than in the published protocol.
     """
 
     natural_top1_pct: float
@@ -88,6 +89,7 @@ class Summary:
     translate_px: float
     views: int
     partial: bool
+    deviations: tuple[str, ...] = ()
 
 
 def evaluate(
@@ -201,7 +203,14 @@ def _settled(survivors: GridSurvivors, waiting: dict[int, ImageVerdict]) -> Iter
         yield dataclasses.replace(verdict, grid=found.survived, grid_views=found.views_judged, margin=margin)
 
 
-def summarize(found: list[ImageVerdict], limits: SpatialLimits, views: int, *, partial: bool) -> Summary:
+def summarize(
+    found: list[ImageVerdict],
+    limits: SpatialLimits,
+    views: int,
+    *,
+    partial: bool,
+    deviations: tuple[str, ...] = (),
+) -> Summary:
     """Percentages over distinct images.
 
     Raises:
@@ -236,7 +245,18 @@ def summarize(found: list[ImageVerdict], limits: SpatialLimits, views: int, *, p
         translate_px=limits.translate_px,
         views=views,
         partial=partial,
+        deviations=deviations,
     )
+
+
+def published_deviations(config: EvaluateConfig, side: int, *, blurpool: bool) -> tuple[str, ...]:
+    """What an evaluation does otherwise than the published one of ImageNet; the digits have no published side."""
+    found = {
+        f"views of {side} px instead of {NOMINAL_SIDE}": side != NOMINAL_SIDE and config.data != DIGITS,
+        "logits averaged over every view and its mirror image": config.flip,
+        "a network with BlurPool": blurpool,
+    }
+    return tuple(text for text, so in found.items() if so)
 
 
 def default_judge_batch(device: torch.device, side: int) -> int:
@@ -285,6 +305,7 @@ def evaluate_checkpoint(config: EvaluateConfig, world: World) -> None:
         threads=config.workers or None,
         device=world.device,
     )
+    judge: Judge = Scorer(model.to(world.device), dtype)
     bar = Bar(
         loader.epoch(0),
         total=loader.steps_per_epoch,
@@ -303,7 +324,7 @@ def evaluate_checkpoint(config: EvaluateConfig, world: World) -> None:
 
         mine = list(
             judge_batches(
-                Scorer(model.to(world.device), dtype),
+                FlipJudge(judge) if config.flip else judge,
                 bar,
                 limits,
                 judge_batch=config.judge_batch,
@@ -318,7 +339,8 @@ def evaluate_checkpoint(config: EvaluateConfig, world: World) -> None:
             raise RuntimeError(f"{len(found)} verdicts for {len(images)} images: an image was missed or judged twice")
         limited = config.max_images or config.allow_partial_classes or images.left_out.names
         partial = bool(limited) or on_grid is not None
-        summary = summarize(found, limits, config.views, partial=partial)
+        deviations = published_deviations(config, side, blurpool=has_blurpool(model))
+        summary = summarize(found, limits, config.views, partial=partial, deviations=deviations)
         say(summary_table(summary))
         if config.json:
             write_report(Path(config.json), config, summary, found, images)
@@ -344,6 +366,8 @@ def summary_table(summary: Summary) -> str:
         f"{summary.translate_px:g} px (at side 224)" + (", PARTIAL" if summary.partial else "")
     )
     lines = [head, *(f"  {name:<14}{value:6.1f} %   {note}".rstrip() for name, value, note in rows)]
+    if summary.deviations:
+        lines.append(f"  not the published protocol: {', '.join(summary.deviations)}")
     if summary.near_ties:
         few = "an image hangs" if summary.near_ties == 1 else f"{summary.near_ties} images hang"
         lines.append(f"  {few} on a margin below {NEAR_TIE:g} and may be judged otherwise elsewhere (listed in --json)")

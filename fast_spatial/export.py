@@ -57,6 +57,11 @@ def prepare(config: ExportConfig) -> tuple[Classifier, str, int, dict[str, str]]
     path = Path(config.checkpoint)
     weights = checkpoint.read_weights(path)
     model = checkpoint.build_classifier(path, weights, config.arch).eval()
+    if config.safetensors and weights.blurpool:
+        raise ValueError(
+            f"--safetensors {config.safetensors}: the network has BlurPool, which others would build the "
+            f"{weights.arch} without\nuse --onnx"
+        )
     held = sum(value.nbytes for value in model.net.state_dict().values())
     if config.onnx and held > ONNX_LIMIT_BYTES:
         raise ValueError(

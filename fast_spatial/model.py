@@ -1,4 +1,4 @@
-"""Models: torchvision's classifiers behind their normalization, and BatchNorm over groups."""
+"""Models: torchvision's classifiers behind their normalization, BatchNorm over groups, and BlurPool."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torchvision
 from torch import Tensor, nn
-from torch.nn.functional import batch_norm
+from torch.nn.functional import avg_pool2d, batch_norm
 from torch.overrides import TorchFunctionMode
 
 from kernels.warp import normalize
@@ -120,3 +120,23 @@ def group_batch_norm(net: nn.Module, group_size: int) -> None:
         if type(module) is nn.BatchNorm2d:
             module.__class__ = GroupedBatchNorm2d
             module.group_size = group_size  # type: ignore[assignment]
+
+
+def blur_before_strides(net: nn.Module) -> None:
+    """Blur what every convolution with a stride takes (BlurPool), the first one of few channels excepted.
+
+    The network's names and weights stay the same: a checkpoint must say that it was trained so.
+    """
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d) and max(module.stride) > 1 and module.in_channels >= 16:
+            module.register_forward_pre_hook(_blur)
+
+
+def has_blurpool(net: nn.Module) -> bool:
+    """Whether a network blurs before its strides."""
+    return any(_blur in module._forward_pre_hooks.values() for module in net.modules())
+
+
+def _blur(_: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+    """The binomial filter [1, 2, 1] x [1, 2, 1] / 16, zeros outside: two means over 2 x 2."""
+    return avg_pool2d(avg_pool2d(inputs[0], 2, stride=1, padding=1), 2, stride=1)

@@ -11,11 +11,6 @@ from torch import nn
 from fast_spatial.config import TrainConfig
 
 
-def lr_at(config: TrainConfig, epoch: int) -> float:
-    """The learning rate of an epoch: it drops by `gamma` at the start of every milestone."""
-    return config.lr * config.gamma ** sum(epoch >= milestone for milestone in config.milestones)
-
-
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Set the learning rate of every group."""
     for group in optimizer.param_groups:
@@ -23,12 +18,22 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """SGD over every parameter, fused into one kernel."""
+    """SGD over every parameter, fused into one kernel.
+
+    Without `bn_weight_decay`, parameters of one dimension are a group of their own that does not decay: those of
+    BatchNorm (and of its kin), and biases.
+    """
     settings: dict[str, Any] = {"lr": config.lr, "momentum": config.momentum, "weight_decay": config.weight_decay}
+    groups: list[dict[str, Any]] = [{"params": list(model.parameters())}]
+    if not config.bn_weight_decay:
+        groups = [
+            {"params": [p for p in model.parameters() if p.ndim > 1]},
+            {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+        ]
     if config.optimizer == "apex":
-        optimizer: torch.optim.Optimizer = find_apex_sgd()(model.parameters(), **settings)
+        optimizer: torch.optim.Optimizer = find_apex_sgd()(groups, **settings)
         return optimizer
-    return torch.optim.SGD(model.parameters(), **settings, fused=True)  # type: ignore[arg-type]
+    return torch.optim.SGD(groups, **settings, fused=True)
 
 
 def find_apex_sgd() -> type[torch.optim.Optimizer]:

@@ -123,7 +123,7 @@ def check_export(config: ExportConfig) -> None:
     if config.onnx:
         export.find_onnx()
     _, arch, side, _ = export.prepare(config)
-    _check_side(arch, side)
+    _check_side(arch, "side", side)
 
 
 def check_launch(config: LaunchOptions) -> int:
@@ -222,7 +222,7 @@ def _check_data(config: TrainConfig) -> None:
         )
 
 
-def _check_side(arch: str, side: int) -> None:
+def _check_side(arch: str, name: str, side: int) -> None:
     import torch
 
     from fast_spatial import model
@@ -232,7 +232,7 @@ def _check_side(arch: str, side: int) -> None:
         net(torch.empty(1, 3, side, side, device="meta"))
     except (AssertionError, RuntimeError) as error:
         reason = str(error).splitlines()[0][:100]
-        raise ValueError(f"--arch {arch} cannot take views of --side {side}: {reason}") from None
+        raise ValueError(f"--arch {arch} cannot take views of {flag(name)} {side}: {reason}") from None
 
 
 def _check_model(config: TrainConfig) -> None:
@@ -240,7 +240,9 @@ def _check_model(config: TrainConfig) -> None:
 
     from fast_spatial.optim import find_apex_sgd
 
-    _check_side(config.arch, config.side)
+    for name in ("start_side", "side", "eval_side"):
+        if getattr(config, name):
+            _check_side(config.arch, name, getattr(config, name))
     if config.optimizer == "apex":
         find_apex_sgd()
     if config.compile == "true" and not gpu_count() and not has_compiler("c++"):

@@ -11,7 +11,6 @@ from typing import Any
 
 from fast_spatial.config import (
     DIGITS,
-    DIGITS_PRESET,
     MODES,
     PUBLISHED,
     EvaluateConfig,
@@ -19,9 +18,9 @@ from fast_spatial.config import (
     LaunchOptions,
     TrainConfig,
     option,
-    parse,
 )
 from fast_spatial.files import write_json
+from fast_spatial.recipe import train_config
 from fast_spatial.reporting.report import published_table, results_table, row_name, write_report
 from fast_spatial.runlog import say
 
@@ -98,11 +97,12 @@ def plan(config: ReproduceConfig, train_flags: dict[str, str]) -> list[Row]:
             mode, degrees = split_row(name)
             out = Path(config.out) / name.replace(":", "_") / f"seed_{seed}"
             decided = {"data": config.data, "out": str(out), "mode": mode, "degrees": str(degrees), "seed": str(seed)}
-            train = parse(TrainConfig, {**train_flags, **decided}, {**(DIGITS_PRESET if digits else {}), **launch})
+            train = train_config({**train_flags, **decided}, launch)
             evaluate = EvaluateConfig(
                 checkpoint=str(out / "best.pt"),
                 data=config.data,
                 json=str(out / "evaluation.json"),
+                flip=train.eval_flip,
                 exclude=train.exclude,
                 allow_partial_classes=train.classes > 0,
                 **launch,
@@ -132,7 +132,9 @@ def reproduce(config: ReproduceConfig, rows: list[Row], launch: Launch) -> None:
     pilot = ", pilot" if any(row.train.classes or row.train.max_train_images for row in rows) else ""
     table = results_table(results, "ours" + (", digits" if config.data == DIGITS else "") + pilot)
     published = published_table([(r["mode"], r["degrees"]) for r in results])
-    text = f"Top-1 accuracy in percent, judged at 30 degrees and 24 px.\n\n{table}\n\n{published}"
+    deviations = sorted({deviation for r in results for deviation in r.get("deviations", [])})
+    judged = ", ".join(["judged at 30 degrees and 24 px", *deviations])
+    text = f"Top-1 accuracy in percent, {judged}.\n\n{table}\n\n{published}"
     (Path(config.out) / "results.md").write_text(text + "\n", encoding="utf-8")
     say(f"\n{text}\n\nwritten to {Path(config.out) / 'results.json'} and results.md")
     write_report([Path(config.out)], Path(config.out))
@@ -169,6 +171,7 @@ def _result(row: Row, seconds_evaluate: float) -> dict[str, Any]:
         "seed": row.train.seed,
         **{f"{attack}_top1_pct": summary[f"{attack}_top1_pct"] for attack in kept},
         "num_images": summary["num_images"],
+        "deviations": summary["deviations"],
         "seconds_train": round(seconds_train, 1),
         "seconds_evaluate": round(seconds_evaluate, 1),
     }

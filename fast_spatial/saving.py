@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 import io
+import json
 import os
 import time
+import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fast_spatial import checkpoint
+from fast_spatial import checkpoint, distributed
+from fast_spatial.config import TrainConfig, to_json
+from fast_spatial.distributed import World
+from fast_spatial.environment import COMMAND_VARIABLE, environment
 from fast_spatial.files import remove_leftovers, write_atomically
 
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
@@ -130,6 +136,45 @@ def find_latest(out: Path) -> Found:
             f"--out {out}: it holds {BEST}, but no {LAST} to continue from\nname a new folder, or move {BEST} away"
         )
     return Found(None, [])
+
+
+def check_same_run(there: dict[str, Any], here: dict[str, Any], config: TrainConfig) -> None:
+    """Raise a ValueError if a checkpoint is of another run than what would go on here."""
+    mine, theirs = ({**about["recipe"], **about} for about in (here, there))
+    differences = [
+        f"{name} {theirs.get(name)} there, {mine[name]} here"
+        for name in mine
+        if name != "recipe" and theirs.get(name) != mine[name]
+    ]
+    if differences:
+        advice = "name a new folder"
+        if config.dtype == "auto" and theirs["dtype"] != mine["dtype"]:
+            advice = f"add --dtype {theirs['dtype']}, which is not what this machine is best at, or {advice}"
+        raise ValueError(f"--out {config.out}: it holds another run ({'; '.join(differences)})\n{advice}")
+
+
+def check_processes_agree(world: World, about: dict[str, Any]) -> None:
+    """Raise a ValueError if this process would not do the same as the others."""
+    for name, value in about.items():
+        if not distributed.agree(zlib.crc32(json.dumps(value).encode()), world.device):
+            raise ValueError(
+                f"the processes differ in their {name}: {value} here\n"
+                f"give the same command on all nodes, with the same images, and --out on a disk that they share"
+            )
+
+
+def record_environment(out: Path, config: TrainConfig, world: World, done: int) -> None:
+    """Add a line to OUT/environment.jsonl: what this part of the run was started with, on, and after which step."""
+    about = {
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "steps_before": done,
+        "command": os.environ.get(COMMAND_VARIABLE),
+        "world_size": world.world_size,
+        "config": to_json(config),
+        **environment(),
+    }
+    with open(out / "environment.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(about) + "\n")
 
 
 def _snapshot(value: Any) -> Any:

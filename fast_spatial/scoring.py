@@ -204,6 +204,22 @@ class Scorer(Judge):
         return twin
 
 
+class FlipJudge(Judge):
+    """A judge's logits averaged over every view and its mirror image."""
+
+    def __init__(self, judge: Judge) -> None:
+        self._judge = judge
+
+    def inputs(self, views_NSSC: Tensor) -> Tensor:
+        return self._judge.inputs(views_NSSC)
+
+    def warped(self, images_BSSC: Tensor, matrices_BV23: Tensor) -> Tensor:
+        return self._judge.warped(images_BSSC, matrices_BV23)
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        return (self._judge.logits(inputs) + self._judge.logits(inputs.flip(3))) / 2
+
+
 class ModuleJudge(Judge):
     """Judge with any module that takes images, float [N, 3, S, S] in [0, 1], as it is, in evaluation mode."""
 

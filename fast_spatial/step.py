@@ -13,18 +13,49 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
 from fast_spatial import distributed
+from fast_spatial import model as models
 from fast_spatial.attack import losses_of, take_views, worst_view
+from fast_spatial.config import TrainConfig
+from fast_spatial.device import default_pass_size
 from fast_spatial.model import Classifier, compile_network
+from fast_spatial.optim import make_optimizer
 from fast_spatial.scoring import Passes, Scorer
 from pipelines.loader import Batch
 
 
 class StepResult(NamedTuple):
-    """Of one process's images [B]: the loss trained on, whether that view was correct, which view it was."""
+    """Of one process's images [B]: plain cross-entropy of the view trained on, whether it was correct, which it was."""
 
     loss: Tensor
     correct: Tensor
     choice: Tensor
+
+
+def make_step(config: TrainConfig, num_classes: int, device: torch.device, dtype: torch.dtype) -> TrainStep:
+    """The steps of a training, on a network of fresh weights."""
+    net = models.build(config.arch, num_classes)
+    if config.bn_group:
+        models.group_batch_norm(net, config.bn_group)
+    if config.blurpool:
+        models.blur_before_strides(net)
+    model = Classifier(net).to(device)
+    return TrainStep(
+        model,
+        make_optimizer(config, model),
+        dtype=dtype,
+        scored=len(config.view_limits()) > 1,
+        accumulate=config.accumulate,
+        score_chunk=config.score_chunk,
+        score_side=config.score_side,
+        label_smoothing=config.label_smoothing,
+        compiled=is_compiled(config, device),
+    )
+
+
+def is_compiled(config: TrainConfig, device: torch.device) -> bool:
+    """Whether torch.compile is to fuse a training's networks."""
+    asked = config.compile == "true" or (config.compile == "auto" and device.type == "cuda")
+    return asked and not config.deterministic
 
 
 class TrainStep:
@@ -36,8 +67,10 @@ class TrainStep:
         dtype: float32 or a half precision for autocast; float16 brings a gradient scaler.
         scored: whether batches have several views to choose from.
         accumulate: parts of a batch trained on one after the other, as one step.
-        score_chunk: views in one judging pass; 0 for all.
+        score_chunk: views in one judging pass; 0: as many as are best at their side (`default_pass_size`).
         score_side: judge the views at this smaller side, and train at the full one; 0: judge them as they are.
+        label_smoothing: share of the training target spread over all classes. It changes the gradient alone: views are
+            chosen, and losses returned, by plain cross-entropy.
         compiled: let torch.compile fuse the network and the scorer's.
 
     """
@@ -52,14 +85,16 @@ class TrainStep:
         accumulate: int = 1,
         score_chunk: int = 0,
         score_side: int = 0,
+        label_smoothing: float = 0.0,
         compiled: bool = False,
     ) -> None:
         self.model, self.optimizer, self.dtype = model, optimizer, dtype
-        self._accumulate = accumulate
+        self._accumulate, self._label_smoothing = accumulate, label_smoothing
         self._device = model.scale.device
         self.scaler = torch.amp.GradScaler(self._device.type, enabled=dtype == torch.float16)
         self.scorer = Scorer(model, dtype, compiled=compiled) if scored else None
-        self._passes = Passes(self.scorer, score_chunk, pad=compiled, side=score_side) if self.scorer else None
+        self._score_chunk, self._score_side, self._compiled = score_chunk, score_side, compiled
+        self._passes: dict[int, Passes] = {}  # by the side of the views, which may grow
         if compiled:
             compile_network(model.net)
         self._parallel: nn.Module = model
@@ -85,10 +120,12 @@ class TrainStep:
             with self._sync(last=number == len(parts) - 1):
                 with record_function("forward"), self._autocast():
                     logits = self._parallel(part)
-                    loss = cross_entropy(logits, labels, reduction="none")
+                    loss = plain = cross_entropy(logits, labels, reduction="none")
+                    if self._label_smoothing:
+                        loss = cross_entropy(logits, labels, reduction="none", label_smoothing=self._label_smoothing)
                 with record_function("backward"):
                     self.scaler.scale(loss.sum() / len(views)).backward()  # type: ignore[no-untyped-call]
-            losses.append(loss.detach())
+            losses.append(plain.detach())
             corrects.append(logits.detach().argmax(dim=1) == labels)
         with record_function("optimizer"):
             self.scaler.step(self.optimizer)
@@ -99,9 +136,13 @@ class TrainStep:
         return StepResult(torch.cat(losses), torch.cat(corrects), choice)
 
     def _choose(self, batch: Batch) -> Tensor:
-        if self._passes is None:
+        if self.scorer is None:
             return torch.zeros_like(batch.labels)
-        return worst_view(losses_of(self._passes(batch.views), batch.labels))
+        side = batch.views.shape[2]
+        if side not in self._passes:
+            size = self._score_chunk or default_pass_size(self._device, self._score_side or side)
+            self._passes[side] = Passes(self.scorer, size, pad=self._compiled, side=self._score_side)
+        return worst_view(losses_of(self._passes[side](batch.views), batch.labels))
 
     def _autocast(self) -> Any:
         return torch.autocast(self._device.type, self.dtype, enabled=self.dtype != torch.float32)

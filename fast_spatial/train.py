@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
-import json
 import os
 import signal
-import zlib
-from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,27 +12,35 @@ from typing import Any, NoReturn
 import torch
 
 from fast_spatial import checkpoint, distributed
-from fast_spatial import model as models
-from fast_spatial.attack import verdicts
+from fast_spatial.averaging import WeightAverage
 from fast_spatial.bad_images import BadImages
 from fast_spatial.config import MODES, TrainConfig, identity, to_json
 from fast_spatial.data import load_split
-from fast_spatial.device import default_pass_size, dtype_of, seed_everything, seed_step
+from fast_spatial.device import dtype_of, seed_everything, seed_step
 from fast_spatial.distributed import Ballot, World
-from fast_spatial.environment import COMMAND_VARIABLE, environment
 from fast_spatial.files import write_json
-from fast_spatial.memory import estimate
-from fast_spatial.metrics import Divergence, EachOnce, Tally
-from fast_spatial.model import Classifier
-from fast_spatial.optim import lr_at, make_optimizer, set_lr
+from fast_spatial.metrics import Divergence, Tally
+from fast_spatial.optim import set_lr
 from fast_spatial.runlog import Bar, RunLog, say
-from fast_spatial.saving import CONFIG, LAST, PREVIOUS, Interval, Saver, find_latest
-from fast_spatial.scoring import Passes, Scorer
-from fast_spatial.step import TrainStep
+from fast_spatial.saving import (
+    CONFIG,
+    PREVIOUS,
+    Interval,
+    Saver,
+    check_processes_agree,
+    check_same_run,
+    find_latest,
+    record_environment,
+)
+from fast_spatial.schedule import lr_at, side_at
+from fast_spatial.scoring import Scorer
+from fast_spatial.step import is_compiled, make_step
 from fast_spatial.stopping import Stopped, StopRequest, stop_requests
-from kernels.sampling import EVALUATION, TRAINING, augmentation_settings, pack_key, view_limits
+from fast_spatial.validation import Validation
+from fast_spatial.wording import describe, describe_resume, diverged
+from kernels.sampling import TRAINING, augmentation_settings, pack_key
 from pipelines.dataset import some
-from pipelines.loader import Batch, Loader
+from pipelines.loader import Loader
 
 PROFILE_AFTER_STEPS = 10
 
@@ -61,81 +65,57 @@ def train(config: TrainConfig, world: World) -> None:
 def _train(config: TrainConfig, world: World, request: StopRequest, opened: contextlib.ExitStack) -> None:
     # --- set up
     seed_everything(config.seed, deterministic=config.deterministic)
-    out, mode = Path(config.out), MODES[config.mode]
+    out = Path(config.out)
     dtype = dtype_of(config.dtype, world.device)
     load = partial(load_split, config.data, exclude=config.exclude, classes=config.classes)
     train_images, val_images = load("train", max_images=config.max_train_images), load("val")
-    net = models.build(config.arch, len(train_images.classes))
-    if config.bn_group:
-        models.group_batch_norm(net, config.bn_group)
-    model = Classifier(net).to(world.device)
-    limits_V2 = config.view_limits()
-    eval_warps = int((limits_V2 != 0).any(axis=1).sum())
-    score_chunk = config.score_chunk or default_pass_size(world.device, config.score_side or config.side)
-    compiled = config.compile == "true" or (config.compile == "auto" and world.device.type == "cuda")
-    compiled = compiled and not config.deterministic
-    optimizer = make_optimizer(config, model)
-    step = TrainStep(
-        model,
-        optimizer,
-        dtype=dtype,
-        scored=len(limits_V2) > 1,
-        accumulate=config.accumulate,
-        score_chunk=score_chunk,
-        score_side=config.score_side,
-        compiled=compiled,
+    step = make_step(config, len(train_images.classes), world.device, dtype)
+    net, optimizer = step.model.net, step.optimizer
+    average = WeightAverage(step.model, config.ema) if config.ema else None
+    compiled = is_compiled(config, world.device)
+    if average is None:
+        judge = step.scorer or Scorer(step.model, dtype)
+    else:
+        judge = Scorer(average.model, dtype, compiled=compiled)
+    steps_per_epoch = len(train_images) // config.global_batch_size
+
+    def progress_at(steps_done: int) -> float:
+        """How much of the training is done after so many steps, in [0, 1]."""
+        return min(1.0, steps_done / (config.epochs * steps_per_epoch))
+
+    bad_images = BadImages(
+        out, world.rank, train_images, skip=config.on_bad_image == "skip", at_most=config.max_bad_images
     )
-    judge = step.scorer or Scorer(model, dtype)
-    # Of the training passes' shape, or a compiled network would be compiled again.
-    eval_pass = config.score_chunk or default_pass_size(world.device, config.side)
-    eval_passes = Passes(
-        judge, eval_pass or config.global_batch_size // world.world_size * len(limits_V2), pad=compiled
-    )
-    settings = augmentation_settings(
-        center=mode.center,
-        scale=config.crop_scale,
-        ratio=config.crop_ratio,
-        flip_prob=config.flip_prob,
-        jitter=config.jitter,
-        lighting_std=config.lighting,
-    )
-    open_loader = partial(
-        Loader,
-        side=config.side,
+    loader = Loader(
+        train_images,
+        limits=config.view_limits(),
+        settings=augmentation_settings(
+            center=MODES[config.mode].center,
+            scale=config.crop_scale,
+            ratio=config.crop_ratio,
+            flip_prob=config.flip_prob,
+            jitter=config.jitter,
+            lighting_std=config.lighting,
+        ),
+        side=lambda epoch, number: side_at(config, progress_at(epoch * steps_per_epoch + number)),
+        largest_side=config.side,
         global_batch_size=config.global_batch_size,
+        key=pack_key(TRAINING, config.seed),
+        train=True,
         rank=world.rank,
         world_size=world.world_size,
         threads=config.workers or None,
         device=world.device,
-    )
-    bad_images = BadImages(
-        out, world.rank, train_images, skip=config.on_bad_image == "skip", at_most=config.max_bad_images
-    )
-    loader = open_loader(
-        train_images,
-        limits=limits_V2,
-        settings=settings,
-        key=pack_key(TRAINING, config.seed),
-        train=True,
         exact_decoding=config.deterministic,
         on_bad_images=bad_images.met,
         bad_images=bad_images.positions(),
     )
-    # Judged as the mode trains: nothing but the untouched image, one random view, or the worst of all.
-    eval_loader = open_loader(
-        val_images,
-        limits=view_limits(
-            eval_warps, untouched_first=True, degrees=config.limits.degrees, translate=config.limits.translate
-        ),
-        settings=augmentation_settings(center=True),
-        key=pack_key(EVALUATION, 0),
-        train=False,
-    )
+    validate = Validation(config, world, val_images, judge, compiled=compiled)
 
-    if 0 < loader.steps_per_epoch < PROFILE_AFTER_STEPS + config.profile and config.profile:
+    if 0 < steps_per_epoch < PROFILE_AFTER_STEPS + config.profile and config.profile:
         raise ValueError(
             f"--profile {config.profile}: it starts after {PROFILE_AFTER_STEPS} steps, and an epoch has only "
-            f"{loader.steps_per_epoch}; lower --global-batch-size"
+            f"{steps_per_epoch}; lower --global-batch-size"
         )
 
     # --- resume
@@ -154,13 +134,17 @@ def _train(config: TrainConfig, world: World, request: StopRequest, opened: cont
     best_pct = -1.0
     if saved is not None:
         check_same_run(saved["identity"], same, config)
-        checkpoint.set_weights(net, saved["model"])
+        if average is None:
+            checkpoint.set_weights(net, saved["model"])
+        else:
+            checkpoint.set_weights(average.model.net, saved["model"])
+            checkpoint.set_weights(net, saved["trained"])
         optimizer.load_state_dict(saved["optimizer"])
         step.scaler.load_state_dict(saved["scaler"])
         first_epoch, first_step, best_pct = saved["epoch"], saved["step"], saved["best_pct"]
         if step.scorer is not None:
             step.scorer.refresh()
-    done = first_epoch * loader.steps_per_epoch + first_step
+    done = first_epoch * steps_per_epoch + first_step
     check_processes_agree(world, {"position": done, **same, "rhythm": [config.log_every, config.eval_every]})
     if saved is None:
         runlog.begin()
@@ -186,7 +170,7 @@ def _train(config: TrainConfig, world: World, request: StopRequest, opened: cont
     def check_finite() -> None:
         first = divergence.first_step()
         if first is not None:
-            raise ValueError(diverged(first, loader.steps_per_epoch, out))
+            raise ValueError(diverged(first, steps_per_epoch, out))
 
     def save(epoch: int, step_of_epoch: int, tally: Tally | None = None, *, best: bool = False) -> None:
         """Save the position: so many steps of an epoch are done; all of them: but for its evaluation."""
@@ -198,7 +182,9 @@ def _train(config: TrainConfig, world: World, request: StopRequest, opened: cont
         saver.save(
             {
                 "format": checkpoint.FORMAT,
-                "model": net.state_dict(),
+                # What is judged; where that is the average, training goes on from what it averages.
+                "model": net.state_dict() if average is None else average.state_dict(),
+                "trained": None if average is None else net.state_dict(),
                 "arch": config.arch,
                 "classes": list(train_images.classes),
                 "config": to_json(config),
@@ -237,16 +223,14 @@ def _train(config: TrainConfig, world: World, request: StopRequest, opened: cont
             stop(request.signal_number)
 
     # --- train
-    evaluations = 0
     for epoch in range(first_epoch, config.epochs):
         start_step = first_step if epoch == first_epoch else 0
-        set_lr(optimizer, lr_at(config, epoch))
         tally = Tally(world.device, "loss", "top1")
         if start_step and saved is not None and world.rank == 0:
             tally.load(saved["tally"])
         bar = Bar(
             loader.epoch(epoch, start_step),
-            total=loader.steps_per_epoch,
+            total=steps_per_epoch,
             initial=start_step,
             images_per_batch=config.global_batch_size,
             title=f"epoch {epoch + 1}/{config.epochs}",
@@ -255,27 +239,32 @@ def _train(config: TrainConfig, world: World, request: StopRequest, opened: cont
         stop_signal = 0
         with profile(config.profile if epoch == first_epoch and world.rank == 0 else 0, out) as profiler:
             for number, batch in enumerate(bar, start_step):
+                done = epoch * steps_per_epoch + number
+                lr = lr_at(config, progress_at(done), epoch)
+                set_lr(optimizer, lr)
                 seed_step(config.seed, epoch, number, world.rank)
                 result = step(batch)
+                if average is not None:
+                    average.update()
                 tally.add(result.loss, result.correct)
-                done = epoch * loader.steps_per_epoch + number + 1
+                done += 1
                 divergence.note(done, result.loss)
                 distributed.progress(config.stall_minutes)
                 if number % config.log_every == config.log_every - 1:
                     check_finite()
                     means = tally.means(over_ranks=False)
                     bar.show(loss=means["loss"], top1_pct=100 * means["top1"])
-                    runlog.scalars("train_step", done, **means)
+                    runlog.scalars("train_step", done, **means, lr=lr, side=batch.views.shape[2])
                 if profiler is not None:
                     profiler.step()
                 save_now, stop_signal = ballot(due(done), request.signal_number)
-                if (save_now or stop_signal) and number + 1 < loader.steps_per_epoch:
+                if (save_now or stop_signal) and number + 1 < steps_per_epoch:
                     save(epoch, number + 1, tally)
                     if stop_signal:
                         stop_together(stop_signal)
         stop_signal = stop_signal or ballot.outstanding(2)[1]
         check_finite()
-        if start_step < loader.steps_per_epoch:
+        if start_step < steps_per_epoch:
             means = tally.means(over_ranks=True)
             runlog.record(
                 "train",
@@ -283,7 +272,7 @@ def _train(config: TrainConfig, world: World, request: StopRequest, opened: cont
                 epoch=epoch + 1,
                 loss=means["loss"],
                 top1_pct=100 * means["top1"],
-                lr=lr_at(config, epoch),
+                lr=lr,
                 images_per_sec=round(bar.images_per_sec, 1),
                 data_wait_pct=round(bar.data_wait_pct, 1),
             )
@@ -292,24 +281,13 @@ def _train(config: TrainConfig, world: World, request: StopRequest, opened: cont
         last = epoch + 1 == config.epochs
         evaluates = last or (config.eval_every > 0 and (epoch + 1) % config.eval_every == 0)
         if evaluates or stop_signal:
-            save(epoch, loader.steps_per_epoch, tally)
+            save(epoch, steps_per_epoch, tally)
         if stop_signal:
             stop_together(stop_signal)
         improved = False
         if evaluates:
             before = runlog.elapsed_sec
-            judge.refresh()
-            bar = Bar(
-                eval_loader.epoch(evaluations),
-                total=eval_loader.steps_per_epoch,
-                images_per_batch=config.global_batch_size,
-                title="evaluate",
-                show=world.rank == 0,
-            )
-            scores = validate(
-                eval_passes, bar, warps=eval_warps, images=len(val_images), device=world.device, moved=moved
-            )
-            evaluations += 1
+            scores = validate(moved)
             runlog.record(
                 "evaluation",
                 done,
@@ -327,124 +305,6 @@ def _train(config: TrainConfig, world: World, request: StopRequest, opened: cont
     distributed.barrier()
     if world.rank == 0 and (skipped := bad_images.paths()):
         say(f"{len(skipped)} training images could not be decoded and were replaced: {some(skipped)}")
-
-
-def record_environment(out: Path, config: TrainConfig, world: World, done: int) -> None:
-    """Add a line to OUT/environment.jsonl: what this part of the run was started with, on, and after which step."""
-    about = {
-        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "steps_before": done,
-        "command": os.environ.get(COMMAND_VARIABLE),
-        "world_size": world.world_size,
-        "config": to_json(config),
-        **environment(),
-    }
-    with open(out / "environment.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(about) + "\n")
-
-
-def check_same_run(there: dict[str, Any], here: dict[str, Any], config: TrainConfig) -> None:
-    """Raise a ValueError if a checkpoint is of another run than what would go on here."""
-    mine, theirs = ({**about["recipe"], **about} for about in (here, there))
-    differences = [
-        f"{name} {theirs.get(name)} there, {mine[name]} here"
-        for name in mine
-        if name != "recipe" and theirs.get(name) != mine[name]
-    ]
-    if differences:
-        advice = "name a new folder"
-        if config.dtype == "auto" and theirs["dtype"] != mine["dtype"]:
-            advice = f"add --dtype {theirs['dtype']}, which is not what this machine is best at, or {advice}"
-        raise ValueError(f"--out {config.out}: it holds another run ({'; '.join(differences)})\n{advice}")
-
-
-def check_processes_agree(world: World, about: dict[str, Any]) -> None:
-    """Raise a ValueError if this process would not do the same as the others."""
-    for name, value in about.items():
-        if not distributed.agree(zlib.crc32(json.dumps(value).encode()), world.device):
-            raise ValueError(
-                f"the processes differ in their {name}: {value} here\n"
-                f"give the same command on all nodes, with the same images, and --out on a disk that they share"
-            )
-
-
-def describe_resume(saved: dict[str, Any], config: TrainConfig, world: World, done: int) -> str:
-    """Where a run goes on, and what is different from there on."""
-    lines = [f"continued after {done} steps (epoch {min(saved['epoch'] + 1, config.epochs)} of {config.epochs})"]
-    if saved["epoch"] == config.epochs:
-        lines = ["this run is finished"]
-    elif saved["world_size"] != world.world_size:
-        same = "the images and their draws stay the same"
-        lines.append(f"on {world.world_size} processes instead of {saved['world_size']}: {same}")
-        if not config.bn_group:
-            lines.append("BatchNorm normalizes over batches of another size (--bn-group fixes their size)")
-    return "\n".join(lines)
-
-
-def diverged(step: int, steps_per_epoch: int, out: Path) -> str:
-    """What to say about a loss that is no number any more."""
-    kept = next((f"; {out / name} was saved before" for name in (LAST, PREVIOUS) if (out / name).is_file()), "")
-    return (
-        f"the loss is no finite number since step {step} (epoch {(step - 1) // steps_per_epoch + 1}): training "
-        f"diverged{kept}\ntry a smaller --lr, or --dtype float32, in a new folder"
-    )
-
-
-def validate(
-    passes: Passes,
-    batches: Iterable[Batch],
-    *,
-    warps: int,
-    images: int,
-    device: torch.device,
-    moved: Callable[[], None],
-) -> dict[str, float | None]:
-    """Natural top-1, top-5 and loss on the validation images, and accuracy under the training attack (None without).
-
-    The batches' views are the untouched image and `warps` random ones; `moved` is called after every batch.
-
-    Raises:
-        RuntimeError: if not each of the split's `images` was judged exactly once.
-
-    """
-    tally, once = Tally(device, "top1", "top5", "loss", "attacked"), EachOnce(images, device)
-    for batch in batches:
-        once.add(batch.index)
-        found = verdicts(passes(batch.views), batch.labels)
-        tally.add(found.natural, found.natural_top5, found.natural_loss, found.random if warps == 1 else found.worst)
-        moved()
-    once.check()
-    means = tally.means(over_ranks=True)
-    return {
-        "top1_pct": 100 * means["top1"],
-        "top5_pct": 100 * means["top5"],
-        "loss": means["loss"],
-        "attacked_top1_pct": 100 * means["attacked"] if warps else None,
-    }
-
-
-def describe(
-    config: TrainConfig, world: World, dtype: torch.dtype, train_images: int, val_images: int, classes: int
-) -> str:
-    """Two lines on what is about to run, memory included."""
-    batch = config.global_batch_size // world.world_size
-    views = len(config.view_limits())
-    need = estimate(config.arch, classes, config.side, batch, config.accumulate, views, dtype != torch.float32)
-    where = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
-    lines = [
-        f"train {config.mode}: {config.arch}, {classes} classes, {train_images} training and {val_images} validation "
-        f"images, {config.epochs} epochs, batch {config.global_batch_size} = {world.world_size} x {batch} on {where}, "
-        f"{str(dtype).removeprefix('torch.')}",
-        f"memory per process, estimated: {need.total_gib:.1f} GiB (weights {need.weights_gib:.1f}, activations "
-        f"{need.activations_gib:.1f}, views {need.views_gib:.1f})",
-    ]
-    if world.device.type == "cuda":
-        free_gib = torch.cuda.mem_get_info(world.device)[0] / (1 << 30)
-        if need.total_gib > free_gib:
-            lines.append(
-                f"this GPU has {free_gib:.1f} GiB free: if it runs out, add --accumulate {2 * config.accumulate}"
-            )
-    return "\n".join(lines)
 
 
 @contextlib.contextmanager

@@ -47,7 +47,9 @@ class Loader:
         images: the split.
         limits: float64 [V, 2], each view's limits (`kernels.sampling.view_limits`).
         settings: the augmentation (`kernels.sampling.augmentation_settings`).
-        side: side of the views, pixels.
+        side: side of the views, pixels: a number, or a function of (epoch, step), for sides that grow. It is asked for
+            batches that are made ahead, even beyond the last epoch.
+        largest_side: the largest that such a function gives; it bounds what DALI may hold ready.
         global_batch_size: images per step, over all ranks; `world_size` must divide it.
         key: the generator's key (`kernels.sampling.pack_key`).
         train: shuffle, draw anew every epoch and drop the remainder; otherwise each image once, in order, always with
@@ -74,10 +76,11 @@ class Loader:
         *,
         limits: NDArray[np.float64],
         settings: NDArray[np.float64],
-        side: int,
+        side: int | Callable[[int, int], int],
         global_batch_size: int,
         key: int,
         train: bool,
+        largest_side: int = 0,
         rank: int = 0,
         world_size: int = 1,
         threads: int | None = None,
@@ -93,7 +96,8 @@ class Loader:
                 f"lower --global-batch-size"
             )
         self.images = images
-        self._key, self._train, self._side = key, train, side
+        self._key, self._train = key, train
+        self._side_at: Callable[[int, int], int] = side if callable(side) else lambda epoch, step: side
         self._global_batch_size, self._rank = global_batch_size, rank
         self._batch_size = global_batch_size // world_size
         self.steps_per_epoch = self._count_steps()
@@ -111,13 +115,12 @@ class Loader:
         self._device = device or torch.device("cpu")
         on_gpu = self._device.type == "cuda"
         self._device_id = (self._device.index or 0) if on_gpu else None
+        self._needs_canvas = not on_gpu
         # The same for all images, fed with every batch.
-        self._constants: list[NDArray[Any]] = [
-            np.repeat(row[None], self._batch_size, axis=0) for row in (limits, settings)
-        ]
-        if not on_gpu:
-            self._constants.append(np.zeros((self._batch_size, side), np.uint8))
-        batch_bytes = self._batch_size * len(limits) * side * side * 3
+        self._constants = [np.repeat(row[None], self._batch_size, axis=0) for row in (limits, settings)]
+        largest = largest_side if callable(side) else side
+        assert largest > 0
+        batch_bytes = self._batch_size * len(limits) * largest**2 * 3
         from pipelines.graph import view_graph  # a batch is a batch where DALI is missing, too
 
         self._build: Callable[..., Any] = partial(
@@ -169,8 +172,9 @@ class Loader:
         else:
             outputs = self._pipeline.run()
         views, header = (from_dlpack(output.as_tensor()) for output in outputs)
+        side = int(header[0, SIDE])
         # An exception inside a numba operator is printed and ignored, and leaves an empty output.
-        assert views.shape == (len(header), self._views, self._side, self._side, 3)
+        assert views.shape == (len(header), self._views, side, side, 3)
         return views, header
 
     def _without_bad_images(self, error: RuntimeError) -> None:
@@ -250,10 +254,13 @@ class Loader:
     def _arrays(self, ticket: int) -> tuple[NDArray[Any], ...]:
         """What the graph is fed for one batch."""
         epoch, positions = self._positions(ticket)
+        side = self._side_at(*divmod(ticket, self.steps_per_epoch))
         headers = np.zeros((len(positions), HEADER_WIDTH), np.int64)
         headers[:, LABEL], headers[:, INDEX] = self.images.labels[positions], positions
-        headers[:, KEY], headers[:, EPOCH], headers[:, SIDE], headers[:, TICKET] = self._key, epoch, self._side, ticket
-        return self.images.paths[positions], headers, *(array[: len(positions)] for array in self._constants)
+        headers[:, KEY], headers[:, EPOCH], headers[:, SIDE], headers[:, TICKET] = self._key, epoch, side, ticket
+        canvas = [np.zeros((len(positions), side), np.uint8)] if self._needs_canvas else []
+        constants = (array[: len(positions)] for array in self._constants)
+        return self.images.paths[positions], headers, *constants, *canvas
 
 
 def undecodable(images: ImageIndex, bad: dict[int, str], otherwise: str = "") -> ValueError:

@@ -40,19 +40,29 @@ TRAIN_OPTIONS = {
     "data": "",
     "out": "",
     "mode": "",
+    "recipe": "",
     "degrees": 30.0,
     "translate_px": None,
     "views": 10,
     "epochs": 110,
     "global_batch_size": 256,
     "lr": 0.1,
+    "schedule": "milestones",
     "milestones": (30, 60, 85, 95, 105),
     "gamma": 0.1,
+    "warmup_epochs": 0.0,
     "momentum": 0.9,
     "weight_decay": 1e-4,
+    "bn_weight_decay": True,
+    "label_smoothing": 0.0,
+    "ema": 0.0,
     "optimizer": "sgd",
     "arch": "resnet18",
+    "blurpool": False,
     "side": 224,
+    "start_side": 0,
+    "eval_side": 0,
+    "eval_flip": False,
     "crop_scale": (0.08, 1.0),
     "crop_ratio": (3 / 4, 4 / 3),
     "flip_prob": 0.5,
@@ -87,6 +97,7 @@ EVALUATE_OPTIONS = {
     "views": 10,
     "grid": True,
     "side": 0,
+    "flip": False,
     "arch": "",
     "dtype": "float32",
     "seed": 0,
@@ -129,6 +140,7 @@ BENCH_OPTIONS = {
     "read_latency_ms": 0.0,
     "ffcv_python": "",
 }
+RECIPES_OPTIONS = {"data": "", "seconds": 1.0}
 DOCTOR_OPTIONS = {"data": "", "out": "", "json": ""}
 REPRODUCE_DECIDES = {"mode", "degrees", "translate_px", "seed"}
 
@@ -375,6 +387,7 @@ def test_the_options_of_the_other_commands_are_the_frozen_ones():
     assert defaults("report") == REPORT_OPTIONS
     assert defaults("export") == EXPORT_OPTIONS
     assert defaults("check") == CHECK_OPTIONS
+    assert defaults("recipes") == RECIPES_OPTIONS
     assert defaults("bench") == BENCH_OPTIONS
     assert defaults("doctor") == DOCTOR_OPTIONS
 

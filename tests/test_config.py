@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from fast_spatial.config import (
-    DIGITS_PRESET,
     MODES,
     PUBLISHED,
     EvaluateConfig,
@@ -19,7 +18,6 @@ from fast_spatial.config import (
     parse,
     to_json,
 )
-from fast_spatial.optim import lr_at
 from fast_spatial.reproduce import ReproduceConfig
 
 TRAIN = {"data": "d", "out": "o", "mode": "worst10"}
@@ -34,13 +32,21 @@ ANOTHER_RUN = {
     "epochs": 100,
     "global_batch_size": 128,
     "lr": 0.2,
+    "schedule": "linear",
     "milestones": (30, 60),
     "gamma": 0.2,
     "momentum": 0.8,
     "weight_decay": 0.0,
+    "bn_weight_decay": False,
+    "label_smoothing": 0.1,
+    "ema": 0.999,
     "optimizer": "apex",
     "arch": "resnet50",
+    "blurpool": True,
     "side": 160,
+    "start_side": 160,
+    "eval_side": 256,
+    "eval_flip": True,
     "crop_scale": (0.25, 1.0),
     "crop_ratio": (1.0, 1.0),
     "flip_prob": 0.0,
@@ -56,6 +62,7 @@ ANOTHER_RUN = {
 }
 SAME_RUN = {
     "data": "elsewhere",
+    "recipe": "e16",
     "out": "elsewhere",
     "dtype": "float32",
     "resume": "never",
@@ -141,25 +148,11 @@ def test_the_defaults_are_the_reference_recipe():
         **{"milestones": [30, 60, 85, 95, 105], "gamma": 0.1},
         **{"crop_scale": [0.08, 1.0], "crop_ratio": [0.75, 4 / 3], "flip_prob": 0.5},
         **{"jitter": [0.1, 0.1, 0.1], "lighting": 0.05},
+        **{"schedule": "milestones", "warmup_epochs": 0.0, "bn_weight_decay": True, "label_smoothing": 0.0, "ema": 0.0},
+        **{"blurpool": False, "start_side": 0, "eval_side": 0, "eval_flip": False},
         **{"bn_group": 0, "accumulate": 1, "deterministic": False},
         **{"classes": 0, "max_train_images": 0, "score_side": 0},
     }
-
-
-@pytest.mark.parametrize(
-    ("epoch", "lr"),
-    [
-        *[(0, 1e-1), (29, 1e-1), (30, 1e-2), (59, 1e-2), (60, 1e-3), (84, 1e-3)],
-        *[(85, 1e-4), (94, 1e-4), (95, 1e-5), (104, 1e-5), (105, 1e-6), (109, 1e-6)],
-    ],
-)
-def test_the_learning_rate_drops_at_the_start_of_each_milestone(epoch, lr):
-    assert lr_at(train_config(), epoch) == pytest.approx(lr, rel=1e-9)
-
-
-def test_the_learning_rate_follows_the_options():
-    config = train_config(lr="0.8", milestones="2,4", gamma="0.5")
-    assert [lr_at(config, epoch) for epoch in range(6)] == [0.8, 0.8, 0.4, 0.4, 0.2, 0.2]
 
 
 def test_the_published_table():
@@ -250,6 +243,15 @@ def test_what_is_not_given_has_its_default():
         (TrainConfig, {"milestones": "5,3"}, ["--milestones 5,3", "increase"]),
         (TrainConfig, {"milestones": "5,5"}, ["--milestones 5,5", "increase"]),
         (TrainConfig, {"milestones": "5,x"}, ["--milestones", "x", "a whole number"]),
+        (TrainConfig, {"schedule": "cosine"}, ["--schedule cosine", "milestones, linear"]),
+        (TrainConfig, {"warmup_epochs": "2"}, ["--warmup-epochs 2", "--schedule linear"]),
+        (TrainConfig, {"schedule": "linear", "warmup_epochs": "110"}, ["--warmup-epochs 110", "below --epochs 110"]),
+        (TrainConfig, {"label_smoothing": "1"}, ["--label-smoothing 1", "below 1"]),
+        (TrainConfig, {"ema": "-0.1"}, ["--ema -0.1", "at least 0"]),
+        (TrainConfig, {"start_side": "224"}, ["--start-side 224", "below --side 224"]),
+        (TrainConfig, {"start_side": "150"}, ["--start-side 150", "a multiple of 16"]),
+        (TrainConfig, {"start_side": "128", "score_side": "128"}, ["--score-side 128", "below --start-side 128"]),
+        (TrainConfig, {"eval_side": "100000"}, ["--eval-side 100000", "at most"]),
         (TrainConfig, {"crop_scale": "1"}, ["--crop-scale 1", "2 numbers separated by commas"]),
         (TrainConfig, {"crop_scale": "0.5,0.1"}, ["--crop-scale 0.5,0.1", "0 < MIN <= MAX <= 1"]),
         (TrainConfig, {"crop_scale": "0,1"}, ["--crop-scale 0,1", "0 < MIN <= MAX <= 1"]),
@@ -317,7 +319,13 @@ def test_what_json_holds_beyond_the_options_is_left_out():
 
 
 def test_every_option_of_train_is_known_to_these_tests():
-    assert {f.name for f in dataclasses.fields(TrainConfig)} == ANOTHER_RUN.keys() | SAME_RUN.keys()
+    # Its value alone would be refused: it is for the linear schedule.
+    assert {f.name for f in dataclasses.fields(TrainConfig)} == {*ANOTHER_RUN, *SAME_RUN, "warmup_epochs"}
+
+
+def test_a_warm_up_makes_another_run():
+    one, other = (train_config(schedule="linear", warmup_epochs=epochs) for epochs in "12")
+    assert identity(one) != identity(other)
 
 
 @pytest.mark.parametrize(("name", "value"), ANOTHER_RUN.items())
@@ -332,21 +340,6 @@ def test_where_and_how_it_runs_leaves_a_run_the_same(name, value):
     other = dataclasses.replace(train_config(), **{name: value})
     assert other != train_config()
     assert identity(other) == identity(train_config())
-
-
-def test_the_digits_preset_replaces_the_defaults_of_its_options_and_no_others():
-    config, defaults = parse(TrainConfig, {**TRAIN, "data": "digits"}, DIGITS_PRESET), train_config()
-    changed = {f.name for f in dataclasses.fields(config) if getattr(config, f.name) != getattr(defaults, f.name)}
-    assert changed == {"data", *DIGITS_PRESET}
-    assert {name: getattr(config, name) for name in DIGITS_PRESET} == DIGITS_PRESET
-    assert (config.side, config.epochs) == (32, 8)
-
-
-def test_the_digits_preset_never_replaces_what_was_given_even_if_it_is_the_default():
-    given = {"epochs": "110", "side": "64", "milestones": "30,60,85,95,105"}
-    config = parse(TrainConfig, {**TRAIN, "data": "digits", **given}, DIGITS_PRESET)
-    assert (config.epochs, config.side, config.milestones) == (110, 64, (30, 60, 85, 95, 105))
-    assert config.global_batch_size == DIGITS_PRESET["global_batch_size"] != 256
 
 
 @pytest.mark.parametrize(("data", "epochs"), [("digits", 8), ("./digits", 110), ("imagenet", 110)])

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from fast_spatial.evaluate import evaluate
+from fast_spatial.config import EvaluateConfig
+from fast_spatial.evaluate import ImageVerdict, evaluate, published_deviations, summarize, summary_table
 
 ROOT = Path(__file__).parent.parent
 
@@ -85,3 +86,23 @@ def test_the_example_in_the_readme_runs(capsys):
     assert len(blocks) == 1
     exec(blocks[0], {})
     assert "worst10_top1_pct" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "side", "blurpool", "named"),
+    [
+        ({"data": "imagenet"}, 224, False, ()),
+        ({"data": "imagenet"}, 256, False, ("views of 256 px instead of 224",)),
+        ({"data": "digits"}, 32, False, ()),
+        ({"data": "imagenet", "flip": True}, 224, False, ("logits averaged over every view and its mirror image",)),
+        ({"data": "imagenet"}, 224, True, ("a network with BlurPool",)),
+    ],
+)
+def test_what_is_not_the_published_protocol_is_named(options, side, blurpool, named):
+    config = EvaluateConfig(checkpoint="c.pt", **options)
+    assert published_deviations(config, side, blurpool=blurpool) == named
+    verdict = ImageVerdict(0, 0, True, True, True, True, None, 1.0)
+    summary = summarize([verdict], config.limits, 10, partial=False, deviations=named)
+    table = summary_table(summary)
+    assert [f"  not the published protocol: {text}" in table.splitlines() for text in named] == [True] * len(named)
+    assert ("not the published" in table) is bool(named)

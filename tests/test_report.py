@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 
 import launch
-from fast_spatial import reproduce
-from fast_spatial.config import DIGITS_PRESET, EvaluateConfig, LandscapeConfig, TrainConfig, parse, to_json
+from fast_spatial import recipe, reproduce
+from fast_spatial.config import EvaluateConfig, LandscapeConfig, TrainConfig, parse, to_json
 from fast_spatial.reporting.report import published_table, results_table, row_name
 from fast_spatial.reproduce import ReproduceConfig, Row, plan, split_row
 
 KEYS = [
     *("mode", "degrees", "seed"),
     *("natural_top1_pct", "random_top1_pct", "worst10_top1_pct", "worst10_any_top1_pct", "grid_top1_pct"),
-    *("num_images", "seconds_train", "seconds_evaluate"),
+    *("num_images", "deviations", "seconds_train", "seconds_evaluate"),
 ]
 
 
@@ -162,7 +162,7 @@ def test_the_digits_have_four_rows_by_default():
         ("worst10", 30.0),
     ]
     for row in rows:
-        assert {name: getattr(row.train, name) for name in DIGITS_PRESET} == DIGITS_PRESET
+        assert {name: getattr(row.train, name) for name in recipe.load("digits")} == recipe.load("digits")
 
 
 def test_a_folder_has_the_published_rows_by_default():
@@ -242,7 +242,10 @@ class FakeLaunch:
         assert isinstance(config, EvaluateConfig)
         values = {"natural": 99.0, "random": 96.5, "worst10": 88.25, "worst10_any": 87.0, "grid": 49.1}
         summary = {f"{attack}_top1_pct": value for attack, value in values.items()}
-        content = {"summary": {**summary, "num_images": 497, "degrees": 30.0, "partial": False}, "images": []}
+        content = {
+            "summary": {**summary, "num_images": 497, "degrees": 30.0, "partial": False, "deviations": ()},
+            "images": [],
+        }
         Path(config.json).write_text(json.dumps(content))
         return 3.0
 
@@ -274,7 +277,7 @@ def test_each_row_is_trained_then_judged_and_written_down(planned):
     assert launched.calls == calls_of(rows)
     results = results_of(config)
     assert [list(found) for found in results] == [KEYS, KEYS]
-    assert list(results[0].values()) == ["standard", 30.0, 0, 99.0, 96.5, 88.25, 87.0, 49.1, 497, 12.3, 3.0]
+    assert list(results[0].values()) == ["standard", 30.0, 0, 99.0, 96.5, 88.25, 87.0, 49.1, 497, [], 12.3, 3.0]
     assert list(results[1].values())[:3] == ["worst10", 40.0, 0]
 
 

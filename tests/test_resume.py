@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from fast_spatial import checkpoint, distributed
-from fast_spatial.config import DIGITS_PRESET, TrainConfig, parse
+from fast_spatial import checkpoint, distributed, recipe
+from fast_spatial.config import EvaluateConfig, TrainConfig
 from fast_spatial.distributed import Ballot, World
+from fast_spatial.evaluate import evaluate_checkpoint
 from fast_spatial.files import write_atomically
 from fast_spatial.runlog import RunLog
 from fast_spatial.saving import BEST, LAST, PREVIOUS, Interval, Saver, find_latest
@@ -38,13 +39,14 @@ class Crash(Exception):
 def _stand_down():
     yield
     distributed.stop()
+    torch.use_deterministic_algorithms(False)
 
 
 def config_of(out: Path, **flags: str) -> TrainConfig:
     """Two epochs of four steps, each evaluated; the network draws random numbers (dropout) and has BatchNorm."""
     small = {"epochs": "2", "max_train_images": "64", "global_batch_size": "16", "views": "2", "milestones": "1"}
     raw = {"data": "digits", "mode": "worst10", "out": str(out), "arch": "mobilenet_v3_small", "eval_every": "1"}
-    return parse(TrainConfig, {**raw, **small, **flags}, DIGITS_PRESET)
+    return recipe.train_config({**raw, **small, **flags})
 
 
 def run(out: Path, **flags: str) -> None:
@@ -126,6 +128,56 @@ def test_a_stopped_run_is_saved_where_it_was_and_continues_to_the_bit(whole, tmp
     assert (saved["epoch"], saved["step"]) == position
     run(tmp_path)
     assert_equal(numbers(tmp_path), numbers(whole))
+
+
+# Everything that has a state of its own, or depends on how much of the training is done.
+EVERYTHING = {
+    **{"recipe": "digits_linear", "warmup_epochs": "0.5", "lr": "0.02", "start_side": "16", "label_smoothing": "0.1"},
+    **{"ema": "0.8", "blurpool": "true", "eval_side": "48", "eval_flip": "true", "deterministic": "true"},
+}
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory):
+    """A run with every option of the recipes on, that nothing interrupted."""
+    out = tmp_path_factory.mktemp("everything")
+    run(out, **EVERYTHING)
+    distributed.stop()
+    return out
+
+
+# Three quarters of the eight steps are six: the second epoch's third step begins the full side.
+@pytest.mark.parametrize("after", [STEPS_PER_EPOCH - 1, EPOCH + 1, EPOCH + 3], ids=["first", "before", "after"])
+def test_a_run_with_everything_on_continues_to_the_bit(everything, tmp_path, monkeypatch, after):
+    interrupted(monkeypatch, tmp_path, after, signal.SIGTERM, **EVERYTHING)
+    run(tmp_path, **EVERYTHING)
+    assert_equal(numbers(tmp_path), numbers(everything))
+
+
+def test_the_averaged_weights_are_what_is_judged_and_saved_as_the_model(everything):
+    saved, records = numbers(everything)
+    moved = {name for name, value in saved["model"].items() if not torch.equal(value, saved["trained"][name])}
+    assert {"features.0.0.weight", "features.0.1.running_mean", "classifier.3.bias"} <= moved
+    lrs = [record["lr"] for record in records if record["event"] == "train"]
+    assert lrs == pytest.approx([0.02 * 5 / 6, 0.02 * 1 / 6])  # of each epoch's last step, after 3 and 7 of 8
+    best = checkpoint.load(everything / BEST)
+    weights = checkpoint.read_weights(everything / BEST)
+    assert (weights.side, weights.blurpool) == (48, True)
+    assert torch.equal(weights.state["classifier.3.bias"], best["model"]["classifier.3.bias"])
+    evaluation = next(r for r in records if r["event"] == "evaluation" and r["epoch"] == best["epoch"])
+    summary = judged(everything / BEST, flip=True)
+    assert summary["natural_top1_pct"] == pytest.approx(evaluation["top1_pct"], abs=1.0)
+    assert summary["deviations"] == ["logits averaged over every view and its mirror image", "a network with BlurPool"]
+    assert judged(everything / BEST)["deviations"] == ["a network with BlurPool"]
+
+
+def judged(path: Path, **options: Any) -> dict[str, Any]:
+    """The summary of an evaluation without the grid."""
+    report = path.parent / "evaluation.json"
+    config = EvaluateConfig(checkpoint=str(path), data="digits", json=str(report), grid=False, **options)
+    evaluate_checkpoint(config, ALONE)
+    summary: dict[str, Any] = json.loads(report.read_text())["summary"]
+    return summary
 
 
 @pytest.mark.parametrize("after", [2, EPOCH - 1, EPOCH + 2], ids=["before a checkpoint", "evaluation", "later"])

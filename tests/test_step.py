@@ -14,12 +14,14 @@ import torchvision
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch import nn
-from torch.nn.functional import cross_entropy, grid_sample
+from torch.nn.functional import conv2d, cross_entropy, grid_sample
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from fast_spatial import model as models
+from fast_spatial.config import TrainConfig, parse
 from fast_spatial.model import Classifier, to_unit
-from fast_spatial.scoring import ModuleJudge, Scorer
+from fast_spatial.optim import make_optimizer
+from fast_spatial.scoring import FlipJudge, ModuleJudge, Passes, Scorer
 from fast_spatial.step import TrainStep
 from kernels.limits import SpatialLimits
 from kernels.spatial import matrices
@@ -253,3 +255,101 @@ def test_views_become_what_torchvision_makes_of_them():
     for view, unit in zip(views, to_unit(views)):
         torch.testing.assert_close(unit, torchvision.transforms.functional.to_tensor(view.numpy()))
     assert to_unit(views).is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_smoothed_labels_change_the_gradient_as_the_formula_says_and_nothing_that_is_told(accumulate):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4))
+    theirs, ours = Classifier(copy.deepcopy(net)).double(), Classifier(net)
+    views, labels = golden.views_of(0), golden.labels_of(0)
+    plain = step_of(Classifier(copy.deepcopy(net)), lr=0.0)(batch_of(views, labels))
+    found = step_of(ours, lr=0.0, label_smoothing=0.3, accumulate=accumulate)(batch_of(views, labels))
+    assert found.choice.tolist() == plain.choice.tolist()
+    torch.testing.assert_close(found.loss, plain.loss)
+    chosen = views[torch.arange(len(labels)), plain.choice]
+    log_p = theirs(chosen.permute(0, 3, 1, 2).double() / 255).log_softmax(dim=1)
+    loss = -(0.7 * log_p[torch.arange(len(labels)), labels] + 0.3 * log_p.mean(dim=1)).mean()
+    loss.backward()
+    for one, other in zip(theirs.parameters(), ours.parameters()):
+        assert one.grad is not None and other.grad is not None
+        torch.testing.assert_close(one.grad, other.grad.double(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_worst_view_is_the_same_whatever_the_smoothing():
+    """With much smoothing, a confident right view has a higher smoothed loss than a slightly wrong one."""
+    layer = nn.Linear(3 * 8 * 8, 4, bias=False)
+    with torch.no_grad():
+        layer.weight.zero_()
+        layer.weight[0, 0], layer.weight[1, 1] = 9.0, 0.2
+    net = nn.Sequential(nn.Flatten(), layer)
+    views = torch.zeros(1, 2, 8, 8, 3, dtype=torch.uint8)
+    views[0, 0, 0, 0, 0], views[0, 1, 0, 1, 0] = 255, 255
+    model = Classifier(net, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    labels = torch.tensor([0])
+    with torch.no_grad():
+        logits = model(views[0])
+    smoothed = cross_entropy(logits, labels.expand(2), reduction="none", label_smoothing=0.9)
+    assert smoothed[0] > smoothed[1]
+    found = step_of(model, lr=0.0, label_smoothing=0.9)(batch_of(views, labels))
+    assert found.choice.tolist() == [1]
+
+
+def test_flips_are_averaged_as_two_forward_passes_are(trained):
+    model, _, views = trained
+    judge = FlipJudge(Scorer(model, torch.float32))
+    mirrored = torch.from_numpy(views.numpy()[:, :, ::-1].copy())
+    expected = (exact_logits(model, views) + exact_logits(model, mirrored)) / 2
+    assert (judge(views) - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert (judge(views) - exact_logits(model, views)).abs().max() > 1e-2 * expected.abs().max()
+    images, matrices_BV23 = views[:2], torch.from_numpy(matrices(np.array([[[0, 0, 0], [20, 0.1, 0.0]]] * 2), 32))
+    found = Passes(judge, 3, pad=True).warped(images, matrices_BV23)
+    assert (found - judge(warp(images, matrices_BV23).flatten(0, 1)).view_as(found)).abs().max() < 1e-5
+
+
+def test_decay_spares_what_has_one_dimension_if_asked():
+    model = Classifier(models.build("resnet18", 10))
+    names = {id(p): name for name, p in model.net.named_parameters()}
+    raw = {"data": "d", "out": "o", "mode": "standard", "weight_decay": "0.01"}
+    (everything,) = make_optimizer(parse(TrainConfig, raw), model).param_groups
+    assert (len(everything["params"]), everything["weight_decay"]) == (62, 0.01)
+    some = make_optimizer(parse(TrainConfig, {**raw, "bn_weight_decay": "false"}), model).param_groups
+    assert [group["weight_decay"] for group in some] == [0.01, 0.0]
+    decaying, spared = ({names[id(p)] for p in group["params"]} for group in some)
+    assert spared == {n for n in names.values() if "bn" in n or "downsample.1" in n or n.endswith("bias")}
+    assert decaying == set(names.values()) - spared and len(decaying) == 21
+
+
+def test_blurpool_is_the_binomial_filter_before_every_stride_but_the_first():
+    torch.manual_seed(0)
+    net = models.build("resnet18", 10).eval()
+    plain = copy.deepcopy(net)
+    models.blur_before_strides(net)
+    assert net.state_dict().keys() == plain.state_dict().keys()
+    blurred = [name for name, module in net.named_modules() if models._blur in module._forward_pre_hooks.values()]
+    assert blurred == [f"layer{n}.0.{part}" for n in (2, 3, 4) for part in ("conv1", "downsample.0")]
+    images = torch.randn(2, 64, 9, 9)
+    kernel = torch.tensor([1.0, 2.0, 1.0])
+    kernel = (kernel[:, None] * kernel / 16).expand(64, 1, 3, 3)
+    expected = plain.get_submodule("layer2.0.conv1")(conv2d(images, kernel, padding=1, groups=64))
+    torch.testing.assert_close(net.get_submodule("layer2.0.conv1")(images), expected, rtol=1e-4, atol=1e-5)
+    # The judge's twin is blurred as well.
+    model, views = Classifier(net), photographs(64, 2)
+    expected = exact_logits(model, views)
+    scorer = Scorer(model, torch.float32)
+    assert len(scorer._pairs) == 20
+    assert (scorer(views) - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert (expected - exact_logits(Classifier(plain), views)).abs().max() > 1e-2 * expected.abs().max()
+    assert models.has_blurpool(model) and not models.has_blurpool(plain)
+
+
+def test_views_may_change_their_side_from_step_to_step():
+    torch.manual_seed(0)
+    step = step_of(Classifier(ResNet(BasicBlock, [1, 1, 1, 1], num_classes=10)), lr=0.0)
+    labels = torch.arange(4)
+    for side in (32, 48, 32):
+        views = photographs(side, 12).view(4, 3, side, side, 3)
+        losses = cross_entropy(
+            exact_logits(step.model, views.flatten(0, 1)), labels.repeat_interleave(3), reduction="none"
+        ).view(4, 3)
+        assert step(batch_of(views, labels)).choice.tolist() == losses.argmax(dim=1).tolist()

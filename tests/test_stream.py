@@ -51,11 +51,10 @@ def make_loader(global_batch_size: int, *, train: bool = True, seed: int = 0, **
         some_images("train" if train else "val"),
         limits=LIMITS,
         settings=TRAIN_SETTINGS if train else EVAL_SETTINGS,
-        side=SIDE,
         global_batch_size=global_batch_size,
         key=pack_key(TRAINING if train else EVALUATION, seed),
         train=train,
-        **options,
+        **{"side": SIDE, **options},
     )
 
 
@@ -173,6 +172,41 @@ def test_views_are_the_drawn_warps_of_the_untouched_view(train):
             source_x, source_y = (a * x + b * y + c for a, b, c in row)
             assert np.abs(view - bilinear(views[0], source_x, source_y)).max() <= 0.6
         assert len({view.tobytes() for view in views}) == VIEWS
+
+
+# Sides that grow
+
+
+def side_of(epoch: int, step: int) -> int:
+    """16 px for 30 steps, more than an epoch's 28; then 32 for 30, and 48."""
+    return 16 + 16 * min(2, (28 * epoch + step) // 30)
+
+
+def raw(batches: Iterable[Batch]) -> list[tuple[tuple[int, ...], bytes]]:
+    return [(tuple(batch.views.shape), batch.views.numpy().tobytes()) for batch in batches]
+
+
+def test_the_side_is_a_function_of_the_position_and_bytes_are_those_of_that_side():
+    growing = make_loader(7, side=side_of, largest_side=48)
+    found = raw(chain(growing.epoch(0), growing.epoch(1), growing.epoch(2)))
+    expected = []
+    for side in (16, 32, 48):
+        loader = make_loader(7, side=side)
+        everything = chain(*(loader.epoch(epoch) for epoch in range(3)))
+        last = 84 if side == 48 else 30 * (side // 16)
+        expected += raw(islice(everything, 30 * (side // 16 - 1), last))
+    assert [shape[2] for shape, _ in found] == [16] * 30 + [32] * 30 + [48] * 24
+    assert found == expected
+
+
+def test_jumps_and_resuming_find_the_side_of_their_position():
+    growing = make_loader(7, side=side_of, largest_side=48)
+    first, second = raw(growing.epoch(0)), raw(growing.epoch(1))
+    # Back from 32 px to 16, into what is in flight at another side, and on across the change.
+    assert raw(islice(growing.epoch(0, start_step=20), 3)) == first[20:23]
+    assert raw(islice(growing.epoch(1, start_step=1), 3)) == second[1:4]
+    resumed = make_loader(7, side=side_of, largest_side=48)
+    assert raw(resumed.epoch(1, start_step=1)) == second[1:]
 
 
 # Ranks

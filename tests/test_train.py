@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from fast_spatial import checkpoint, distributed, memory
+from fast_spatial import checkpoint, distributed, memory, recipe
 from fast_spatial import model as models
-from fast_spatial.config import DIGITS_PRESET, EvaluateConfig, TrainConfig, parse
+from fast_spatial.config import EvaluateConfig, TrainConfig
 from fast_spatial.distributed import World
 from fast_spatial.evaluate import evaluate_checkpoint
 from fast_spatial.train import train
@@ -31,7 +31,7 @@ def _stand_down():
 def config_of(out: Path, **flags: str) -> TrainConfig:
     small = {"epochs": "3", "max_train_images": "64", "global_batch_size": "32", "views": "2", "milestones": "2"}
     raw = {"data": "digits", "mode": "worst10", "out": str(out), **small, **flags}
-    return parse(TrainConfig, raw, DIGITS_PRESET)
+    return recipe.train_config(raw)
 
 
 def records(out: Path) -> list[dict[str, Any]]:
@@ -115,7 +115,7 @@ def test_cpus_are_those_of_the_affinity_mask_cut_to_the_container_quota(tmp_path
     assert cpus.cpus_per_process() == max(1, expected // 4)
 
 
-@pytest.mark.parametrize("module", ["fast_spatial.train", "fast_spatial.evaluate"])
+@pytest.mark.parametrize("module", ["fast_spatial.train", "fast_spatial.validation", "fast_spatial.evaluate"])
 def test_loaders_are_given_the_global_rank(tmp_path, monkeypatch, module):
     """On a second node the local rank starts at 0 again: with it, two nodes would read the same images."""
 
@@ -127,7 +127,7 @@ def test_loaders_are_given_the_global_rank(tmp_path, monkeypatch, module):
 
     monkeypatch.setattr(f"{module}.Loader", loader)
     second_node = World(rank=3, local_rank=1, world_size=4, device=torch.device("cpu"))
-    if module == "fast_spatial.train":
+    if module != "fast_spatial.evaluate":
         with pytest.raises(Opened) as opened:
             train(config_of(tmp_path), second_node)
     else:

@@ -1,0 +1,71 @@
+"""How fast this machine trains, measured on a few steps; what a whole training costs, from that."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Collection, Mapping
+
+import torch
+
+from fast_spatial.config import TrainConfig
+from fast_spatial.device import dtype_of, seed_everything
+from fast_spatial.schedule import side_starts
+from fast_spatial.step import make_step
+from pipelines.loader import Batch
+
+
+def measure_steps(
+    config: TrainConfig,
+    device: torch.device,
+    sides: Collection[int],
+    *,
+    num_classes: int,
+    batch: int = 0,
+    seconds: float = 1.0,
+) -> dict[int, float]:
+    """Images per second of one process in a training's steps, at each side; of random pixels, so without the loader.
+
+    Args:
+        config: the training: its mode, network and arithmetic; its weights start afresh.
+        device: what computes.
+        sides: of the views, pixels.
+        num_classes: outputs of the network.
+        batch: images in a step; 0: all of `global_batch_size`.
+        seconds: how long each side is timed, at the least, and for three steps; two steps before that are not.
+
+    """
+    seed_everything(config.seed, deterministic=config.deterministic)
+    batch = batch or config.global_batch_size
+    step = make_step(config, num_classes, device, dtype_of(config.dtype, device))
+    labels = torch.arange(batch, device=device) % num_classes
+    found = {}
+    for side in sides:
+        shape = (batch, len(config.view_limits()), side, side, 3)
+        images = Batch(torch.randint(256, shape, dtype=torch.uint8, device=device), labels, torch.arange(batch))
+        for _ in range(2):
+            step(images)
+        taken: list[float] = []
+        while len(taken) < 3 or sum(taken) < seconds:
+            _wait(device)
+            start = time.perf_counter()
+            step(images)
+            _wait(device)
+            taken.append(time.perf_counter() - start)
+        found[side] = batch / statistics.median(taken)
+    return found
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def training_hours(config: TrainConfig, images: int, images_per_sec: Mapping[int, float]) -> float:
+    """Hours that a training's steps take, from the rate at each of its sides; evaluations are not counted."""
+    starts = [*side_starts(config), (1.0, 0)]
+    seconds_per_image = sum(
+        (end - start) / images_per_sec[side] for (start, side), (end, _) in itertools.pairwise(starts)
+    )
+    return config.epochs * images * seconds_per_image / 3600
