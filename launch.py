@@ -92,6 +92,7 @@ def check(raw: dict[str, str]) -> None:
 
 def recipes(raw: dict[str, str]) -> None:
     config = parse(RecipesConfig, raw)
+    _set_environment()  # before torch is imported: steps are timed
     from fast_spatial.recipe_table import list_recipes
 
     print(list_recipes(config))
