@@ -16,8 +16,7 @@ from fast_spatial.schedule import side_starts
 from pipelines.dataset import count_images, list_classes
 
 IMAGENET_IMAGES, IMAGENET_CLASSES = 1_281_167, 1000
-# The largest measured steps, beyond which an image hardly becomes faster: images on a GPU, pixels of a view on CPUs.
-GPU_BATCH, CPU_PIXELS = 256, 1 << 19
+CPU_BATCH, GPU_BATCH = 8, 256  # the most images in a measured step: larger ones are hardly faster for each image
 MODES = ("standard", "random", "worst10")
 # Keys that the table has a column for.
 _SHOWN = {"epochs", "global_batch_size", "lr", "side", "start_side"}
@@ -51,8 +50,8 @@ def list_recipes(config: RecipesConfig) -> str:
         *_aligned(rows),
         "",
         f"{', '.join(MODES)}: time to train on {images:,} images ({config.data or 'ImageNet'}) on {where},",
-        "extrapolated from a few steps on random pixels (on fewer images than a batch has, where they are large), without",
-        "decoding and evaluations.",
+        f"extrapolated from a few steps of at most {GPU_BATCH if gpus else CPU_BATCH} images of random pixels: without "
+        f"decoding and evaluations.",
     ]
     if config.data != DIGITS:
         lines += _orientation()
@@ -87,8 +86,7 @@ def _kind(config: TrainConfig, gpus: int) -> tuple[object, ...]:
 
 def _batch(config: TrainConfig, gpus: int) -> int:
     """Images in a measured step."""
-    most = GPU_BATCH if gpus else max(1, CPU_PIXELS // config.side**2)
-    return min(most, config.global_batch_size // max(1, gpus))
+    return min(GPU_BATCH if gpus else CPU_BATCH, config.global_batch_size // max(1, gpus))
 
 
 def _duration(hours: float) -> str:
