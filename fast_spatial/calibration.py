@@ -15,6 +15,9 @@ from fast_spatial.schedule import side_starts
 from fast_spatial.step import make_step
 from pipelines.loader import Batch
 
+# Of the images trained on in a measured step: a step of more is hardly faster for each of them.
+MOST_PIXELS = {"cpu": 1 << 20, "cuda": 1 << 24}
+
 
 def measure_steps(
     config: TrainConfig,
@@ -22,7 +25,7 @@ def measure_steps(
     sides: Collection[int],
     *,
     num_classes: int,
-    batch: int = 0,
+    processes: int = 1,
     seconds: float = 1.0,
 ) -> dict[int, float]:
     """Images per second of one process in a training's steps, at each side; of random pixels, so without the loader.
@@ -32,16 +35,16 @@ def measure_steps(
         device: what computes.
         sides: of the views, pixels.
         num_classes: outputs of the network.
-        batch: images in a step; 0: all of `global_batch_size`.
+        processes: that share a batch.
         seconds: how long each side is timed, at the least, and for three steps; two steps before that are not.
 
     """
     seed_everything(config.seed, deterministic=config.deterministic)
-    batch = batch or config.global_batch_size
     step = make_step(config, num_classes, device, dtype_of(config.dtype, device))
-    labels = torch.arange(batch, device=device) % num_classes
     found = {}
     for side in sides:
+        batch = min(config.global_batch_size // processes, MOST_PIXELS[device.type] // side**2)
+        labels = torch.arange(batch, device=device) % num_classes
         shape = (batch, len(config.view_limits()), side, side, 3)
         images = Batch(torch.randint(256, shape, dtype=torch.uint8, device=device), labels, torch.arange(batch))
         for _ in range(2):

@@ -16,7 +16,6 @@ from fast_spatial.schedule import side_starts
 from pipelines.dataset import count_images, list_classes
 
 IMAGENET_IMAGES, IMAGENET_CLASSES = 1_281_167, 1000
-CPU_BATCH, GPU_BATCH = 8, 256  # the most images in a measured step: larger ones are hardly faster for each image
 MODES = ("standard", "random", "worst10")
 # Keys that the table has a column for.
 _SHOWN = {"epochs", "global_batch_size", "lr", "side", "start_side"}
@@ -50,8 +49,8 @@ def list_recipes(config: RecipesConfig) -> str:
         *_aligned(rows),
         "",
         f"{', '.join(MODES)}: time to train on {images:,} images ({config.data or 'ImageNet'}) on {where},",
-        f"extrapolated from a few steps of at most {GPU_BATCH if gpus else CPU_BATCH} images of random pixels: without "
-        f"decoding and evaluations.",
+        "extrapolated from a few steps of random pixels, on CPUs smaller than the recipe's: without decoding and "
+        "evaluations.",
     ]
     if config.data != DIGITS:
         lines += _orientation()
@@ -71,7 +70,7 @@ def _rates(
             torch.device("cuda" if gpus else "cpu"),
             sorted({side for training in alike for _, side in side_starts(training)}),
             num_classes=classes,
-            batch=_batch(alike[0], gpus),
+            processes=max(1, gpus),
             seconds=seconds,
         )
         for kind, alike in kinds.items()
@@ -81,12 +80,7 @@ def _rates(
 def _kind(config: TrainConfig, gpus: int) -> tuple[object, ...]:
     """What decides how long a step takes, but for the side."""
     views = len(config.view_limits())
-    return views, config.arch, config.bn_group, config.blurpool, _batch(config, gpus)
-
-
-def _batch(config: TrainConfig, gpus: int) -> int:
-    """Images in a measured step."""
-    return min(GPU_BATCH if gpus else CPU_BATCH, config.global_batch_size // max(1, gpus))
+    return views, config.arch, config.bn_group, config.blurpool, config.global_batch_size // max(1, gpus)
 
 
 def _duration(hours: float) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fast_spatial import preflight, recipe, recipe_table
+from fast_spatial import calibration, preflight, recipe, recipe_table
 from fast_spatial.calibration import measure_steps, training_hours
 from fast_spatial.config import RecipesConfig, TrainConfig
 from fast_spatial.step import TrainStep
@@ -27,10 +27,25 @@ def test_the_steps_that_are_timed_are_those_of_training(monkeypatch):
 
     monkeypatch.setattr(TrainStep, "__call__", counted)
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
-    found = measure_steps(config_of(views="2"), torch.device("cpu"), [16, 32], num_classes=10, batch=4, seconds=1.0)
+    config = config_of(views="2", global_batch_size="8")
+    found = measure_steps(config, torch.device("cpu"), [16, 32], num_classes=10, processes=2, seconds=1.0)
     assert found == {16: 16.0, 32: 16.0}  # four images in a quarter of a second
     # Two steps that are not timed, and four that are.
     assert seen == [((4, 3, 16, 16, 3), True)] * 6 + [((4, 3, 32, 32, 3), True)] * 6
+
+
+def test_large_steps_are_measured_on_fewer_images(monkeypatch):
+    monkeypatch.setitem(calibration.MOST_PIXELS, "cpu", 3 * 32 * 32)
+    seen = []
+    step = TrainStep.__call__
+
+    def counted(self, batch):
+        seen.append(len(batch.labels))
+        return step(self, batch)
+
+    monkeypatch.setattr(TrainStep, "__call__", counted)
+    measure_steps(config_of(mode="random"), torch.device("cpu"), [16, 32], num_classes=10, seconds=1e-9)
+    assert seen == [12] * 5 + [3] * 5
 
 
 def test_hours_follow_from_the_share_of_each_side():
@@ -45,7 +60,7 @@ def rates(monkeypatch):
     """One process does 1000 images a second of one view and 100 of many, at any side."""
     monkeypatch.setattr(preflight, "gpu_count", lambda: 0)
 
-    def measured(config, device, sides, *, num_classes, batch, seconds):
+    def measured(config, device, sides, *, num_classes, processes, seconds):
         return dict.fromkeys(sides, 100.0 if len(config.view_limits()) > 1 else 1000.0)
 
     monkeypatch.setattr(recipe_table, "measure_steps", measured)
