@@ -16,7 +16,7 @@ from fast_spatial.step import make_step
 from pipelines.loader import Batch
 
 # Of the images trained on in a measured step: a step of more is hardly faster for each of them.
-MOST_PIXELS = {"cpu": 1 << 20, "cuda": 1 << 24}
+MOST_PIXELS = {"cpu": 1 << 19, "cuda": 1 << 24}
 
 
 def measure_steps(
