@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shlex
 import signal
@@ -187,6 +188,9 @@ def torchrun(config: LaunchOptions, job: str, processes: int, words: list[str]) 
 
     from kernels.cpus import usable_cpus
 
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):  # what matters of its lines is said below
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     options = [f"--nproc-per-node={processes}", f"--nnodes={config.nnodes}", f"--max-restarts={config.max_restarts}"]
     # A step, another one until all processes know of the signal, and a checkpoint have to fit in before SIGKILL.
     options += [f"--signals-to-handle={','.join(_signals_to_handle())}", f"--shutdown-timeout={SHUTDOWN_SEC}"]

@@ -199,8 +199,12 @@ def check_out(config: TrainConfig) -> None:
 def claim_out(config: TrainConfig) -> None:
     """Create the run's folder and write down whose it is, unless that stands there."""
     path = Path(config.out) / CONFIG
-    if not path.exists():
+    if path.exists():
+        return
+    try:
         write_json(path, to_json(config))
+    except OSError as error:
+        raise ValueError(f"--out {config.out}: it cannot be written ({error.strerror})\nname another folder") from None
 
 
 def _check_data(config: TrainConfig) -> None:
