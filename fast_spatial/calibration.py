@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import statistics
 import time
 from collections.abc import Collection, Mapping
@@ -11,7 +10,7 @@ import torch
 
 from fast_spatial.config import TrainConfig
 from fast_spatial.device import dtype_of, seed_everything
-from fast_spatial.schedule import side_starts
+from fast_spatial.schedule import mean_over_rest
 from fast_spatial.step import make_step
 from pipelines.loader import Batch
 
@@ -67,8 +66,5 @@ def _wait(device: torch.device) -> None:
 
 def training_hours(config: TrainConfig, images: int, images_per_sec: Mapping[int, float]) -> float:
     """Hours that a training's steps take, from the rate at each of its sides; evaluations are not counted."""
-    starts = [*side_starts(config), (1.0, 0)]
-    seconds_per_image = sum(
-        (end - start) / images_per_sec[side] for (start, side), (end, _) in itertools.pairwise(starts)
-    )
+    seconds_per_image = mean_over_rest(config, 0.0, {side: 1 / rate for side, rate in images_per_sec.items()})
     return config.epochs * images * seconds_per_image / 3600

@@ -179,6 +179,11 @@ class TrainConfig(LaunchOptions):
         choices=("auto", "never"),
         identity=False,
     )
+    replay: str = option(
+        "",
+        "folder of a training that kept to a budget: repeat it step by step, its lengths of segments included",
+        identity=False,  # the segments are
+    )
     checkpoint_every: str = option(
         "15min",
         "save after every so many steps (500) or minutes (15min), besides the ends of epochs; 0: only there",

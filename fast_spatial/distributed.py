@@ -79,6 +79,15 @@ def smallest(value: Tensor) -> Tensor:
     return value
 
 
+def of_first(value: int, device: torch.device) -> int:
+    """The first process's number."""
+    if not dist.is_initialized():
+        return value
+    shared = torch.tensor(value, device=device)
+    dist.broadcast(shared, src=0)
+    return int(shared)
+
+
 def agree(value: int, device: torch.device) -> bool:
     """Whether all processes hold the same number."""
     if not dist.is_initialized():
@@ -92,9 +101,14 @@ class Ballot:
     """What any process wishes for, known to all of them at the same step, without waiting for anybody.
 
     Every process casts its wishes once a step, and is told what was wished for at the step before.
+
+    Args:
+        wishes: how many things may be wished for.
+
     """
 
-    def __init__(self) -> None:
+    def __init__(self, wishes: int) -> None:
+        self._nothing = [0] * wishes
         # A group of its own, so that its order among gradients does not matter; on CPUs, so that no device is read.
         self._group: Any = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self._counting: tuple[Tensor, Any] | None = None
@@ -104,14 +118,14 @@ class Ballot:
         cast = torch.tensor(wishes, dtype=torch.int64)
         if self._group is None:
             return list(wishes)
-        counted = self.outstanding(len(wishes))
+        counted = self.outstanding()
         self._counting = cast, dist.all_reduce(cast, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
         return counted
 
-    def outstanding(self, count: int) -> list[int]:
-        """What was wished for at the last call, if nobody was told yet, or `count` zeros; all processes have to ask."""
+    def outstanding(self) -> list[int]:
+        """What was wished for at the last call, if nobody was told yet, or zeros; all processes have to ask."""
         if self._counting is None:
-            return [0] * count
+            return self._nothing
         (values, work), self._counting = self._counting, None
         work.wait()
         return [int(value) for value in values]

@@ -47,6 +47,10 @@ class Bar:
             yield batch
             self.steps += 1
             self._bar.update()
+        self.close()
+
+    def close(self) -> None:
+        """Take the bar away; for those who stop before its end."""
         self._bar.close()
 
     @property
@@ -130,7 +134,14 @@ class RunLog:
         return self.elapsed_sec / 3600 * self._gpus
 
     def record(self, event: str, step: int, **values: Any) -> None:
-        """Write one record, its numbers as scalars, and a line for people.
+        """Write one record, its numbers as scalars, and a line for people."""
+        self.note(event, step, **values)
+        if self._active:
+            shown = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items() if v is not None)
+            say(f"{event}: " + ", ".join(shown))
+
+    def note(self, event: str, step: int, **values: Any) -> None:
+        """Write one record, and its numbers as scalars.
 
         Where it can be told, `energy_kwh` is what this machine's GPUs used since the record before, or since this
         process began; what a run that was killed used after its last record is not in the log.
@@ -148,8 +159,6 @@ class RunLog:
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         self.scalars(event, step, **values)
-        shown = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items() if v is not None)
-        say(f"{event}: " + ", ".join(shown))
 
     def scalars(self, group: str, step: int, **values: Any) -> None:
         """TensorBoard scalars alone."""

@@ -20,6 +20,8 @@ from fast_spatial.config import TrainConfig, to_json
 from fast_spatial.distributed import World
 from fast_spatial.environment import COMMAND_VARIABLE, environment
 from fast_spatial.files import remove_leftovers, write_atomically
+from fast_spatial.runlog import LOG
+from fast_spatial.schedule import Segment
 
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
 CONFIG = "config.json"
@@ -136,6 +138,26 @@ def find_latest(out: Path) -> Found:
             f"--out {out}: it holds {BEST}, but no {LAST} to continue from\nname a new folder, or move {BEST} away"
         )
     return Found(None, [])
+
+
+def read_segments(run: str) -> list[Segment]:
+    """The segments of a training that kept to a budget, from its log.
+
+    Raises:
+        ValueError: if there are none.
+
+    """
+    try:
+        records = [json.loads(line) for line in (Path(run) / LOG).read_text(encoding="utf-8").splitlines()]
+        found = [Segment(r["start"], r["progress"], r["end"]) for r in records if r["event"] == "segment"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--replay {run}: its {LOG} cannot be read ({error})\nname a folder of train") from None
+    if not found:
+        raise ValueError(
+            f"--replay {run}: that training kept to no budget, so there is nothing to repeat\n"
+            f"without --replay, the same flags and seed train the same model"
+        )
+    return found
 
 
 def check_same_run(there: dict[str, Any], here: dict[str, Any], config: TrainConfig) -> None:

@@ -21,6 +21,7 @@ from fast_spatial.distributed import Ballot, World
 from fast_spatial.files import write_json
 from fast_spatial.metrics import Divergence, Tally
 from fast_spatial.optim import set_lr
+from fast_spatial.pacing import Decision, Pace, Pacemaker
 from fast_spatial.runlog import Bar, RunLog, say
 from fast_spatial.saving import (
     CONFIG,
@@ -30,14 +31,15 @@ from fast_spatial.saving import (
     check_processes_agree,
     check_same_run,
     find_latest,
+    read_segments,
     record_environment,
 )
-from fast_spatial.schedule import lr_at, side_at
+from fast_spatial.schedule import Segment, Timeline, lr_at, side_at
 from fast_spatial.scoring import Scorer
 from fast_spatial.step import is_compiled, make_step
 from fast_spatial.stopping import Stopped, StopRequest, stop_requests
 from fast_spatial.validation import Validation
-from fast_spatial.wording import describe, describe_resume, diverged
+from fast_spatial.wording import describe, describe_resume, diverged, time_was_up
 from kernels.sampling import TRAINING, augmentation_settings, pack_key
 from pipelines.dataset import some
 from pipelines.loader import Loader
@@ -45,8 +47,10 @@ from pipelines.loader import Loader
 PROFILE_AFTER_STEPS = 10
 
 
-def train(config: TrainConfig, world: World) -> None:
+def train(config: TrainConfig, world: World, pace: Pace | None = None) -> None:
     """Train a model as `config` says: `best.pt`, `last.pt`, `log.jsonl` and TensorBoard scalars in its folder.
+
+    With a pace, it takes as many steps as its time allows, instead of the recipe's epochs.
 
     Raises:
         Stopped: if the process was asked to by a signal; the run is saved, and can be continued.
@@ -55,14 +59,16 @@ def train(config: TrainConfig, world: World) -> None:
     """
     with stop_requests() as request, contextlib.ExitStack() as opened:
         try:
-            _train(config, world, request, opened)
+            _train(config, world, pace, request, opened)
         except ValueError as error:
             if request.signal_number or os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
                 say(f"{error}")  # the launcher tells only of what ends it
             raise
 
 
-def _train(config: TrainConfig, world: World, request: StopRequest, opened: contextlib.ExitStack) -> None:
+def _train(
+    config: TrainConfig, world: World, pace: Pace | None, request: StopRequest, opened: contextlib.ExitStack
+) -> None:
     # --- set up
     seed_everything(config.seed, deterministic=config.deterministic)
     out = Path(config.out)
@@ -78,10 +84,7 @@ def _train(config: TrainConfig, world: World, request: StopRequest, opened: cont
     else:
         judge = Scorer(average.model, dtype, compiled=compiled)
     steps_per_epoch = len(train_images) // config.global_batch_size
-
-    def progress_at(steps_done: int) -> float:
-        """How much of the training is done after so many steps, in [0, 1]."""
-        return min(1.0, steps_done / (config.epochs * steps_per_epoch))
+    timeline = Timeline.of_steps(config.epochs * steps_per_epoch)
 
     bad_images = BadImages(
         out, world.rank, train_images, skip=config.on_bad_image == "skip", at_most=config.max_bad_images
@@ -97,7 +100,7 @@ def _train(config: TrainConfig, world: World, request: StopRequest, opened: cont
             jitter=config.jitter,
             lighting_std=config.lighting,
         ),
-        side=lambda epoch, number: side_at(config, progress_at(epoch * steps_per_epoch + number)),
+        side=lambda epoch, number: side_at(config, timeline.progress(epoch * steps_per_epoch + number)),
         largest_side=config.side,
         global_batch_size=config.global_batch_size,
         key=pack_key(TRAINING, config.seed),
@@ -132,6 +135,9 @@ def _train(config: TrainConfig, world: World, request: StopRequest, opened: cont
     }
     first_epoch = first_step = 0
     best_pct = -1.0
+    if config.replay:
+        timeline.segments += read_segments(config.replay)
+        same["replay"] = f"{len(timeline.segments)} segments, {timeline.end} steps"
     if saved is not None:
         check_same_run(saved["identity"], same, config)
         if average is None:
@@ -142,6 +148,8 @@ def _train(config: TrainConfig, world: World, request: StopRequest, opened: cont
         optimizer.load_state_dict(saved["optimizer"])
         step.scaler.load_state_dict(saved["scaler"])
         first_epoch, first_step, best_pct = saved["epoch"], saved["step"], saved["best_pct"]
+        if "segments" in saved:  # not there in runs of earlier versions
+            timeline.segments[:] = [Segment(*segment) for segment in saved["segments"]]
         if step.scorer is not None:
             step.scorer.refresh()
     done = first_epoch * steps_per_epoch + first_step
@@ -159,13 +167,22 @@ def _train(config: TrainConfig, world: World, request: StopRequest, opened: cont
             say(left_out)
         say(describe(config, world, dtype, len(train_images), len(val_images), len(train_images.classes)))
         if saved is not None:
-            say(describe_resume(saved, config, world, done))
+            say(describe_resume(saved, config, world, done, finished=first_epoch * steps_per_epoch >= timeline.end))
     if saver is not None:
         saver.set_aside(damaged)
 
     # --- what happens between steps
-    ballot, divergence = Ballot(), Divergence(world.device)
+    ballot, divergence = Ballot(wishes=4), Divergence(world.device)
+    pacemaker = None if pace is None else Pacemaker(pace, config, timeline, steps_per_epoch)
     due = Interval(config.checkpoint_steps if world.rank == 0 else 0, config.checkpoint_sec if world.rank == 0 else 0)
+
+    def follow(decision: Decision) -> None:
+        """Train on as was decided."""
+        if decision.end:
+            segment = timeline.replan(*decision)
+            runlog.note("segment", done, **segment._asdict())
+            if segment.start == segment.end and world.rank == 0:
+                say(time_was_up(segment))
 
     def check_finite() -> None:
         first = divergence.first_step()
@@ -191,6 +208,7 @@ def _train(config: TrainConfig, world: World, request: StopRequest, opened: cont
                 "epoch": epoch,
                 "step": step_of_epoch,
                 "tally": sums,
+                "segments": [list(segment) for segment in timeline.segments],
                 "best_pct": best_pct,
                 "elapsed_sec": runlog.elapsed_sec,
                 "log_size": runlog.size,
@@ -223,24 +241,31 @@ def _train(config: TrainConfig, world: World, request: StopRequest, opened: cont
             stop(request.signal_number)
 
     # --- train
-    for epoch in range(first_epoch, config.epochs):
+    if pacemaker is not None and done < timeline.end and config.schedule != "milestones":
+        follow(Decision(done, distributed.of_first(pacemaker.first_end(done), world.device)))
+    epoch = first_epoch
+    while epoch * steps_per_epoch < timeline.end:
         start_step = first_step if epoch == first_epoch else 0
+        steps_before = done
         tally = Tally(world.device, "loss", "top1")
         if start_step and saved is not None and world.rank == 0:
             tally.load(saved["tally"])
         bar = Bar(
             loader.epoch(epoch, start_step),
-            total=steps_per_epoch,
+            total=min(steps_per_epoch, timeline.end - epoch * steps_per_epoch),
             initial=start_step,
             images_per_batch=config.global_batch_size,
-            title=f"epoch {epoch + 1}/{config.epochs}",
+            title=f"epoch {epoch + 1}/{timeline.end / steps_per_epoch:.3g}",
             show=world.rank == 0,
         )
         stop_signal = 0
+        if pacemaker is not None:
+            pacemaker.steps_are_next()
         with profile(config.profile if epoch == first_epoch and world.rank == 0 else 0, out) as profiler:
             for number, batch in enumerate(bar, start_step):
-                done = epoch * steps_per_epoch + number
-                lr = lr_at(config, progress_at(done), epoch)
+                if done >= timeline.end:
+                    break
+                lr = lr_at(config, timeline.progress(done), epoch)
                 set_lr(optimizer, lr)
                 seed_step(config.seed, epoch, number, world.rank)
                 result = step(batch)
@@ -257,19 +282,29 @@ def _train(config: TrainConfig, world: World, request: StopRequest, opened: cont
                     runlog.scalars("train_step", done, **means, lr=lr, side=batch.views.shape[2])
                 if profiler is not None:
                     profiler.step()
-                save_now, stop_signal = ballot(due(done), request.signal_number)
+                decision = Decision()
+                if pacemaker is not None and world.rank == 0:
+                    decision = pacemaker.after_step(done, batch.views.shape[2])
+                save_now, stop_signal, *decided = ballot(due(done), request.signal_number, *decision)
+                follow(Decision(*decided))
                 if (save_now or stop_signal) and number + 1 < steps_per_epoch:
                     save(epoch, number + 1, tally)
                     if stop_signal:
                         stop_together(stop_signal)
-        stop_signal = stop_signal or ballot.outstanding(2)[1]
+        bar.close()
+        _, late_signal, *decided = ballot.outstanding()
+        stop_signal = stop_signal or late_signal
+        follow(Decision(*decided))
         check_finite()
-        if start_step < steps_per_epoch:
+        last = done >= timeline.end
+        steps_of_epoch = done - epoch * steps_per_epoch
+        epochs_done = epoch + 1 if steps_of_epoch == steps_per_epoch else round(done / steps_per_epoch, 3)
+        if done > steps_before:
             means = tally.means(over_ranks=True)
             runlog.record(
                 "train",
                 done,
-                epoch=epoch + 1,
+                epoch=epochs_done,
                 loss=means["loss"],
                 top1_pct=100 * means["top1"],
                 lr=lr,
@@ -278,10 +313,9 @@ def _train(config: TrainConfig, world: World, request: StopRequest, opened: cont
             )
 
         # --- evaluate
-        last = epoch + 1 == config.epochs
         evaluates = last or (config.eval_every > 0 and (epoch + 1) % config.eval_every == 0)
         if evaluates or stop_signal:
-            save(epoch, steps_per_epoch, tally)
+            save(epoch, steps_of_epoch, tally)
         if stop_signal:
             stop_together(stop_signal)
         improved = False
@@ -291,14 +325,17 @@ def _train(config: TrainConfig, world: World, request: StopRequest, opened: cont
             runlog.record(
                 "evaluation",
                 done,
-                epoch=epoch + 1,
+                epoch=epochs_done,
                 **scores,
                 cost_pct=round(100 * (runlog.elapsed_sec - before) / max(runlog.elapsed_sec, 1e-9), 1),
             )
+            if pacemaker is not None:
+                pacemaker.evaluated(runlog.elapsed_sec - before)
             chosen = scores["attacked_top1_pct"] if scores["attacked_top1_pct"] is not None else scores["top1_pct"]
             assert chosen is not None
             improved, best_pct = chosen > best_pct, max(chosen, best_pct)
-        save(epoch + 1, 0, best=improved)
+        epoch += 1
+        save(epoch, 0, best=improved)
         distributed.progress(config.stall_minutes)
     if saver is not None:
         saver.wait()

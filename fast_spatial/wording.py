@@ -11,6 +11,7 @@ from fast_spatial.config import TrainConfig
 from fast_spatial.distributed import World
 from fast_spatial.memory import estimate
 from fast_spatial.saving import LAST, PREVIOUS
+from fast_spatial.schedule import Segment
 
 
 def describe(
@@ -40,10 +41,10 @@ def describe(
     return "\n".join(lines)
 
 
-def describe_resume(saved: dict[str, Any], config: TrainConfig, world: World, done: int) -> str:
+def describe_resume(saved: dict[str, Any], config: TrainConfig, world: World, done: int, *, finished: bool) -> str:
     """Where a run goes on, and what is different from there on."""
-    lines = [f"continued after {done} steps (epoch {min(saved['epoch'] + 1, config.epochs)} of {config.epochs})"]
-    if saved["epoch"] == config.epochs:
+    lines = [f"continued after {done} steps (in epoch {saved['epoch'] + 1})"]
+    if finished:
         lines = ["this run is finished"]
     elif saved["world_size"] != world.world_size:
         same = "the images and their draws stay the same"
@@ -51,6 +52,14 @@ def describe_resume(saved: dict[str, Any], config: TrainConfig, world: World, do
         if not config.bn_group:
             lines.append("BatchNorm normalizes over batches of another size (--bn-group fixes their size)")
     return "\n".join(lines)
+
+
+def time_was_up(segment: Segment) -> str:
+    """What to say about a training that was stopped before its learning rate was down."""
+    return (
+        f"the time was up: the training is stopped after {segment.start} steps, "
+        f"{100 * segment.progress:.0f} % of its schedule, and judged as it is"
+    )
 
 
 def diverged(step: int, steps_per_epoch: int, out: Path) -> str:

@@ -490,6 +490,6 @@ def test_checkpoints_are_due_by_steps_or_by_time(monkeypatch, steps, seconds, du
 
 
 def test_a_process_alone_gets_its_wishes_at_once():
-    ballot = Ballot()
+    ballot = Ballot(wishes=2)
     assert ballot(1, 0) == [1, 0]
     assert ballot(0, 15) == [0, 15]
