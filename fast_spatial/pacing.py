@@ -23,6 +23,8 @@ _SETTLING_STEPS = 2
 # What steps took counts half after so many intervals between decisions.
 _HALF_LIFE_INTERVALS = 3
 _SHORTEST_HALF_LIFE_SEC = 3.0
+# What comes after the last step is expected to be as much slower than measured as the steps were, but for outliers.
+_LARGEST_SLOWDOWN = 2.0
 # Past its end by so much of what comes after it, a training stops at once, whatever its learning rate.
 _GRACE = 0.25
 
@@ -127,7 +129,7 @@ class Pacemaker:
 
     def _left_sec(self) -> float:
         """Seconds left for steps and the evaluations between them."""
-        return self._pace.until - self.slowdown * self._pace.after_sec - self._clock()
+        return self._pace.until - min(self.slowdown, _LARGEST_SLOWDOWN) * self._pace.after_sec - self._clock()
 
     def _affordable(self, done: int, left_sec: float) -> int:
         """How many steps fit into so many seconds, with the evaluations between them."""
