@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -12,12 +13,15 @@ import subprocess
 import sys
 import time
 import zlib
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fast_spatial.cli import NAME, Command, dispatch, options_of
 from fast_spatial.config import (
     BenchConfig,
+    BudgetOptions,
     CheckConfig,
     DoctorConfig,
     EvaluateConfig,
@@ -31,17 +35,37 @@ from fast_spatial.config import (
     to_json,
 )
 from fast_spatial.environment import COMMAND_VARIABLE
+from fast_spatial.pacing import Pace
 from fast_spatial.recipe import train_config
-from fast_spatial.reproduce import DECIDED, ReproduceConfig, plan
+from fast_spatial.reproduce import DECIDED, ReproduceConfig, RowRequest, plan, requests
 from fast_spatial.reproduce import reproduce as reproduce_rows
 from fast_spatial.stopping import SIGNALS
 
+if TYPE_CHECKING:  # imports torch
+    from fast_spatial.spending import Spending
+
+# A budget is counted from here.
+STARTED = time.monotonic()
 ROOT = Path(__file__).resolve().parent
 SHUTDOWN_SEC = 120
 
 
 def train(raw: dict[str, str]) -> None:
-    launch("train", train_config(raw))
+    config = train_config(raw)
+    if not config.is_limited:
+        launch("train", config)
+        return
+
+    def configure(recipe: str) -> TrainConfig:
+        return train_config({**raw, "recipe": recipe or raw.get("recipe", "")})
+
+    request = RowRequest(config.mode, configure)
+
+    def spend(spending: Spending) -> None:
+        (row,) = spending.plan.rows
+        launch("train", row.train, spending.of(row, []).pace())
+
+    _in_budget(config, raw, [request], spend, judged=False, may_drop=False)
 
 
 def evaluate(raw: dict[str, str]) -> None:
@@ -51,12 +75,39 @@ def evaluate(raw: dict[str, str]) -> None:
 def reproduce(raw: dict[str, str]) -> None:
     own = options_of(ReproduceConfig)
     config = parse(ReproduceConfig, {name: value for name, value in raw.items() if name in own})
-    rows = plan(config, {name: value for name, value in raw.items() if name not in own})
+    flags = {name: value for name, value in raw.items() if name not in own}
+    rows = plan(config, flags)
+    if config.is_limited:
+        spend = partial(reproduce_rows, config, rows, launch)
+        _in_budget(config, raw, requests(config, flags), spend, judged=True, may_drop=not config.rows)
+        return
     from fast_spatial import preflight  # imports torch
 
     for row in rows:
         preflight.check_train(row.train)
     reproduce_rows(config, rows, launch)
+
+
+def _in_budget(
+    config: TrainConfig | ReproduceConfig,
+    raw: dict[str, str],
+    rows: list[RowRequest],
+    spend: Callable[[Spending], None],
+    *,
+    judged: bool,
+    may_drop: bool,
+) -> None:
+    """Plan for a budget, or find the plan that was begun, and spend it; with --plan-only, plan alone."""
+    from fast_spatial import spending  # these import torch
+    from fast_spatial.budget import Clock
+
+    flags = {name: value for name, value in raw.items() if name not in options_of(BudgetOptions)}
+    asked = spending.Asked(config, Path(config.out), flags, rows, raw.get("recipe", ""), config.data, judged, may_drop)
+    budget, found = spending.check(asked)
+    with Clock(asked.out, STARTED, writes=config.node_rank == 0 and not config.plan_only) as clock:
+        opened = spending.open_plan(asked, budget, found, clock, launch)
+        if not config.plan_only:
+            spend(opened)
 
 
 def landscape(raw: dict[str, str]) -> None:
@@ -152,8 +203,15 @@ COMMANDS = {
 }
 
 
-def launch(task: str, config: Any) -> float:
-    """Check a task's configuration, then run it in this process or through torchrun; returns the seconds it took."""
+def launch(task: str, config: Any, limit: Pace | float | None = None) -> float:
+    """Check a task's configuration, then run it in this process or through torchrun; returns the seconds it took.
+
+    Args:
+        task: a name of `worker.TASKS`.
+        config: what to do.
+        limit: when it has to be done, a time of `time.monotonic()`, or the pace of a training.
+
+    """
     from fast_spatial import preflight
 
     start = time.monotonic()
@@ -163,20 +221,25 @@ def launch(task: str, config: Any) -> float:
             preflight.claim_out(config)
     elif task == "evaluate":
         preflight.check_evaluate(config)
-    else:
+    elif task == "landscape":
         preflight.check_landscape(config)
+    words = [
+        task,
+        json.dumps(to_json(config)),
+        json.dumps(dataclasses.asdict(limit) if isinstance(limit, Pace) else limit),
+    ]
     if config.in_process:
         from fast_spatial import distributed, worker
 
         try:
-            worker.run(task, to_json(config))
+            worker.run(task, *map(json.loads, words[1:]))
         finally:
             distributed.stop()
     else:
         # torchrun closes a rendezvous for good when its job is done, so every task has its own.
-        about = f"{task} {config.checkpoint if task == 'evaluate' else config.out}"
+        about = " ".join(words[:2])
         job = f"{config.rdzv_id}-{zlib.crc32(about.encode()):08x}"
-        torchrun(config, job, preflight.local_processes(config), [task, json.dumps(to_json(config))])
+        torchrun(config, job, preflight.local_processes(config), words)
     return time.monotonic() - start
 
 

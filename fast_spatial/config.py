@@ -57,6 +57,8 @@ PUBLISHED = {
 }
 
 SCHEDULES = ("milestones", "linear")
+# The options that are a budget each.
+BUDGETS = ("hours", "gpu_hours", "budget", "until")
 SIDE_STEP = 16  # progressive sides are so many pixels apart, or twice as many
 DTYPES = ("auto", "bfloat16", "float16", "float32", "tf32")
 # Fields that may change between the parts of one run: where and how it runs, not what it computes.
@@ -87,7 +89,44 @@ class LaunchOptions:
 
 
 @dataclass(frozen=True)
-class TrainConfig(LaunchOptions):
+class BudgetOptions(LaunchOptions):
+    """What may be spent."""
+
+    hours: float = option(
+        0.0,
+        "budget: hours in use, from start to end of the command; a restart counts on, the time between does not",
+        identity=False,
+    )
+    gpu_hours: float = option(0.0, "budget: hours in use times GPUs", identity=False)
+    budget: float = option(0.0, "budget: money, at --price", identity=False)
+    price: float = option(0.0, "price of a GPU-hour, in a currency of your choice; 0: not told", identity=False)
+    until: str = option(
+        "", "budget: be done by this time of the clock, as in 18:30 or 2030-01-31T06:00", identity=False
+    )
+    plan_only: bool = option(
+        False,
+        "measure, print and write down (OUT/plan.json) what would be done with the budget, and stop",
+        identity=False,
+    )
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "hours", "gpu_hours", "budget", "price")
+        given = [flag(name) for name in BUDGETS if getattr(self, name)]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)}: give one budget")
+        if self.budget and not self.price:
+            raise ValueError(f"--budget {self.budget:g}: the price of a GPU-hour is needed, too; add --price")
+        if self.plan_only and not given:
+            raise ValueError(f"--plan-only: there is nothing to plan; add one of {', '.join(map(flag, BUDGETS))}")
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether there is a budget."""
+        return any(getattr(self, name) for name in BUDGETS)
+
+
+@dataclass(frozen=True)
+class TrainConfig(BudgetOptions):
     """Train one model. The defaults are the reference recipe (110 epochs of ImageNet, ResNet-18)."""
 
     data: str = option(
@@ -206,7 +245,10 @@ class TrainConfig(LaunchOptions):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _needed(self, "data", "mode", "out")
+        if self.replay and self.is_limited:
+            raise ValueError(f"--replay {self.replay}: it repeats what a budget came to; leave the budget away")
         _choice(self, "mode", "schedule", "dtype", "optimizer", "compile", "resume", "on_bad_image")
         self.limits, self.checkpoint_steps  # noqa: B018  (validates them)
         _at_least(self, 1, "epochs", "global_batch_size", "accumulate", "views", "log_every", "side")
@@ -434,6 +476,24 @@ class CheckConfig:
         _at_least(self, 0, "workers")
         if not self.splits or len({*self.splits} & {*SPLITS}) < len(self.splits):
             raise ValueError(f"--splits {','.join(self.splits)}: choose one or both of {', '.join(SPLITS)}")
+
+
+@dataclass(frozen=True)
+class CalibrateConfig(LaunchOptions):
+    """Measure how fast trainings, and the judging of their models, are here; what a plan is made from.
+
+    Attributes:
+        trainings: as JSON values.
+        sides: of the training views, pixels.
+        json: the file to write.
+        seconds: how long each is timed, at the least.
+
+    """
+
+    trainings: tuple[dict[str, Any], ...] = ()
+    sides: tuple[int, ...] = ()
+    json: str = ""
+    seconds: float = 1.0
 
 
 BENCH_GROUPS = ("warp", "pipeline", "score", "step", "grid", "gpu", "all")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fast_spatial.config import TrainConfig
 from fast_spatial.schedule import Timeline, mean_over_rest, side_at, side_starts
@@ -47,6 +47,11 @@ class Pace:
     step_sec: Mapping[int, float]
     evaluation_sec: float
     interval_sec: float
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Pace:
+        """The inverse of `dataclasses.asdict`, over JSON."""
+        return cls(**{**values, "step_sec": {int(side): seconds for side, seconds in values["step_sec"].items()}})
 
 
 class Decision(NamedTuple):

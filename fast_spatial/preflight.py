@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from fast_spatial.budget import CALIBRATION, PLAN, USAGE
 from fast_spatial.config import (
     SYNTHETIC,
     BenchConfig,
@@ -24,7 +25,7 @@ from fast_spatial.config import (
 from fast_spatial.data import data_folder, load_split
 from fast_spatial.files import check_writable, write_json
 from fast_spatial.runlog import LOG
-from fast_spatial.saving import BEST, CONFIG, LAST, PREVIOUS
+from fast_spatial.saving import BEST, CONFIG, LAST, PREVIOUS, read_segments
 from pipelines.dataset import (
     check_classes_agree,
     check_divides,
@@ -54,6 +55,8 @@ def check_train(config: TrainConfig) -> None:
             f"lower --global-batch-size {config.global_batch_size}"
         )
     check_out(config)
+    if config.replay:
+        read_segments(config.replay)
     _check_model(config)
 
 
@@ -177,7 +180,10 @@ def check_out(config: TrainConfig) -> None:
         raise ValueError(f"--out {out}: {'that' if nearest == out else nearest} is a file; name a folder")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise ValueError(f"--out {out}: {nearest} cannot be written by this user\nname another folder")
-    if nearest != out or all(path.name.startswith(".") for path in out.iterdir()):  # another node may be writing
+    # Another node may be writing, and a plan may have been made.
+    if nearest != out or all(
+        path.name.startswith(".") or path.name in (PLAN, CALIBRATION, USAGE) for path in out.iterdir()
+    ):
         return
     try:
         stored: dict[str, Any] = json.loads((out / CONFIG).read_text(encoding="utf-8"))

@@ -14,11 +14,12 @@ import torch
 from fast_spatial import checkpoint, distributed
 from fast_spatial.averaging import WeightAverage
 from fast_spatial.bad_images import BadImages
-from fast_spatial.config import MODES, TrainConfig, identity, to_json
+from fast_spatial.config import TrainConfig, identity, to_json
 from fast_spatial.data import load_split
 from fast_spatial.device import dtype_of, seed_everything, seed_step
 from fast_spatial.distributed import Ballot, World
 from fast_spatial.files import write_json
+from fast_spatial.loading import training_loader
 from fast_spatial.metrics import Divergence, Tally
 from fast_spatial.optim import set_lr
 from fast_spatial.pacing import Decision, Pace, Pacemaker
@@ -40,9 +41,7 @@ from fast_spatial.step import is_compiled, make_step
 from fast_spatial.stopping import Stopped, StopRequest, stop_requests
 from fast_spatial.validation import Validation
 from fast_spatial.wording import describe, describe_resume, diverged, time_was_up
-from kernels.sampling import TRAINING, augmentation_settings, pack_key
 from pipelines.dataset import some
-from pipelines.loader import Loader
 
 PROFILE_AFTER_STEPS = 10
 
@@ -89,27 +88,11 @@ def _train(
     bad_images = BadImages(
         out, world.rank, train_images, skip=config.on_bad_image == "skip", at_most=config.max_bad_images
     )
-    loader = Loader(
+    loader = training_loader(
+        config,
         train_images,
-        limits=config.view_limits(),
-        settings=augmentation_settings(
-            center=MODES[config.mode].center,
-            scale=config.crop_scale,
-            ratio=config.crop_ratio,
-            flip_prob=config.flip_prob,
-            jitter=config.jitter,
-            lighting_std=config.lighting,
-        ),
+        world,
         side=lambda epoch, number: side_at(config, timeline.progress(epoch * steps_per_epoch + number)),
-        largest_side=config.side,
-        global_batch_size=config.global_batch_size,
-        key=pack_key(TRAINING, config.seed),
-        train=True,
-        rank=world.rank,
-        world_size=world.world_size,
-        threads=config.workers or None,
-        device=world.device,
-        exact_decoding=config.deterministic,
         on_bad_images=bad_images.met,
         bad_images=bad_images.positions(),
     )
@@ -207,6 +190,7 @@ def _train(
                 "config": to_json(config),
                 "epoch": epoch,
                 "step": step_of_epoch,
+                "steps": done,
                 "tally": sums,
                 "segments": [list(segment) for segment in timeline.segments],
                 "best_pct": best_pct,

@@ -1,6 +1,8 @@
 """What torchrun starts: one process of a task, described by the JSON of its configuration.
 
-torchrun -m fast_spatial.worker TASK JSON
+torchrun -m fast_spatial.worker TASK CONFIGURATION LIMIT
+
+both of them JSON; a limit is when the task has to be done: a number, the fields of a `Pace` for a training, or null.
 """
 
 from __future__ import annotations
@@ -15,9 +17,11 @@ from typing import Any
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from fast_spatial import distributed
-from fast_spatial.config import EvaluateConfig, LandscapeConfig, TrainConfig, from_json
+from fast_spatial.calibration import calibrate
+from fast_spatial.config import CalibrateConfig, EvaluateConfig, LandscapeConfig, TrainConfig, from_json
 from fast_spatial.evaluate import evaluate_checkpoint
 from fast_spatial.landscape import landscape
+from fast_spatial.pacing import Pace
 from fast_spatial.stopping import stop_with_parent
 from fast_spatial.train import train
 
@@ -25,24 +29,27 @@ TASKS: dict[str, tuple[type, Callable[..., None]]] = {
     "train": (TrainConfig, train),
     "evaluate": (EvaluateConfig, evaluate_checkpoint),
     "landscape": (LandscapeConfig, landscape),
+    "calibrate": (CalibrateConfig, calibrate),
 }
 
 
-def run(task: str, values: dict[str, Any]) -> None:
-    """Join the other processes and run the task."""
+def run(task: str, values: dict[str, Any], limit: Any = None) -> None:
+    """Join the other processes and run the task, within its limit if there is one."""
     kind, function = TASKS[task]
     config: Any = from_json(kind, values)
     world = distributed.start(config.stall_minutes)
     logging.basicConfig(level=logging.WARNING if world.rank else logging.INFO, format="%(message)s")
     distributed.progress(config.stall_minutes)
-    function(config, world)
+    if isinstance(limit, dict):
+        limit = Pace.from_json(limit)
+    function(config, world, limit)
 
 
 @record
 def recorded() -> None:
     """Run the task of the command line; torchrun learns of an error from the file that `record` writes."""
     try:
-        run(sys.argv[1], json.loads(sys.argv[2]))
+        run(sys.argv[1], *map(json.loads, sys.argv[2:]))
     except ValueError:
         sys.excepthook = lambda *_: None  # its text says it all, and is printed by the launcher
         raise

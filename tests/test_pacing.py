@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -125,7 +126,7 @@ def simulate(
 def lr_jumps(config: TrainConfig, timeline: Timeline) -> float:
     """The largest change of the learning rate from one step to the next."""
     lrs = [lr_at(config, timeline.progress(step), 0) for step in range(timeline.end + 1)]
-    return max(abs(a - b) for a, b in zip(lrs, lrs[1:]))
+    return max(abs(a - b) for a, b in itertools.pairwise(lrs))
 
 
 SPEEDS = {

@@ -18,7 +18,7 @@ from fast_spatial.reporting.report import published_table, results_table, row_na
 from fast_spatial.reproduce import ReproduceConfig, Row, plan, split_row
 
 KEYS = [
-    *("mode", "degrees", "seed"),
+    *("mode", "degrees", "seed", "epochs"),
     *("natural_top1_pct", "random_top1_pct", "worst10_top1_pct", "worst10_any_top1_pct", "grid_top1_pct"),
     *("num_images", "deviations", "seconds_train", "seconds_evaluate"),
 ]
@@ -225,7 +225,7 @@ class FakeLaunch:
         self.calls: list[tuple[str, str]] = []
         self.break_at = break_at
 
-    def __call__(self, task: str, config: Any) -> float:
+    def __call__(self, task: str, config: Any, limit: object = None) -> float:
         self.calls.append((task, config.json if task == "evaluate" else config.out))
         if len(self.calls) == self.break_at:
             raise KeyboardInterrupt
@@ -233,7 +233,9 @@ class FakeLaunch:
             assert isinstance(config, TrainConfig)
             Path(config.out).mkdir(parents=True, exist_ok=True)
             (Path(config.out) / "config.json").write_text(json.dumps(to_json(config)))
-            (Path(config.out) / "log.jsonl").write_text('{"elapsed_sec": 1}\n{"elapsed_sec": 12.3}\n')
+            (Path(config.out) / "log.jsonl").write_text(
+                '{"event": "train", "epoch": 8, "elapsed_sec": 1}\n{"event": "evaluation", "elapsed_sec": 12.3}\n'
+            )
             return 99.0
         if task == "landscape":
             assert isinstance(config, LandscapeConfig)
@@ -277,7 +279,7 @@ def test_each_row_is_trained_then_judged_and_written_down(planned):
     assert launched.calls == calls_of(rows)
     results = results_of(config)
     assert [list(found) for found in results] == [KEYS, KEYS]
-    assert list(results[0].values()) == ["standard", 30.0, 0, 99.0, 96.5, 88.25, 87.0, 49.1, 497, [], 12.3, 3.0]
+    assert list(results[0].values()) == ["standard", 30.0, 0, 8, 99.0, 96.5, 88.25, 87.0, 49.1, 497, [], 12.3, 3.0]
     assert list(results[1].values())[:3] == ["worst10", 40.0, 0]
 
 

@@ -115,7 +115,7 @@ def test_cpus_are_those_of_the_affinity_mask_cut_to_the_container_quota(tmp_path
     assert cpus.cpus_per_process() == max(1, expected // 4)
 
 
-@pytest.mark.parametrize("module", ["fast_spatial.train", "fast_spatial.validation", "fast_spatial.evaluate"])
+@pytest.mark.parametrize("module", ["fast_spatial.loading", "fast_spatial.validation", "fast_spatial.evaluate"])
 def test_loaders_are_given_the_global_rank(tmp_path, monkeypatch, module):
     """On a second node the local rank starts at 0 again: with it, two nodes would read the same images."""
 
