@@ -229,7 +229,8 @@ def open_plan(asked: Asked, budget: Budget, found: dict[str, Any] | None, clock:
             write_json(asked.out / PLAN, content)
     else:
         say(
-            f"{budget.asked}: {clock.used_sec:.0f} s of it are used, {left:.0f} s are left; the plan is {asked.out / PLAN}"
+            f"{budget.asked}: {clock.used_sec:.0f} s of it are used, {left:.0f} s are left; "
+            f"the plan is {asked.out / PLAN}"
         )
     return Spending(
         plan,
