@@ -18,7 +18,7 @@ from fast_spatial.schedule import Timeline, mean_over_rest, side_at, side_starts
 # A segment begins so many steps after it was decided on: all processes know of it one step later, and while the side of
 # the views still changes, the loader has been told that of so many batches ahead.
 _LEAD_STEPS, _LEAD_STEPS_OF_SIDES = 2, 10
-# A process's first steps, which compile and allocate, say nothing about the others.
+# A process's first steps at a side, which compile and allocate, say nothing about the others.
 _SETTLING_STEPS = 2
 # What steps took counts half after so many intervals between decisions.
 _HALF_LIFE_INTERVALS = 3
@@ -85,7 +85,7 @@ class Pacemaker:
         self._steps_per_epoch = steps_per_epoch
         self._half_life_sec = max(_SHORTEST_HALF_LIFE_SEC, _HALF_LIFE_INTERVALS * pace.interval_sec)
         self._recent = self._overall = (0.0, 0.0)  # seconds that steps took, and were expected to take
-        self._settling = _SETTLING_STEPS
+        self._side, self._settling = 0, 0
         self._evaluation_sec = pace.evaluation_sec
         self._step_ended = self._decided = clock()
 
@@ -111,6 +111,8 @@ class Pacemaker:
         """Note that another step is done, of views of this side; what is decided now."""
         now = self._clock()
         took, self._step_ended = now - self._step_ended, now
+        if side != self._side:
+            self._side, self._settling = side, _SETTLING_STEPS
         if self._settling:
             self._settling -= 1
         else:

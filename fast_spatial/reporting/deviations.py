@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from fast_spatial.config import TrainConfig, flag, identity
@@ -45,15 +46,21 @@ _IN_WORDS: dict[str, dict[Any, str]] = {
 }
 
 
-def options(configs: dict[str, TrainConfig]) -> list[tuple[str, str, str]]:
+def options(
+    configs: Mapping[str, TrainConfig], epochs: Mapping[str, float] | None = None
+) -> list[tuple[str, str, str]]:
     """(flag, the reference's value, each other value and whose it is) of the options that decide numbers.
 
     Args:
         configs: by the name of the row.
+        epochs: that were trained for, by the name of the row; default the recipes'.
 
     """
     reference = {**identity(TrainConfig(data="-", out="-", mode="standard")), "dtype": "float32"}
-    used = {name: {**identity(config), "dtype": config.dtype} for name, config in configs.items()}
+    used = {
+        name: {**identity(config), "dtype": config.dtype, "epochs": (epochs or {}).get(name, config.epochs)}
+        for name, config in configs.items()
+    }
     found = []
     for name, value in reference.items():
         if name in _OF_ROWS:

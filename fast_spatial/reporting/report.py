@@ -61,10 +61,10 @@ def write_report(folders: Sequence[Path], out: Path, price: float = 0.0) -> None
 
     """
     from fast_spatial.reporting import sections  # imports torch
-    from fast_spatial.reporting.runs import find_runs, rows_of
+    from fast_spatial.reporting.runs import find_budgets, find_runs, rows_of
 
     rows = rows_of(find_runs(folders))
-    title, content = sections.title(rows), sections.sections(rows, price)
+    title, content = sections.title(rows), sections.sections(rows, find_budgets(folders), price)
     texts = {"report.html": to_html(title, content), "report.md": to_markdown(title, content)}
     out.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():

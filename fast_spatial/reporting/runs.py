@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fast_spatial import landscape
+from fast_spatial.budget import PLAN, USAGE
 from fast_spatial.config import MODES, TrainConfig, from_json, identity
 from fast_spatial.landscape import Landscape
 from fast_spatial.reporting.report import row_name
@@ -41,6 +42,16 @@ class Run:
     result: dict[str, Any] | None
     landscape: Landscape | None
     problems: list[str]
+
+    @property
+    def epochs_done(self) -> float:
+        """Epochs that were trained for, as far as the log tells."""
+        return max((record["epoch"] for record in self.records("train")), default=0)
+
+    @property
+    def epochs(self) -> float:
+        """The recipe's epochs; those that were trained for, where a budget decided."""
+        return self.epochs_done if self.records("segment") else self.config.epochs
 
     def records(self, event: str) -> list[dict[str, Any]]:
         """The log's records of "train" or "evaluation"."""
@@ -85,6 +96,28 @@ def find_runs(folders: Sequence[Path]) -> list[Run]:
             raise ValueError(f"{folder}: it holds no run\nname the --out folder of train or reproduce")
         found.update(runs)
     return list(found.values())
+
+
+@dataclass(frozen=True)
+class Spent:
+    """A budget: what was asked for and planned (`plan.json`), and the seconds in use so far."""
+
+    folder: Path
+    plan: dict[str, Any]
+    used_sec: float
+
+
+def find_budgets(folders: Sequence[Path]) -> list[Spent]:
+    """The budgets of folders of `train` and `reproduce`; those that cannot be read are left away."""
+    found = []
+    for folder in folders:
+        try:
+            plan = _json(folder / PLAN, (folder / PLAN).read_text(encoding="utf-8"))
+            parts = _json(folder / USAGE, (folder / USAGE).read_text(encoding="utf-8"))["parts"]
+            found.append(Spent(folder, plan, sum(part["seconds"] for part in parts)))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return found
 
 
 def rows_of(runs: Sequence[Run]) -> list[Row]:

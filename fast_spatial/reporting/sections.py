@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics as plain_statistics
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ from fast_spatial.reporting import deviations, robustness
 from fast_spatial.reporting.charts import Series, line_chart, ticks
 from fast_spatial.reporting.document import DASH, Block, Code, Figure, Figures, Section, Table, Text, percent, points
 from fast_spatial.reporting.report import ATTACKS, HEADS
-from fast_spatial.reporting.runs import Row, Run
+from fast_spatial.reporting.runs import Row, Run, Spent
 from fast_spatial.reporting.statistics import Interval, difference, mean, paired_difference, wilson
 from kernels.spatial import GRID_IDENTITY, GRID_VIEWS
 
@@ -24,11 +25,12 @@ PUBLISHED_IMAGES = 50_000
 _MANY_CLASSES = 20
 
 
-def sections(rows: Sequence[Row], price: float) -> list[Section]:
+def sections(rows: Sequence[Row], budgets: Sequence[Spent], price: float) -> list[Section]:
     """All of them; `price` is that of a GPU-hour, 0 if it was not told."""
     return [
         Section("Results", results(rows)),
         Section("Cost", cost(rows, price)),
+        *([Section("Budget", spent(rows, budgets))] if budgets else []),
         Section("Learning curves", learning(rows)),
         Section("Robustness", robustness.curves(rows)),
         Section("Landscape", robustness.landscapes(rows)),
@@ -103,10 +105,9 @@ def results(rows: Sequence[Row]) -> list[Block]:
 def _problems(run: Run) -> list[str]:
     found = [f"{problem}." for problem in run.problems]
     if run.evaluation is None:
-        epochs = len(run.records("train"))
         found.append(
-            f"{run.folder} was not evaluated ({epochs} of {run.config.epochs} epochs are in its log), and is missing "
-            f"from the table."
+            f"{run.folder} was not evaluated ({run.epochs_done:g} of {run.epochs:g} epochs are in its log), and is "
+            f"missing from the table."
         )
     return found
 
@@ -274,6 +275,43 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
+# --- budget
+
+
+def spent(rows: Sequence[Row], budgets: Sequence[Spent]) -> list[Block]:
+    """What was planned for a budget, and what came of it."""
+    runs = {run.folder.resolve(): run for row in rows for run in row.runs}
+    blocks: list[Block] = []
+    for budget in budgets:
+        asked, planned = budget.plan["budget"], budget.plan["rows"]
+        limit = f", {100 * budget.used_sec / (3600 * asked['hours']):.0f} % of it" if asked.get("hours") else ""
+        blocks.append(
+            Text(
+                f"`{asked['asked']}`: {_duration(budget.used_sec)} were in use when this was written{limit}. Rows are "
+                f"planned for equally many epochs; a training takes as many steps as its time allows, and its learning "
+                f"rate is down at the last one, but where it says stopped."
+            )
+        )
+        lines = []
+        for row in planned:
+            run = runs.get(Path(row["train"]["out"]).resolve())
+            segments = [] if run is None else run.records("segment")
+            stopped = bool(segments) and segments[-1]["start"] == segments[-1]["end"]
+            lines.append(
+                [
+                    row["name"],
+                    str(row["train"]["recipe"]),
+                    f"{row['epochs']:.1f}",
+                    DASH if run is None else f"{run.epochs_done:.1f}{', stopped' if stopped else ''}",
+                    str(len(segments) or DASH),
+                ]
+            )
+        head = ["trained as", "recipe", "epochs planned", "epochs trained", "decisions on its pace"]
+        blocks.append(Table(head, lines, text_columns=2))
+        blocks += [Text(f"Left out: {reason}.") for reason in budget.plan["left_out"]]
+    return blocks
+
+
 # --- learning
 
 
@@ -414,7 +452,9 @@ def _some(by_hardness: Sequence[str], by_name: Sequence[str]) -> list[str]:
 def deviating(rows: Sequence[Row]) -> list[Block]:
     """What the recipe changed, and what is built in."""
     blocks: list[Block] = []
-    changed = deviations.options({row.name: row.first.config for row in rows})
+    changed = deviations.options(
+        {row.name: row.first.config for row in rows}, {row.name: row.first.epochs for row in rows}
+    )
     if changed:
         lines = [[f"`{name}`", reference, ours] for name, reference, ours in changed]
         blocks += [
