@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torchvision
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d, batch_norm
+from torch.nn.functional import avg_pool2d, batch_norm, pad
 from torch.overrides import TorchFunctionMode
 
 from kernels.warp import normalize
@@ -140,3 +140,23 @@ def has_blurpool(net: nn.Module) -> bool:
 def _blur(_: nn.Module, inputs: tuple[Tensor]) -> Tensor:
     """The binomial filter [1, 2, 1] x [1, 2, 1] / 16, zeros outside: two means over 2 x 2."""
     return avg_pool2d(avg_pool2d(inputs[0], 2, stride=1, padding=1), 2, stride=1)
+
+
+def widen_before_strides(net: nn.Module) -> None:
+    """Let no convolution with a stride take maps narrower than it: columns of zeros are added, and nothing changes.
+
+    For training in bfloat16 on CPUs: oneDNN (3.12, with AVX-512) leaves chance in the gradient of such a convolution's
+    weights, up to 1e38 where 0 is right, for those that meet nothing but padding. ResNet-18's fourth layer at a side
+    of 16 is one. A network that blurs must blur first.
+    """
+    for conv in [m for m in net.modules() if isinstance(m, nn.Conv2d) and m.stride[1] > 1]:
+        # One pixel stays one pixel where the padding is half of the kernel, as in all of torchvision's networks (but
+        # for AlexNet's first layer, which can take no map so narrow).
+        if conv.kernel_size[1] == 2 * int(conv.padding[1]) + 1 > 1:
+            conv.register_forward_pre_hook(_widen)
+
+
+def _widen(module: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+    assert isinstance(module, nn.Conv2d)
+    missing = module.stride[1] - inputs[0].shape[3]
+    return pad(inputs[0], (0, missing)) if missing > 0 else inputs[0]

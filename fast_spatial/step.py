@@ -38,6 +38,8 @@ def make_step(config: TrainConfig, num_classes: int, device: torch.device, dtype
         models.group_batch_norm(net, config.bn_group)
     if config.blurpool:
         models.blur_before_strides(net)
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        models.widen_before_strides(net)
     model = Classifier(net).to(device)
     return TrainStep(
         model,

@@ -144,7 +144,7 @@ def test_what_a_network_draws_itself_is_a_function_of_the_position(tmp_path, mon
 # Everything that has a state of its own, or depends on how much of the training is done.
 EVERYTHING = {
     **{"recipe": "digits_linear", "warmup_epochs": "0.5", "lr": "0.02", "start_side": "16", "label_smoothing": "0.1"},
-    **{"ema": "0.8", "blurpool": "true", "eval_side": "48", "eval_flip": "true", "dtype": "float32"},
+    **{"ema": "0.8", "blurpool": "true", "eval_side": "48", "eval_flip": "true", "dtype": "bfloat16"},
 }
 
 

@@ -22,7 +22,7 @@ from fast_spatial.config import TrainConfig, parse
 from fast_spatial.model import Classifier, to_unit
 from fast_spatial.optim import make_optimizer
 from fast_spatial.scoring import FlipJudge, ModuleJudge, Passes, Scorer
-from fast_spatial.step import TrainStep
+from fast_spatial.step import TrainStep, make_step
 from kernels.limits import SpatialLimits
 from kernels.spatial import matrices
 from kernels.warp import warp
@@ -341,6 +341,31 @@ def test_blurpool_is_the_binomial_filter_before_every_stride_but_the_first():
     assert (scorer(views) - expected).abs().max() < 1e-4 * expected.abs().max()
     assert (expected - exact_logits(Classifier(plain), views)).abs().max() > 1e-2 * expected.abs().max()
     assert models.has_blurpool(model) and not models.has_blurpool(plain)
+
+
+def test_the_weights_of_a_stride_that_meet_only_padding_have_no_gradient_in_bfloat16():
+    conv = nn.Conv2d(64, 64, 3, stride=2, padding=1, bias=False, dtype=torch.bfloat16)
+    models.widen_before_strides(conv)
+    expected = torch.zeros(64, 64, 3, 3, dtype=torch.bfloat16)
+    expected[:, :, 1, 1] = 16
+    for _ in range(20):
+        torch.full((16, 64, 64), float("nan"))  # for the memory that is allocated next
+        (gradient,) = torch.autograd.grad(conv(torch.ones(16, 64, 1, 1, dtype=torch.bfloat16)).sum(), conv.weight)
+        assert torch.equal(gradient, expected)
+
+
+@pytest.mark.parametrize("blurpool", ["false", "true"])
+def test_maps_narrower_than_a_stride_are_widened_in_bfloat16_on_cpus_and_the_logits_stay(blurpool):
+    raw = {"data": "d", "out": "o", "mode": "standard", "blurpool": blurpool}
+    config, cpu = parse(TrainConfig, raw), torch.device("cpu")
+    widened, plain = (make_step(config, 10, cpu, dtype).model.eval() for dtype in (torch.bfloat16, torch.float32))
+    plain.load_state_dict(widened.state_dict())
+    widths: list[int] = []
+    conv = widened.net.get_submodule("layer4.0.conv1")
+    conv.register_forward_hook(lambda _, inputs, output: widths.extend((inputs[0].shape[3], output.shape[3])))
+    images = torch.rand(2, 3, 16, 16)
+    torch.testing.assert_close(widened(images), plain(images), rtol=1e-4, atol=1e-5)
+    assert widths == [2, 1]
 
 
 def test_views_may_change_their_side_from_step_to_step():
