@@ -78,9 +78,7 @@ def planted(data, monkeypatch):
     return data
 
 
-def evaluation(
-    data: Path, until: float | None = None, world: distributed.World = ALONE, **options: Any
-) -> EvaluateConfig:
+def evaluation(until: float | None = None, world: distributed.World = ALONE, **options: Any) -> None:
     config = EvaluateConfig(
         checkpoint="planted.pt",
         data="digits",  # which have no published side
@@ -90,11 +88,10 @@ def evaluation(
         **options,
     )
     evaluate_checkpoint(config, world, until)
-    return config
 
 
-def judged(out: Path, data: Path, until: float | None = None, **options: Any) -> tuple[Summary, list[Any]]:
-    evaluation(data, until, json=str(out / "found.json"), **options)
+def judged(out: Path, until: float | None = None, **options: Any) -> tuple[Summary, list[Any]]:
+    evaluation(until, json=str(out / "found.json"), **options)
     content = json.loads((out / "found.json").read_text())
     summary = content["summary"]
     return Summary(**{**summary, "deviations": tuple(summary["deviations"])}), content["images"]
@@ -123,8 +120,8 @@ def test_without_a_deadline_there_is_always_time(monkeypatch):
 
 
 def test_two_passes_that_end_in_time_give_the_result_of_one(planted, tmp_path):
-    one = judged(tmp_path, planted)
-    assert one == judged(tmp_path, planted, until=1e9)
+    one = judged(tmp_path)
+    assert one == judged(tmp_path, until=1e9)
     summary, images = one
     assert summary.natural_top1_pct == pytest.approx(100 * 10 / 12)
     assert summary.grid_top1_pct == pytest.approx(100 * 7 / 12)
@@ -133,8 +130,8 @@ def test_two_passes_that_end_in_time_give_the_result_of_one(planted, tmp_path):
 
 
 def test_a_grid_on_few_images_of_each_class_is_named_and_not_partial(planted, tmp_path, capfd):
-    everything = {image["path"]: image for image in judged(tmp_path, planted)[1]}
-    summary, images = judged(tmp_path, planted, grid_per_class=2)
+    everything = {image["path"]: image for image in judged(tmp_path)[1]}
+    summary, images = judged(tmp_path, grid_per_class=2)
     index = read_index(planted, "val")
     chosen = {index.relative_path(position) for position in index.balanced_positions(2)}
     assert {image["path"] for image in images if image["grid"] is not None} == chosen
@@ -149,12 +146,12 @@ def test_a_grid_on_few_images_of_each_class_is_named_and_not_partial(planted, tm
 
 
 def test_a_deadline_leaves_the_grid_of_the_rounds_that_were_finished(planted, tmp_path, monkeypatch):
-    whole, _ = judged(tmp_path, planted, until=1e9)
-    few = {per_class: judged(tmp_path, planted, grid_per_class=per_class) for per_class in range(1, 6)}
+    whole, _ = judged(tmp_path, until=1e9)
+    few = {per_class: judged(tmp_path, grid_per_class=per_class) for per_class in range(1, 6)}
     found = []
     for until in itertools.chain((5, 8), range(150, 850, 130)):
         plant(monkeypatch, planted)
-        summary, images = judged(tmp_path, planted, until=until)
+        summary, images = judged(tmp_path, until=until)
         found.append(summary.grid_per_class if summary.deviations else 6)
         per_class = summary.grid_per_class
         if not summary.deviations:
@@ -173,19 +170,19 @@ def test_a_deadline_leaves_the_grid_of_the_rounds_that_were_finished(planted, tm
 
 
 def test_time_that_is_up_before_all_images_were_judged_is_an_error(planted, tmp_path, monkeypatch):
-    evaluation(planted, until=5)  # three batches, and a second in reserve
+    evaluation(until=5)  # three batches, and a second in reserve
     plant(monkeypatch, planted)
     message = "the evaluation's time was up before all images were judged: planted.pt\n"
     with pytest.raises(
         ValueError, match=f"^{re.escape(message)}give it more, .* launch.py evaluate --checkpoint planted"
     ):
-        evaluation(planted, until=4, json=str(tmp_path / "found.json"))
+        evaluation(until=4, json=str(tmp_path / "found.json"))
     assert not (tmp_path / "found.json").exists()
 
 
 def test_without_a_grid_its_time_is_never_up(planted, tmp_path):
-    summary, _ = judged(tmp_path, planted, until=5, grid=False)
-    assert summary == judged(tmp_path, planted, grid=False)[0]
+    summary, _ = judged(tmp_path, until=5, grid=False)
+    assert summary == judged(tmp_path, grid=False)[0]
     assert summary.deviations == ()
 
 
@@ -249,7 +246,7 @@ def rank_main(rank: int, port: int, data: Path, out: Path) -> None:
     )
     world = distributed.start(stall_minutes=2)
     plant(pytest.MonkeyPatch(), data, clock_step=1.0 + 2 * rank)
-    evaluation(data, 470, world, json=str(out / "found.json"))
+    evaluation(470, world, json=str(out / "found.json"))
     plant(pytest.MonkeyPatch(), data, clock_step=1.0 + 2 * rank)
     map_views(data, out / "map", until=10, world=world)
     distributed.stop()
@@ -264,7 +261,7 @@ def test_processes_agree_on_what_the_slowest_of_them_finished(planted, tmp_path)
     # The images of the first rounds are 3, 9 | 6, 10 | 0, 7: the fast process has judged its 3, 9, 10 and 0, two at a
     # time for 194 seconds; the slow one its 6, which breaks at once, and would need 582 seconds for its 7.
     assert content["summary"]["grid_per_class"] == 2
-    summary, images = judged(tmp_path, planted, grid_per_class=2)
+    summary, images = judged(tmp_path, grid_per_class=2)
     assert content["images"] == images
     assert content["summary"]["grid_top1_pct"] == summary.grid_top1_pct
     # The fast one judged all views of its 5 images, the slow one of 2 of them.
