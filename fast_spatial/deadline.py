@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
-# To gather what was found, and to write it.
+# To gather what was found and to write it, of few images.
 RESERVE_SEC = 1.0
 
 Piece = TypeVar("Piece")
@@ -20,11 +20,11 @@ class TimeUp(Exception):
 class Deadline:
     """Says when to stop, so that all is written by `until`, a time of this machine's `time.monotonic()` (None: never).
 
-    A piece of work is expected to take as long as the one before it.
+    A piece of work is expected to take as long as the one before it, gathering and writing `reserve_sec`.
     """
 
-    def __init__(self, until: float | None) -> None:
-        self._until = math.inf if until is None else until - RESERVE_SEC
+    def __init__(self, until: float | None, *, reserve_sec: float = RESERVE_SEC) -> None:
+        self._until = math.inf if until is None else until - reserve_sec
         self._checked = time.monotonic()
 
     def check(self) -> None:
