@@ -16,7 +16,7 @@ from benchmarks.rounds import spread
 from benchmarks.trained import trained
 from fast_spatial.attack import GridSurvivors
 from fast_spatial.device import exact_float32, has_bfloat16
-from fast_spatial.evaluate import default_judge_batch
+from fast_spatial.judging import default_judge_batch
 from fast_spatial.model import Classifier
 from fast_spatial.scoring import Passes, Scorer
 

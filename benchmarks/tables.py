@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fast_spatial.reporting.report import published_table, results_table
+from fast_spatial.reporting.report import grid_note, published_table, results_table, row_name
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -20,11 +20,12 @@ def digits(content: dict[str, Any]) -> str:
     rows = content["results"]
     seeds = len({row["seed"] for row in rows})
     published = published_table([(row["mode"], row["degrees"]) for row in rows])
+    note = grid_note((row_name(row["mode"], row["degrees"]), row) for row in rows)
     minutes = sum(row["seconds_train"] + row["seconds_evaluate"] for row in rows) / seeds / 60
     return (
         f"{results_table(rows, 'ours, digits')}\n\n{published}\n\n"
         f"(Top-1 accuracy in percent, judged at 30 degrees and 24 px; mean of {seeds} seeds ± half their range; "
-        f"{minutes:.0f} minutes a seed on {content['hardware']}.)"
+        f"{minutes:.0f} minutes a seed on {content['hardware']}.{note and ' ' + note})"
     )
 
 

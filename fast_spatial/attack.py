@@ -119,7 +119,7 @@ class GridSurvivors:
         passes: forward passes of one shape.
         limits: of the grid.
         side: of the images.
-        moved: called after every turn.
+        moved: called before every turn.
 
     """
 
@@ -163,6 +163,7 @@ class GridSurvivors:
 
     def turn(self) -> None:
         """One forward pass: the same number of views for each of the first images of the pool."""
+        self._moved()
         playing = self._pool[: max(1, self._batch // self._VIEWS_PER_TURN)]
         turn = max(1, self._batch // len(playing))
         chosen = [s.order[np.minimum(np.arange(s.tried, s.tried + turn), GRID_VIEWS - 2)] for s in playing]
@@ -183,4 +184,3 @@ class GridSurvivors:
                 self._settled.append(GridVerdict(survivor.index, not wrong.any(), views_judged, survivor.margin))
                 finished.add(id(survivor))
         self._pool = [s for s in self._pool if id(s) not in finished]
-        self._moved()

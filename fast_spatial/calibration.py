@@ -24,8 +24,8 @@ from fast_spatial.config import CalibrateConfig, TrainConfig, from_json
 from fast_spatial.data import load_split
 from fast_spatial.device import dtype_of, seed_everything
 from fast_spatial.distributed import World
-from fast_spatial.evaluate import default_judge_batch
 from fast_spatial.files import write_json
+from fast_spatial.judging import default_judge_batch
 from fast_spatial.loading import training_loader
 from fast_spatial.model import Classifier
 from fast_spatial.optim import set_lr

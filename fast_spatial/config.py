@@ -360,6 +360,7 @@ class EvaluateConfig(LaunchOptions):
     )
     max_images: int = option(0, "judge only so many images (the result is partial); 0: all", identity=False)
     grid_images: str = option("", "file of paths (as in the JSON, one a line): only these meet the grid (partial)")
+    grid_per_class: int = option(0, "only so many images of every class, a fixed choice, meet the grid; 0: all")
     allow_partial_classes: bool = option(False, "the folder may hold fewer classes than the model has outputs")
     batch_size_per_process: int = option(128, "images loaded at a time; never changes a verdict", identity=False)
     judge_batch: int = option(0, "views in one forward pass; 0: 1024 on a GPU, 2^20 pixels' worth on a CPU")
@@ -369,8 +370,13 @@ class EvaluateConfig(LaunchOptions):
         _choice(self, "dtype")
         self.limits  # noqa: B018
         _at_least(self, 1, "views", "batch_size_per_process")
-        _at_least(self, 0, "side", "seed", "max_images", "judge_batch", "workers", "nproc_per_node")
+        _at_least(self, 0, "side", "seed", "max_images", "grid_per_class", "judge_batch", "workers", "nproc_per_node")
         _seed(self)
+        if self.grid_per_class and self.grid_images:
+            raise ValueError(
+                f"--grid-per-class {self.grid_per_class}: --grid-images names the images that meet the grid, too\n"
+                f"give one of the two"
+            )
         _side(self)
 
     @property

@@ -1,4 +1,4 @@
-"""Judging a model on natural, random, worst-of-10 and exhaustive attacks, in one pass over the images.
+"""Judging a model on natural, random, worst-of-10 and exhaustive attacks.
 
 From Python, for any module that takes images in [0, 1]: see `evaluate`. From the command line: `launch.py evaluate`.
 """
@@ -6,8 +6,7 @@ From Python, for any module that takes images in [0, 1]: see `evaluate`. From th
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,80 +15,37 @@ import torch
 from torch import Tensor, nn
 
 from fast_spatial import distributed
-from fast_spatial.attack import GridSurvivors, verdicts
+from fast_spatial.attack import GridSurvivors, GridVerdict
 from fast_spatial.config import DIGITS, EvaluateConfig, to_json
-from fast_spatial.device import default_pass_size, dtype_of, exact_float32, seed_everything
+from fast_spatial.deadline import RESERVE_SEC, Deadline, TimeUp
+from fast_spatial.device import dtype_of, exact_float32, seed_everything
 from fast_spatial.distributed import World
 from fast_spatial.files import write_json
-from fast_spatial.inputs import prepare
+from fast_spatial.inputs import evaluation_loader, prepare
+from fast_spatial.judging import (
+    NEAR_TIE,
+    ImageVerdict,
+    Summary,
+    broken_untouched,
+    default_judge_batch,
+    judge_batches,
+    judge_grid,
+    merge_grid,
+    summarize,
+)
 from fast_spatial.model import has_blurpool
 from fast_spatial.runlog import Bar, say
-from fast_spatial.scoring import FlipJudge, Judge, ModuleJudge, Passes, Scorer
+from fast_spatial.scoring import FlipJudge, ModuleJudge, Passes, Scorer
 from fast_spatial.stopping import stop_requests
 from kernels.limits import NOMINAL_SIDE, SpatialLimits
-from kernels.sampling import EVALUATION, augmentation_settings, draw_matrices, pack_key, view_limits
+from kernels.sampling import EVALUATION, draw_matrices, pack_key, view_limits
 from kernels.spatial import GRID_VIEWS
 from kernels.warp import warp
 from pipelines.dataset import ImageIndex
-from pipelines.loader import Batch, Loader
+from pipelines.loader import Batch
 
-# Below it, verdicts in float32 may differ where sums are taken in another order: another judging shape or machine.
-NEAR_TIE = 1e-4
-
-
-@dataclass(frozen=True)
-class ImageVerdict:
-    """What one image survived; `grid` is None where the image did not meet the grid.
-
-    `natural_margin` is the gap between the two largest logits of the untouched image: near 0, arithmetic decides.
-    `margin` is the smallest that a verdict hangs on (`attack.Verdicts`, `attack.GridVerdict`). `grid_views` is how many
-    of the grid's 775 views were judged to know the answer, the untouched image included.
-    """
-
-    index: int
-    label: int
-    natural: bool
-    random: bool
-    worst10: bool
-    worst10_any: bool
-    grid: bool | None
-    natural_margin: float
-    # These depend on the order in which the grid's views are tried, which is learnt.
-    margin: float = field(default=float("inf"), compare=False)
-    grid_views: int = field(default=0, compare=False)
-
-    @property
-    def near_tie(self) -> bool:
-        """Whether a verdict may differ where the same network is computed in another order."""
-        return self.margin < NEAR_TIE
-
-
-@dataclass(frozen=True)
-class Summary:
-    """Top-1 accuracy in percent under each attack, over `num_images` distinct images.
-
-    `worst10` counts the view of highest loss among the untouched image and the random ones, `worst10_any` is right on
-    all of them, `grid` on all 775 views of the grid. `grid_views_per_image` is how many of these were judged, on
-    average, to know the answer; `grid_views_per_broken_image` the same of images that are right untouched and broken by
-    another view. `near_ties` counts images of which a verdict hangs on a margin below 1e-4. `partial` marks a result
-    that was limited on purpose, `deviations` what was otherwise than in the published protocol.
-    """
-
-    natural_top1_pct: float
-    random_top1_pct: float
-    worst10_top1_pct: float
-    worst10_any_top1_pct: float
-    grid_top1_pct: float | None
-    num_images: int
-    grid_num_images: int
-    grid_views_per_image: float | None = field(compare=False)
-    grid_views_per_broken_image: float | None = field(compare=False)
-    near_ties: int = field(compare=False)
-    degrees: float
-    translate_px: float
-    views: int
-    partial: bool
-    deviations: tuple[str, ...] = ()
+# An image's part in gathering and writing: 50,000 took 1.6 s on one core.
+_WRITING_SEC = 5e-5
 
 
 def evaluate(
@@ -139,116 +95,6 @@ def evaluate(
     return summarize(found, limits, views, partial=False)
 
 
-def judge_batches(
-    judge: Judge,
-    batches: Iterable[Batch],
-    limits: SpatialLimits,
-    *,
-    judge_batch: int,
-    wants_grid: Callable[[int], bool] | None,
-    moved: Callable[[], None] = lambda: None,
-) -> Iterator[ImageVerdict]:
-    """The verdicts of batches whose views are the untouched image and random ones; in any order.
-
-    Args:
-        judge_batch: views in every forward pass: one fixed shape, whatever the batches' sizes; 0: the default.
-        wants_grid: whether an image, by index, is to meet the grid; None for no grid at all.
-        moved: called after every batch, and every forward pass over the grid.
-
-    """
-    passes: Passes | None = None
-    survivors: GridSurvivors | None = None
-    waiting: dict[int, ImageVerdict] = {}
-    for batch in batches:
-        if passes is None:
-            size = judge_batch or default_judge_batch(batch.views.device, batch.views.shape[2])
-            passes = Passes(judge, size, pad=True)
-        found = verdicts(passes(batch.views), batch.labels)
-        columns = zip(
-            batch.index.tolist(),
-            batch.labels.tolist(),
-            *(t.tolist() for t in (found.natural, found.random, found.worst, found.all_views)),
-            *(t.tolist() for t in (found.natural_margin, found.margin)),
-        )
-        for_grid = []
-        for row, (index, label, natural, random, worst, all_views, natural_margin, margin) in enumerate(columns):
-            meets = wants_grid is not None and wants_grid(index)
-            grid = False if meets else None
-            verdict = ImageVerdict(
-                index, label, natural, random, worst, all_views, grid, natural_margin, margin, int(meets)
-            )
-            if meets and natural:
-                waiting[index] = verdict
-                for_grid.append(row)
-            else:
-                yield verdict
-        if for_grid:
-            if survivors is None:
-                survivors = GridSurvivors(passes, limits, batch.views.shape[2], moved)
-            images = batch.views[for_grid, 0]
-            survivors.add(images, batch.labels[for_grid].tolist(), batch.index[for_grid].tolist())
-            yield from _settled(survivors, waiting)
-        moved()
-    if survivors is not None:
-        while survivors.pending:
-            survivors.turn()
-        yield from _settled(survivors, waiting)
-    assert not waiting
-
-
-def _settled(survivors: GridSurvivors, waiting: dict[int, ImageVerdict]) -> Iterator[ImageVerdict]:
-    for found in survivors.take_verdicts():
-        verdict = waiting.pop(found.index)
-        margin = min(verdict.margin, found.margin)
-        yield dataclasses.replace(verdict, grid=found.survived, grid_views=found.views_judged, margin=margin)
-
-
-def summarize(
-    found: list[ImageVerdict],
-    limits: SpatialLimits,
-    views: int,
-    *,
-    partial: bool,
-    deviations: tuple[str, ...] = (),
-) -> Summary:
-    """Percentages over distinct images.
-
-    Raises:
-        ValueError: if there are none, or an image was judged twice.
-
-    """
-    if not found:
-        raise ValueError("there is nothing to report: no image was judged")
-    if len({v.index for v in found}) != len(found):
-        raise ValueError("an image was judged more than once; the percentages would be wrong")
-    on_grid = [v for v in found if v.grid is not None]
-    broken = [v for v in on_grid if v.natural and not v.grid]
-
-    def mean_views(values: list[ImageVerdict]) -> float | None:
-        return sum(v.grid_views for v in values) / len(values) if values else None
-
-    def pct(values: list[bool | None]) -> float:
-        return 100 * sum(map(bool, values)) / len(values)
-
-    return Summary(
-        natural_top1_pct=pct([v.natural for v in found]),
-        random_top1_pct=pct([v.random for v in found]),
-        worst10_top1_pct=pct([v.worst10 for v in found]),
-        worst10_any_top1_pct=pct([v.worst10_any for v in found]),
-        grid_top1_pct=pct([v.grid for v in on_grid]) if on_grid else None,
-        num_images=len(found),
-        grid_num_images=len(on_grid),
-        grid_views_per_image=mean_views(on_grid),
-        grid_views_per_broken_image=mean_views(broken),
-        near_ties=sum(v.near_tie for v in found),
-        degrees=limits.degrees,
-        translate_px=limits.translate_px,
-        views=views,
-        partial=partial,
-        deviations=deviations,
-    )
-
-
 def published_deviations(config: EvaluateConfig, side: int, *, blurpool: bool) -> tuple[str, ...]:
     """What an evaluation does otherwise than the published one of ImageNet; the digits have no published side."""
     found = {
@@ -259,9 +105,19 @@ def published_deviations(config: EvaluateConfig, side: int, *, blurpool: bool) -
     return tuple(text for text, so in found.items() if so)
 
 
-def default_judge_batch(device: torch.device, side: int) -> int:
-    """Views in one forward pass, whose shape is fixed."""
-    return default_pass_size(device, side) or 1024
+def grid_deviations(per_class: int, cut: int | None) -> tuple[str, ...]:
+    """What is said of a grid that met few images.
+
+    Args:
+        per_class: how many of each class were to meet it; 0: all.
+        cut: how many of each class did when its time was up; None: it was not.
+
+    """
+    count = per_class if cut is None else cut
+    of_each = f"{count} {'image' if count == 1 else 'images'} of each class"
+    if cut is None:
+        return (f"grid on {of_each}",) if per_class else ()
+    return (f"grid on the first {of_each}: its time was up" if cut else "no grid: its time was up",)
 
 
 def _views_of(
@@ -282,65 +138,113 @@ def _views_of(
         yield Batch(warp(pixels_BSSC, matrices_BV23), labels.to(device), torch.from_numpy(indices))
 
 
-def evaluate_checkpoint(config: EvaluateConfig, world: World) -> None:
-    """Judge a checkpoint with all processes; rank 0 prints the table and writes the JSON."""
+def evaluate_checkpoint(config: EvaluateConfig, world: World, until: float | None = None) -> None:
+    """Judge a checkpoint with all processes; rank 0 prints the table and writes the JSON.
+
+    This is one pass over the images. With a deadline it is two: all attacks but the grid, then the grid for as long as
+    the time allows, in rounds of an image of every class. If it is up before the end, the grid's result is that of the
+    rounds that were finished, a fixed subset with a name: the first so many images of each class.
+
+    Args:
+        config: what is judged, and how.
+        world: the processes.
+        until: when all is to be written, in this machine's `time.monotonic()`.
+
+    Raises:
+        ValueError: on a checkpoint that does not fit, or if the time is up before the grid begins.
+
+    """
     seed_everything(0, deterministic=False)
     torch.backends.cudnn.benchmark = False  # verdicts should not depend on which algorithm won a race
-    dtype = dtype_of(config.dtype, world.device)
     model, images, on_grid, side = prepare(config)
     left_out = images.describe_left_out()
     if left_out and world.rank == 0:
         say(left_out)
     limits = config.limits
-    loader = Loader(
-        images,
-        limits=view_limits(config.views, untouched_first=True, degrees=limits.degrees, translate=limits.translate),
-        settings=augmentation_settings(center=True),
-        side=side,
-        global_batch_size=config.batch_size_per_process * world.world_size,
-        key=pack_key(EVALUATION, config.seed),
-        train=False,
-        rank=world.rank,
-        world_size=world.world_size,
-        threads=config.workers or None,
-        device=world.device,
-    )
-    judge: Judge = Scorer(model.to(world.device), dtype)
-    bar = Bar(
-        loader.epoch(0),
-        total=loader.steps_per_epoch,
-        images_per_batch=config.batch_size_per_process * world.world_size,
-        title="evaluate",
-        show=world.rank == 0,
-    )
-    wants_grid = None
-    if config.grid:
-        wants_grid = (lambda index: True) if on_grid is None else on_grid.__contains__
+    scorer = Scorer(model.to(world.device), dtype_of(config.dtype, world.device))
+    judge = FlipJudge(scorer) if config.flip else scorer
+    meets = (set(range(len(images))) if on_grid is None else on_grid) if config.grid else set()
+
+    def batches(title: str, among: World, **options: Any) -> Bar:
+        loader = evaluation_loader(
+            images,
+            among,
+            side=side,
+            batch_size_per_process=config.batch_size_per_process,
+            threads=config.workers,
+            **options,
+        )
+        return Bar(
+            loader.epoch(0),
+            total=loader.steps_per_epoch,
+            images_per_batch=config.batch_size_per_process * among.world_size,
+            title=title,
+            show=world.rank == 0,
+        )
+
     with stop_requests() as request:
 
         def moved() -> None:
             distributed.progress(config.stall_minutes)
             request.obey()
 
-        mine = list(
-            judge_batches(
-                FlipJudge(judge) if config.flip else judge,
-                bar,
-                limits,
-                judge_batch=config.judge_batch,
-                wants_grid=wants_grid,
-                moved=moved,
+        bar = batches("evaluate", world, warps=config.views, limits=limits, seed=config.seed)
+        deadline = Deadline(until, reserve_sec=RESERVE_SEC + _WRITING_SEC * len(images))
+        try:
+            mine = list(
+                judge_batches(
+                    judge,
+                    deadline.guard(bar),
+                    limits,
+                    judge_batch=config.judge_batch,
+                    wants_grid=meets.__contains__ if until is None else None,
+                    moved=moved,
+                )
             )
-        )
+        except TimeUp:
+            raise ValueError(
+                f"the evaluation's time was up before all images were judged: {config.checkpoint}\n"
+                f"give it more, or judge the checkpoint by hand, without a limit: launch.py evaluate --checkpoint "
+                f"{config.checkpoint} --data {config.data}"
+            ) from None
+        on_time: list[GridVerdict] = []
+        if until is not None:
+
+            def moved_in_time() -> None:
+                moved()
+                deadline.check()
+
+            passes = Passes(judge, config.judge_batch or default_judge_batch(world.device, side), pad=True)
+            right = [v.index for v in mine if v.natural and v.index in meets]
+            order = images.balanced_order()
+            # Every process goes on with its own images, so that none has to know what the others found.
+            alone = dataclasses.replace(world, rank=0, world_size=1)
+            on_time = [broken_untouched(v.index) for v in mine if not v.natural and v.index in meets] + judge_grid(
+                GridSurvivors(passes, limits, side, moved_in_time),
+                batches("grid", alone, order=order[np.isin(order, right)]),
+            )
     distributed.progress(4 * config.stall_minutes)  # others may have more survivors
-    found = sorted((v for part in distributed.gather(mine) for v in part), key=lambda v: v.index)
+    parts = distributed.gather((mine, on_time))
     if world.rank == 0:
+        found = sorted((verdict for part, _ in parts for verdict in part), key=lambda v: v.index)
         if [v.index for v in found] != list(range(len(images))):
             raise RuntimeError(f"{len(found)} verdicts for {len(images)} images: an image was missed or judged twice")
-        limited = config.max_images or config.allow_partial_classes or images.left_out.names
-        partial = bool(limited) or on_grid is not None
-        deviations = published_deviations(config, side, blurpool=has_blurpool(model))
-        summary = summarize(found, limits, config.views, partial=partial, deviations=deviations)
+        cut = None
+        if until is not None:
+            found, cut = merge_grid(found, [verdict for _, part in parts for verdict in part], images, meets)
+        limited = config.max_images or config.allow_partial_classes or config.grid_images or images.left_out.names
+        few = bool(config.grid_per_class) and len(meets) < len(images)
+        summary = summarize(
+            found,
+            limits,
+            config.views,
+            partial=bool(limited),
+            grid_per_class=config.grid_per_class if cut is None else cut,
+            deviations=(
+                *published_deviations(config, side, blurpool=has_blurpool(model)),
+                *grid_deviations(config.grid_per_class if few else 0, cut),
+            ),
+        )
         say(summary_table(summary))
         if config.json:
             write_report(Path(config.json), config, summary, found, images)

@@ -6,12 +6,19 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fast_spatial import checkpoint
 from fast_spatial.config import EvaluateConfig
 from fast_spatial.data import load_split
+from fast_spatial.distributed import World
 from fast_spatial.model import Classifier
+from kernels.limits import SpatialLimits
+from kernels.sampling import EVALUATION, augmentation_settings, pack_key, view_limits
 from pipelines.dataset import ImageIndex
+from pipelines.loader import Loader
+
+_STILL = SpatialLimits(0.0, 0.0)
 
 
 def prepare(config: EvaluateConfig) -> tuple[Classifier, ImageIndex, set[int] | None, int]:
@@ -44,7 +51,56 @@ def prepare(config: EvaluateConfig) -> tuple[Classifier, ImageIndex, set[int] | 
     on_grid = None
     if config.grid_images:
         on_grid = _positions_of(Path(config.grid_images), images)
+    elif config.grid_per_class:
+        try:
+            on_grid = set(images.balanced_positions(config.grid_per_class).tolist())
+        except ValueError as error:
+            raise ValueError(
+                f"--grid-per-class {config.grid_per_class}: {error}\nask for as many as every class has"
+            ) from None
     return model.eval(), images, on_grid, config.side or weights.side or 224
+
+
+def evaluation_loader(
+    images: ImageIndex,
+    world: World,
+    *,
+    side: int,
+    batch_size_per_process: int,
+    warps: int = 0,
+    limits: SpatialLimits = _STILL,
+    seed: int = 0,
+    order: NDArray[np.int64] | None = None,
+    threads: int = 0,
+) -> Loader:
+    """Batches of images as evaluations see them: the untouched image, and random warps of it.
+
+    Args:
+        images: the split.
+        world: the processes, which share the images.
+        side: of the views, pixels.
+        batch_size_per_process: images of a batch.
+        warps: random views beside the untouched one.
+        limits: of these.
+        seed: of these.
+        order: positions to visit, in turn; default all.
+        threads: that load; 0: one per CPU of this process.
+
+    """
+    return Loader(
+        images,
+        limits=view_limits(warps, untouched_first=True, degrees=limits.degrees, translate=limits.translate),
+        settings=augmentation_settings(center=True),
+        side=side,
+        global_batch_size=batch_size_per_process * world.world_size,
+        key=pack_key(EVALUATION, seed),
+        train=False,
+        rank=world.rank,
+        world_size=world.world_size,
+        order=order,
+        threads=threads or None,
+        device=world.device,
+    )
 
 
 def _relabel(images: ImageIndex, classes: tuple[str, ...], path: Path, config: EvaluateConfig) -> ImageIndex:

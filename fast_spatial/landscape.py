@@ -13,11 +13,14 @@ grid, S side, K classes.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,27 +32,28 @@ from torch import Tensor
 from fast_spatial import distributed, inputs
 from fast_spatial.attack import losses_of, worst_view
 from fast_spatial.config import LandscapeConfig, to_json
+from fast_spatial.deadline import Deadline, TimeUp
 from fast_spatial.device import dtype_of, seed_everything
 from fast_spatial.distributed import World
-from fast_spatial.evaluate import default_judge_batch
 from fast_spatial.files import write_atomically, write_json
+from fast_spatial.inputs import evaluation_loader
+from fast_spatial.judging import default_judge_batch
 from fast_spatial.model import Classifier
 from fast_spatial.runlog import Bar, say
 from fast_spatial.scoring import Passes, Scorer
 from fast_spatial.stopping import stop_requests
 from kernels.limits import NOMINAL_SIDE, SpatialLimits
-from kernels.sampling import EVALUATION, augmentation_settings, pack_key, view_limits
 from kernels.spatial import GRID_ANGLES, GRID_IDENTITY, GRID_SHIFTS, GRID_VIEWS, grid, matrices
 from kernels.warp import warp
 from pipelines.dataset import ImageIndex
-from pipelines.loader import Batch, Loader
+from pipelines.loader import Batch
 
 FILE, ARRAYS, PICTURES = "landscape.json", "landscape.npz", "landscape"
 # As many images as make the 95 % interval of an accuracy at most 20 points wide; minutes on a CPU.
 DEFAULT_IMAGES = 100
 SAMPLES = 8
-# Few, so that a signal is heard soon; many enough that the last forward pass of a batch may be filled up.
-BATCH_SIZE = 16
+# Few, so that a signal is heard soon and little is lost to a deadline; as many as nearly fill the last one.
+PASSES_PER_BATCH = 4
 _LARGEST_FLOAT16 = 65504.0
 _KEYS = {"degrees", "translate_px", "num_images", "images_per_class", "seconds", "gpus", "images", "samples"}
 _JPEG_QUALITY = 92
@@ -66,79 +70,84 @@ class ImageLandscape:
     worst_predicted: int
 
 
-def prepare(config: LandscapeConfig) -> tuple[Classifier, ImageIndex, int]:
-    """The model, the subset and the side, validated.
+def prepare(config: LandscapeConfig) -> tuple[Classifier, ImageIndex, int, int]:
+    """The model, the images, how many of each class are judged, and the side, validated.
 
     Raises:
         ValueError: on a checkpoint that does not fit, or a class with too few images.
 
     """
     model, images, _, side = inputs.prepare(config.judged)
-    counts = np.unique(images.labels, return_counts=True)[1]
-    wanted = config.images_per_class or min(int(counts.min()), max(1, DEFAULT_IMAGES // len(counts)))
+    counts = images.class_counts()
+    per_class = config.images_per_class or min(int(counts.min()), max(1, DEFAULT_IMAGES // len(counts)))
     try:
-        return model, images.balanced_subset(wanted), side
+        images.balanced_positions(per_class)
     except ValueError as error:
-        raise ValueError(f"--images-per-class {wanted}: {error}") from None
+        raise ValueError(f"--images-per-class {per_class}: {error}") from None
+    return model, images, per_class, side
 
 
-def landscape(config: LandscapeConfig, world: World) -> None:
-    """Judge all views of the subset with all processes; rank 0 writes what they saw."""
+def landscape(config: LandscapeConfig, world: World, until: float | None = None) -> None:
+    """Judge all views of the subset with all processes; rank 0 writes what they saw.
+
+    Images are judged in rounds, one of every class. If the time is up, the result is that of the rounds that were
+    finished, as if fewer images of each class had been asked for; without one, nothing is written.
+
+    Args:
+        config: what is judged, and how.
+        world: the processes.
+        until: when all is to be written, in this machine's `time.monotonic()`.
+
+    """
     seed_everything(0, deterministic=False)
     torch.backends.cudnn.benchmark = False
     dtype = dtype_of(config.dtype, world.device)
-    model, images, side = prepare(config)
+    model, images, per_class, side = prepare(config)
     start = time.monotonic()
-    batch_size = BATCH_SIZE * world.world_size
-    loader = Loader(
-        images,
-        limits=view_limits(0, untouched_first=True, degrees=0.0, translate=0.0),
-        settings=augmentation_settings(center=True),
-        side=side,
-        global_batch_size=batch_size,
-        key=pack_key(EVALUATION, 0),
-        train=False,
-        rank=world.rank,
-        world_size=world.world_size,
-        threads=config.workers or None,
-        device=world.device,
-    )
-    bar = Bar(
-        loader.epoch(0),
-        total=loader.steps_per_epoch,
-        images_per_batch=batch_size,
-        title="landscape",
-        show=world.rank == 0,
-    )
     passes = Passes(
         Scorer(model.to(world.device), dtype), config.judge_batch or default_judge_batch(world.device, side), pad=True
     )
-    sampled = sample_positions(len(images))
-    pixels: dict[int, NDArray[np.uint8]] = {}
+    batch_size = max(1, PASSES_PER_BATCH * passes.size // GRID_VIEWS)
+    load = partial(evaluation_loader, images, side=side, threads=config.workers)
+    loader = load(world=world, batch_size_per_process=batch_size, order=images.balanced_positions(per_class))
+    bar = Bar(
+        loader.epoch(0),
+        total=loader.steps_per_epoch,
+        images_per_batch=batch_size * world.world_size,
+        title="landscape",
+        show=world.rank == 0,
+    )
+    mine: list[ImageLandscape] = []
     with stop_requests() as request:
 
         def moved() -> None:
             distributed.progress(config.stall_minutes)
             request.obey()
 
-        def kept(batches: Iterable[Batch]) -> Iterator[Batch]:
-            for batch in batches:
-                for row, index in enumerate(batch.index.tolist()):
-                    if index in sampled:
-                        pixels[index] = batch.views[row, 0].cpu().numpy()
-                yield batch
-
-        mine = list(judge_all_views(passes, kept(bar), config.limits, side, moved=moved))
+        with suppress(TimeUp):
+            for image in judge_all_views(passes, Deadline(until).guard(bar), config.limits, side, moved=moved):
+                mine.append(image)
     distributed.progress(4 * config.stall_minutes)
-    parts = distributed.gather((mine, pixels))
+    parts = distributed.gather(mine)
     if world.rank == 0:
-        found = sorted((image for part, _ in parts for image in part), key=lambda image: image.index)
-        if [image.index for image in found] != list(range(len(images))):
-            raise RuntimeError(f"{len(found)} of {len(images)} images were judged, or one of them twice")
-        shown = {index: values for _, part in parts for index, values in part.items()}
-        gpus = world.world_size if world.device.type == "cuda" else 0
-        samples = [(index, shown[index]) for index in sampled]
-        write(config, images, side, found, samples, seconds=time.monotonic() - start, gpus=gpus)
+        found = {image.index: image for part in parts for image in part}
+        finished = images.balanced_rounds(found)
+        if len(found) < sum(map(len, parts)) or (until is None and finished < per_class):
+            raise RuntimeError(
+                f"{len(found)} images were judged, or one of them twice: {per_class} of each class asked"
+            )
+        if finished:
+            kept = np.sort(images.balanced_positions(finished))
+            sampled = sample_positions(len(kept))
+            alone = dataclasses.replace(world, rank=0, world_size=1)
+            (batch,) = load(world=alone, batch_size_per_process=len(sampled), order=kept[sampled]).epoch(0)
+            samples = list(zip(sampled, batch.views[:, 0].cpu().numpy()))
+            gpus = world.world_size if world.device.type == "cuda" else 0
+            seconds = time.monotonic() - start
+            subset = images.balanced_subset(finished)
+            write(config, subset, side, [found[i] for i in kept.tolist()], samples, seconds=seconds, gpus=gpus)
+        else:
+            say("no landscape: its time was up")
     distributed.barrier()
 
 

@@ -23,7 +23,7 @@ from fast_spatial.config import (
 from fast_spatial.files import write_json
 from fast_spatial.pacing import Pace
 from fast_spatial.recipe import train_config
-from fast_spatial.reporting.report import published_table, results_table, row_name, write_report
+from fast_spatial.reporting.report import grid_note, published_table, results_table, row_name, write_report
 from fast_spatial.runlog import say
 
 if TYPE_CHECKING:  # imports torch
@@ -248,7 +248,8 @@ def _write_tables(config: ReproduceConfig, rows: list[Row], results: list[dict[s
     published = published_table([(r["mode"], r["degrees"]) for r in results])
     deviations = sorted({deviation for r in results for deviation in r.get("deviations", [])})
     judged = ", ".join(["judged at 30 degrees and 24 px", *deviations])
-    text = f"Top-1 accuracy in percent, {judged}.\n\n{table}\n\n{published}"
+    few = grid_note((row_name(r["mode"], r["degrees"]), r) for r in results)
+    text = "\n\n".join(filter(None, [f"Top-1 accuracy in percent, {judged}.", few, table, published]))
     (Path(config.out) / "results.md").write_text(text + "\n", encoding="utf-8")
     say(f"\n{text}\n\nwritten to {Path(config.out) / 'results.json'} and results.md")
 
@@ -265,6 +266,7 @@ def _result(row: Row, seconds_evaluate: float) -> dict[str, Any]:
         "epochs": [record["epoch"] for record in records if record["event"] == "train"][-1],
         **{f"{attack}_top1_pct": summary[f"{attack}_top1_pct"] for attack in kept},
         "num_images": summary["num_images"],
+        "grid_num_images": summary["grid_num_images"],
         "deviations": summary["deviations"],
         "seconds_train": round(records[-1]["elapsed_sec"], 1),  # of all parts of an interrupted training
         "seconds_evaluate": round(seconds_evaluate, 1),

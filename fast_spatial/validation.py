@@ -8,12 +8,11 @@ from fast_spatial.attack import verdicts
 from fast_spatial.config import TrainConfig
 from fast_spatial.device import default_pass_size
 from fast_spatial.distributed import World
+from fast_spatial.inputs import evaluation_loader
 from fast_spatial.metrics import EachOnce, Tally
 from fast_spatial.runlog import Bar
 from fast_spatial.scoring import FlipJudge, Passes, Scorer
-from kernels.sampling import EVALUATION, augmentation_settings, pack_key, view_limits
 from pipelines.dataset import ImageIndex
-from pipelines.loader import Loader
 
 
 class Validation:
@@ -40,20 +39,14 @@ class Validation:
             pad=compiled,
         )
         self._epochs = 0
-        self._loader = Loader(
+        self._loader = evaluation_loader(
             images,
-            limits=view_limits(
-                self._warps, untouched_first=True, degrees=config.limits.degrees, translate=config.limits.translate
-            ),
-            settings=augmentation_settings(center=True),
+            world,
             side=side,
-            global_batch_size=config.global_batch_size,
-            key=pack_key(EVALUATION, 0),
-            train=False,
-            rank=world.rank,
-            world_size=world.world_size,
-            threads=config.workers or None,
-            device=world.device,
+            batch_size_per_process=config.global_batch_size // world.world_size,
+            warps=self._warps,
+            limits=config.limits,
+            threads=config.workers,
         )
 
     def __call__(self, moved: Callable[[], None]) -> dict[str, float | None]:

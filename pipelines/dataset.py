@@ -103,14 +103,41 @@ class ImageIndex:
             ValueError: if a class has fewer.
 
         """
+        return self._take(np.sort(self.balanced_positions(per_class)))
+
+    def balanced_order(self) -> NDArray[np.int64]:
+        """All positions, in rounds: an image of every class, then another one of each, by a fixed order within each.
+
+        Classes that have no more images are absent from later rounds.
+        """
         order = epoch_order(pack_key(TRAINING, _SUBSET_SEED), 0, len(self))
-        chosen = []
-        for label in np.unique(self.labels):
-            of_class = order[self.labels[order] == label]
-            if len(of_class) < per_class:
-                raise ValueError(f"{self.root} holds only {len(of_class)} images of class {self.classes[label]}")
-            chosen.append(of_class[:per_class])
-        return self._take(np.sort(np.concatenate(chosen)))
+        by_class = order[np.argsort(self.labels[order], kind="stable")]
+        rounds = np.concatenate([np.arange(count) for count in self.class_counts()])
+        return by_class[np.argsort(rounds, kind="stable")]
+
+    def balanced_positions(self, per_class: int) -> NDArray[np.int64]:
+        """The positions of `balanced_subset`: the first so many rounds of `balanced_order`.
+
+        Raises:
+            ValueError: if a class has fewer images.
+
+        """
+        counts = self.class_counts()
+        if per_class > counts.min():
+            label = np.unique(self.labels)[counts.argmin()]
+            name = Path(self.relative_path(int(np.argmax(self.labels == label)))).parts[1]
+            raise ValueError(f"{self.root} holds only {counts.min()} images of class {name}")
+        return self.balanced_order()[: per_class * len(counts)]
+
+    def balanced_rounds(self, positions: Collection[int]) -> int:
+        """The largest `per_class` such that `balanced_positions` are all among these."""
+        counts = self.class_counts()
+        held = np.isin(self.balanced_positions(int(counts.min())), list(positions))
+        return int(held.reshape(-1, len(counts)).all(axis=1).cumprod().sum())
+
+    def class_counts(self) -> NDArray[np.int64]:
+        """How many images there are of every class that has any, by label."""
+        return np.unique(self.labels, return_counts=True)[1]
 
     def without(self, listing: Path) -> ImageIndex:
         """The images that are not named in an exclusion file.

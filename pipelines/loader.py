@@ -52,9 +52,11 @@ class Loader:
         largest_side: the largest that such a function gives; it bounds what DALI may hold ready.
         global_batch_size: images per step, over all ranks; `world_size` must divide it.
         key: the generator's key (`kernels.sampling.pack_key`).
-        train: shuffle, draw anew every epoch and drop the remainder; otherwise each image once, in order, always with
-            the draws of epoch 0.
+        train: shuffle, draw anew every epoch and drop the remainder; otherwise each image once, always with the draws
+            of epoch 0.
         rank: the GLOBAL rank.
+        order: the positions that an evaluation visits, in turn; default all of them. An image's draws are those of its
+            position in the split, wherever in the order it comes.
         device: where the views are wanted; a GPU decodes and warps there.
         exact_decoding: keep GPU decoding independent of load and chance (no hardware decoder).
         on_bad_images: called when images are met that cannot be decoded, with their positions and why, and with those
@@ -83,6 +85,7 @@ class Loader:
         largest_side: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        order: NDArray[np.int64] | None = None,
         threads: int | None = None,
         device: torch.device | None = None,
         exact_decoding: bool = True,
@@ -95,7 +98,9 @@ class Loader:
                 f"{images.root} holds {len(images)} images, less than one global batch of {global_batch_size}; "
                 f"lower --global-batch-size"
             )
+        assert not train or order is None
         self.images = images
+        self._visited = np.arange(len(images)) if order is None else order
         self._key, self._train = key, train
         self._side_at: Callable[[int, int], int] = side if callable(side) else lambda epoch, step: side
         self._global_batch_size, self._rank = global_batch_size, rank
@@ -222,7 +227,7 @@ class Loader:
     def _count_steps(self) -> int:
         if self._train:
             return len(self.images) // self._global_batch_size
-        full, rest = divmod(len(self.images), self._global_batch_size)
+        full, rest = divmod(len(self._visited), self._global_batch_size)
         return full + (rest > self._rank * self._batch_size)
 
     def _positions(self, ticket: int) -> tuple[int, NDArray[np.int64]]:
@@ -236,9 +241,9 @@ class Loader:
     def _planned(self, ticket: int) -> tuple[int, NDArray[np.int64]]:
         epoch, step = divmod(ticket, self.steps_per_epoch)
         begin = step * self._global_batch_size + self._rank * self._batch_size
-        end = min(begin + self._batch_size, len(self.images))
+        end = begin + self._batch_size
         if not self._train:
-            return 0, np.arange(begin, end)
+            return 0, self._visited[begin:end]
         if epoch not in self._orders:  # reading ahead meets two epochs at a time
             self._orders = {e: order for e, order in self._orders.items() if e == epoch - 1}
             self._orders[epoch] = epoch_order(self._key, epoch, len(self.images))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fast_spatial.attack import GridSurvivors, losses_of, take_views, verdicts, worst_view
-from fast_spatial.evaluate import ImageVerdict, judge_batches, summarize
+from fast_spatial.judging import ImageVerdict, judge_batches, summarize
 from fast_spatial.scoring import Judge, ModuleJudge, Passes
 from kernels.limits import SpatialLimits
 from kernels.sampling import EVALUATION, draw_matrices, pack_key, view_limits

@@ -104,6 +104,7 @@ EVALUATE_OPTIONS = {
     "exclude": "",
     "max_images": 0,
     "grid_images": "",
+    "grid_per_class": 0,
     "allow_partial_classes": False,
     "batch_size_per_process": 128,
     "judge_batch": 0,

@@ -267,6 +267,12 @@ def test_what_is_not_given_has_its_default():
         (EvaluateConfig, {"batch_size_per_process": "0"}, ["--batch-size-per-process 0", "at least 1"]),
         (EvaluateConfig, {"judge_batch": "-1"}, ["--judge-batch -1", "at least 0"]),
         (EvaluateConfig, {"max_images": "-1"}, ["--max-images -1", "at least 0"]),
+        (EvaluateConfig, {"grid_per_class": "-1"}, ["--grid-per-class -1", "at least 0"]),
+        (
+            EvaluateConfig,
+            {"grid_per_class": "5", "grid_images": "f"},
+            ["--grid-per-class 5", "--grid-images", "one of"],
+        ),
         (EvaluateConfig, {"side": "-1"}, ["--side -1", "at least 0"]),
         (EvaluateConfig, {"seed": "2147483648"}, ["--seed 2147483648", "2147483647"]),
         (EvaluateConfig, {"degrees": "500"}, ["--degrees 500", "180"]),

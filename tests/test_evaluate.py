@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from fast_spatial.config import EvaluateConfig
-from fast_spatial.evaluate import ImageVerdict, evaluate, published_deviations, summarize, summary_table
+from fast_spatial.evaluate import evaluate, published_deviations, summary_table
+from fast_spatial.judging import ImageVerdict, summarize
 
 ROOT = Path(__file__).parent.parent
 

@@ -26,6 +26,7 @@ from pipelines.loader import Batch
 
 LIMITS = SpatialLimits.from_px(30)
 CLASSES, PER_CLASS, SIDE = ("cat", "dog", "fish"), 4, 17
+ALONE = distributed.World(0, 0, 1, torch.device("cpu"))
 
 
 def net() -> nn.Module:
@@ -101,6 +102,26 @@ def test_the_subset_has_as_many_of_every_class_and_is_fixed(tmp_path):
         images.balanced_subset(4)
 
 
+def test_the_balanced_order_goes_round_the_classes_and_begins_with_every_subset(tmp_path):
+    images = read_index(folder_of(tmp_path, {"a": 9, "b": 3, "c": 5}), "val")
+    order = images.balanced_order()
+    assert order.dtype == np.int64
+    assert sorted(order.tolist()) == list(range(17))
+    assert images.labels[order].tolist() == [0, 1, 2] * 3 + [0, 2] * 2 + [0] * 4
+    for per_class in range(4):
+        assert images.balanced_positions(per_class).tolist() == order[: 3 * per_class].tolist()
+    chosen = images.balanced_subset(2)
+    assert [chosen.relative_path(i) for i in range(6)] == [images.relative_path(i) for i in sorted(order[:6])]
+
+
+@pytest.mark.parametrize(("held", "rounds"), [(range(0), 0), (range(2), 0), (range(7), 2), (range(17), 3)])
+def test_rounds_that_are_complete(tmp_path, held, rounds):
+    images = read_index(folder_of(tmp_path, {"a": 9, "b": 3, "c": 5}), "val")
+    order = images.balanced_order()
+    assert images.balanced_rounds(order[held].tolist()) == rounds
+    assert images.balanced_rounds(set(order.tolist()) - {int(order[4])}) == 1  # what comes after a gap does not count
+
+
 def test_samples_are_spread_over_the_classes():
     assert sample_positions(100) == [0, 14, 28, 42, 56, 70, 84, 99]
     assert sample_positions(3) == [0, 1, 2]
@@ -129,27 +150,25 @@ def rank_main(rank: int, port: int, config: LandscapeConfig) -> None:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
-    landscape.BATCH_SIZE = 2  # more than one batch each
     landscape.landscape(config, distributed.start(stall_minutes=2))
     distributed.stop()
 
 
-def test_one_and_two_processes_see_the_same(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(landscape, "BATCH_SIZE", 5)
-    alone = distributed.World(0, 0, 1, torch.device("cpu"))
-    landscape.landscape(config_of(trained, tmp_path / "one", images_per_class=3), alone)
+def test_one_and_two_processes_see_the_same(trained, tmp_path):
+    five, two = (images * GRID_VIEWS // landscape.PASSES_PER_BATCH + 1 for images in (5, 2))  # of 9 images
+    landscape.landscape(config_of(trained, tmp_path / "one", images_per_class=3, judge_batch=five), ALONE)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    spawn(rank_main, (port, config_of(trained, tmp_path / "two", images_per_class=3)), nprocs=2)
-    one, two = read(tmp_path / "one"), read(tmp_path / "two")
-    assert one is not None and two is not None
-    np.testing.assert_allclose(one.loss, two.loss, rtol=2e-3)
-    assert (one.correct == two.correct).mean() > 0.999  # another number of threads adds in another order
+    spawn(rank_main, (port, config_of(trained, tmp_path / "two", images_per_class=3, judge_batch=two)), nprocs=2)
+    one, both = read(tmp_path / "one"), read(tmp_path / "two")
+    assert one is not None and both is not None
+    np.testing.assert_allclose(one.loss, both.loss, rtol=2e-3)
+    assert (one.correct == both.correct).mean() > 0.999  # another number of threads adds in another order
     assert one.loss.shape == one.correct.shape == (9, GRID_ANGLES, GRID_SHIFTS, GRID_SHIFTS)
-    for about in (one.about, two.about):
+    for about in (one.about, both.about):
         del about["config"], about["seconds"]
-    assert one.about["images"] == two.about["images"]
+    assert one.about["images"] == both.about["images"]
     assert [image["class"] for image in one.about["images"]] == [name for name in CLASSES for _ in range(3)]
     assert len(one.about["samples"]) == 8
     for sample in one.about["samples"]:
@@ -189,5 +208,5 @@ def test_a_damaged_landscape_is_named(tmp_path):
 def test_too_many_images_per_class_are_refused(trained, tmp_path):
     with pytest.raises(ValueError, match=r"^--images-per-class 5: .* holds only 4 images of class cat"):
         landscape.prepare(config_of(trained, tmp_path, images_per_class=5))
-    _, images, side = landscape.prepare(config_of(trained, tmp_path))
-    assert (len(images), side) == (12, 32)  # all there are, if they are fewer than wanted
+    _, images, per_class, side = landscape.prepare(config_of(trained, tmp_path))
+    assert (len(images), per_class, side) == (12, 4, 32)  # all there are, if they are fewer than wanted

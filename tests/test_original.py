@@ -18,8 +18,8 @@ import torch
 
 import launch
 from fast_spatial.config import EvaluateConfig
-from fast_spatial.evaluate import ImageVerdict, judge_batches
 from fast_spatial.inputs import prepare
+from fast_spatial.judging import ImageVerdict, judge_batches
 from fast_spatial.scoring import Scorer
 from kernels.sampling import EVALUATION, augmentation_settings, pack_key, view_limits
 from pipelines.loader import Loader

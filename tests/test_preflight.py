@@ -481,6 +481,16 @@ def test_paths_that_meet_the_grid(refuse, data, ours):
     assert "--grid-images gone.txt: there is no such file; give one path a line" in refuse(*words, "gone.txt")[0]
 
 
+def test_how_many_images_of_each_class_meet_the_grid(refuse, data, ours):
+    one = prepare(evaluation(ours, grid_per_class="1"))[2]
+    assert one is not None and sorted(position // 2 for position in one) == [0, 1, 2]
+    assert prepare(evaluation(ours, grid_per_class="2"))[2] == set(range(6))
+    words = ["evaluate", "--checkpoint", str(ours), "--data", "data", "--grid-per-class", "3"]
+    what, advice = refuse(*words)
+    assert "--grid-per-class 3: " in what and what.endswith("data/val holds only 2 images of class ant")
+    assert advice == "ask for as many as every class has"
+
+
 @pytest.mark.parametrize(("target", "part"), [("folder", "that is a folder; name a file"), ("file/x.json", "")])
 def test_a_json_that_cannot_be_written_is_refused_before_judging(refuse, data, ours, target, part):
     Path("folder").mkdir()

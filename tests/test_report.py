@@ -14,13 +14,13 @@ import pytest
 import launch
 from fast_spatial import recipe, reproduce
 from fast_spatial.config import EvaluateConfig, LandscapeConfig, TrainConfig, parse, to_json
-from fast_spatial.reporting.report import published_table, results_table, row_name
+from fast_spatial.reporting.report import grid_note, published_table, results_table, row_name
 from fast_spatial.reproduce import ReproduceConfig, Row, plan, split_row
 
 KEYS = [
     *("mode", "degrees", "seed", "epochs"),
     *("natural_top1_pct", "random_top1_pct", "worst10_top1_pct", "worst10_any_top1_pct", "grid_top1_pct"),
-    *("num_images", "deviations", "seconds_train", "seconds_evaluate"),
+    *("num_images", "grid_num_images", "deviations", "seconds_train", "seconds_evaluate"),
 ]
 
 
@@ -55,6 +55,18 @@ def test_a_table_of_several_seeds_shows_the_mean_and_half_the_range():
     (row,) = results_table(results, "ours").splitlines()[2:]
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells == ["random, 30 degrees", "72.0 ±2.5", "50.0 ±0.0", "33.0 ±3.0", "0.2 ±0.3"]
+
+
+def test_a_grid_without_a_result_is_a_dash_and_one_on_few_images_is_noted():
+    few = {**result("standard", 30.0, 70.0, 1, 1, 20.0), "num_images": 50_000, "grid_num_images": 7000}
+    none = {**result("worst10", 30.0, 71.0, 1, 1, 0.0), "grid_top1_pct": None, "num_images": 300, "grid_num_images": 0}
+    table = results_table([few, none], "ours").splitlines()
+    assert [line.split("|")[5].strip() for line in table[2:]] == ["20.0", "–"]
+    named = [("standard", few), ("worst10", none), ("nocrop", {"num_images": 300})]
+    assert grid_note(named) == (
+        "The grid met fewer images than the other attacks: 7,000 of 50,000 (standard), none of 300 (worst10)."
+    )
+    assert grid_note(named[2:]) == ""
 
 
 def test_rows_of_different_limits_are_not_averaged():
@@ -245,7 +257,14 @@ class FakeLaunch:
         values = {"natural": 99.0, "random": 96.5, "worst10": 88.25, "worst10_any": 87.0, "grid": 49.1}
         summary = {f"{attack}_top1_pct": value for attack, value in values.items()}
         content = {
-            "summary": {**summary, "num_images": 497, "degrees": 30.0, "partial": False, "deviations": ()},
+            "summary": {
+                **summary,
+                "num_images": 497,
+                "grid_num_images": 497,
+                "degrees": 30.0,
+                "partial": False,
+                "deviations": (),
+            },
             "images": [],
         }
         Path(config.json).write_text(json.dumps(content))
@@ -279,7 +298,7 @@ def test_each_row_is_trained_then_judged_and_written_down(planned):
     assert launched.calls == calls_of(rows)
     results = results_of(config)
     assert [list(found) for found in results] == [KEYS, KEYS]
-    assert list(results[0].values()) == ["standard", 30.0, 0, 8, 99.0, 96.5, 88.25, 87.0, 49.1, 497, [], 12.3, 3.0]
+    assert list(results[0].values()) == ["standard", 30.0, 0, 8, 99.0, 96.5, 88.25, 87.0, 49.1, 497, 497, [], 12.3, 3.0]
     assert list(results[1].values())[:3] == ["worst10", 40.0, 0]
 
 

@@ -241,6 +241,17 @@ def test_a_log_that_is_being_written_is_read_up_to_its_last_whole_line(tmp_path)
     assert len(found.log) == 4 and found.problems == []
 
 
+def test_a_grid_on_few_images_is_said_to_be_so_and_has_their_interval(tmp_path):
+    run = write_run(tmp_path / "run", "standard")
+    write_evaluation(run, {"natural": 45, "random": 30, "worst10": 20, "grid": 5})
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    evaluation["summary"] |= {"grid_top1_pct": 25.0, "grid_num_images": 20}
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    text = report_of(run)
+    assert cells(text, "standard") == [shown(wilson(n, count)) for n, count in ((45, 50), (30, 50), (20, 50), (5, 20))]
+    assert "The grid met fewer images than the other attacks: 20 of 50 (standard)." in text
+
+
 def test_no_grid_no_gpu_and_no_energy_are_dashes_or_left_out(tmp_path):
     run = write_run(tmp_path / "run", "standard")
     write_evaluation(run, {"natural": 45, "random": 30, "worst10": 20, "grid": 5})

@@ -7,7 +7,7 @@ import hashlib
 import multiprocessing
 import os
 from collections.abc import Iterable
-from itertools import chain, islice
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -280,6 +280,19 @@ def test_evaluation_covers_every_image_once_whatever_the_batch(evaluation, globa
     ]
     assert len(everyone) == IMAGES
     assert sorted(everyone) == evaluation
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_an_evaluation_in_an_order_of_its_own_sees_the_same_bytes(evaluation, world_size):
+    order = np.random.default_rng(0).permutation(IMAGES)[:93]
+    ranks = [
+        make_loader(14, train=False, order=order, rank=rank, world_size=world_size).epoch(0)
+        for rank in range(world_size)
+    ]
+    found = [[seen([batch]) for batch in batches] for batches in ranks]
+    got = [image for batches in zip_longest(*found, fillvalue=[]) for batch in batches for image in batch]
+    assert got == [evaluation[position] for position in order]
+    assert [len(batches) for batches in found] == [7] * world_size
 
 
 def test_evaluation_draws_do_not_depend_on_the_epoch(evaluation):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from fast_spatial.config import PUBLISHED
 from fast_spatial.files import write_atomically
-from fast_spatial.reporting.document import aligned, to_html, to_markdown
+from fast_spatial.reporting.document import DASH, aligned, to_html, to_markdown
 from fast_spatial.runlog import say
 
 ATTACKS = ("natural", "random", "worst10", "grid")
@@ -29,11 +29,35 @@ def results_table(results: Sequence[dict[str, Any]], title: str) -> str:
     for (mode, degrees), runs in rows.items():
         cells = []
         for attack in ATTACKS:
-            values = [run[f"{attack}_top1_pct"] for run in runs]
+            values = [run[f"{attack}_top1_pct"] for run in runs if run[f"{attack}_top1_pct"] is not None]
             spread = f" ±{(max(values) - min(values)) / 2:.1f}" if len(values) > 1 else ""
-            cells.append(f"{sum(values) / len(values):.1f}{spread}")
+            cells.append(f"{sum(values) / len(values):.1f}{spread}" if values else DASH)
         lines.append([row_name(mode, degrees), *cells])
     return aligned(lines)
+
+
+def grid_images(judged: dict[str, Any]) -> int:
+    """How many images met the grid: of an evaluation's summary, or a reproduction's result; all, unless it says so."""
+    return int(judged.get("grid_num_images", judged["num_images"]))
+
+
+def grid_note(judged: Iterable[tuple[str, dict[str, Any]]]) -> str:
+    """A sentence on rows whose grid met fewer images than the other attacks; "" if there are none.
+
+    Args:
+        judged: the name of the row and the summary, or result, of every run.
+
+    """
+    few = dict.fromkeys(
+        f"{_count(grid_images(found))} of {found['num_images']:,} ({name})"
+        for name, found in judged
+        if grid_images(found) < found["num_images"]
+    )
+    return f"The grid met fewer images than the other attacks: {', '.join(few)}." if few else ""
+
+
+def _count(images: int) -> str:
+    return f"{images:,}" if images else "none"
 
 
 def published_table(rows: Sequence[tuple[str, float]]) -> str:

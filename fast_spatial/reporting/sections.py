@@ -15,7 +15,7 @@ from fast_spatial.landscape import Landscape
 from fast_spatial.reporting import deviations, robustness
 from fast_spatial.reporting.charts import Series, line_chart, ticks
 from fast_spatial.reporting.document import DASH, Block, Code, Figure, Figures, Section, Table, Text, percent, points
-from fast_spatial.reporting.report import ATTACKS, HEADS
+from fast_spatial.reporting.report import ATTACKS, HEADS, grid_images, grid_note
 from fast_spatial.reporting.runs import Row, Run, Spent
 from fast_spatial.reporting.statistics import Interval, difference, mean, paired_difference, wilson
 from kernels.spatial import GRID_IDENTITY, GRID_VIEWS
@@ -97,6 +97,9 @@ def results(rows: Sequence[Row]) -> list[Block]:
                 f"{PUBLISHED_IMAGES:,} validation images of ImageNet, judged at 30 degrees and 24 px."
             )
         )
+    note = grid_note((row.name, run.evaluation["summary"]) for row in judged for run in row.judged if run.evaluation)
+    if note:
+        blocks.append(Text(note))
     if any(s.get("partial") for s in summaries):
         blocks.append(Text("Some of these evaluations were limited on purpose (partial): they stand for no table."))
     return blocks + _against_each_other(judged)
@@ -123,7 +126,7 @@ def _right(run: Run, attack: str) -> tuple[int, int] | None:
     pct = summary.get(f"{attack}_top1_pct")
     if pct is None:
         return None
-    count = summary.get("grid_num_images", summary["num_images"]) if attack == "grid" else summary["num_images"]
+    count = grid_images(summary) if attack == "grid" else summary["num_images"]
     return round(pct * count / 100), count
 
 
