@@ -34,7 +34,7 @@ IMAGENET_ROWS = tuple(mode if not degrees else f"{mode}:{degrees:g}" for mode, d
 # Where not all rows can be trained for long enough, those at the end of this list are left out.
 BY_IMPORTANCE = ("standard", "worst10:30", "random:30", "nocrop", "worst10:40", "random:40")
 # Options of `train` that reproduce decides itself.
-DECIDED = ("mode", "degrees", "translate_px", "seed")
+DECIDED = ("mode", "degrees", "translate_px", "seed", "replay")
 
 
 @dataclass(frozen=True)

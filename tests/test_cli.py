@@ -41,6 +41,13 @@ TRAIN_OPTIONS = {
     "out": "",
     "mode": "",
     "recipe": "",
+    "hours": 0.0,
+    "gpu_hours": 0.0,
+    "budget": 0.0,
+    "price": 0.0,
+    "until": "",
+    "plan_only": False,
+    "replay": "",
     "degrees": 30.0,
     "translate_px": None,
     "views": 10,
@@ -143,7 +150,7 @@ BENCH_OPTIONS = {
 }
 RECIPES_OPTIONS = {"data": "", "seconds": 1.0}
 DOCTOR_OPTIONS = {"data": "", "out": "", "json": ""}
-REPRODUCE_DECIDES = {"mode", "degrees", "translate_px", "seed"}
+REPRODUCE_DECIDES = {"mode", "degrees", "translate_px", "seed", "replay"}
 
 
 def refused(capsys: pytest.CaptureFixture[str], *words: str) -> list[str]:
