@@ -80,7 +80,8 @@ def started(monkeypatch):
 
     def torchrun(config, job, processes, words):
         assert job.startswith(f"{config.rdzv_id}-")
-        task, text = words
+        task, text, limit = words
+        assert limit == "null"
         assert from_json(type(config), json.loads(text)) == config
         calls.append((processes, task, config))
 
