@@ -36,7 +36,7 @@ def synthetic_images() -> Path:
     ]
     print(f"making {len(names)} synthetic JPEG files in {folder}", flush=True)
     with ThreadPoolExecutor(usable_cpus()) as pool:
-        list(pool.map(_write, names, range(len(names))))
+        list(pool.map(write_photograph, names, range(len(names))))
     (folder / _DONE).touch()
     return folder
 
@@ -62,7 +62,8 @@ def photograph(seed: int) -> NDArray[np.uint8]:
     return pixels.clip(0, 255).astype(np.uint8)
 
 
-def _write(path: Path, seed: int) -> None:
+def write_photograph(path: Path, seed: int) -> None:
+    """Write one as a JPEG file of ImageNet's size."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.fromarray(photograph(seed))
     low, high = 50, 99

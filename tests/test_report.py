@@ -246,7 +246,7 @@ class FakeLaunch:
             Path(config.out).mkdir(parents=True, exist_ok=True)
             (Path(config.out) / "config.json").write_text(json.dumps(to_json(config)))
             (Path(config.out) / "log.jsonl").write_text(
-                '{"event": "train", "epoch": 8, "loss": 0.5, "top1_pct": 90.0, "images_per_sec": 100, "elapsed_sec": 1}\n'
+                '{"event": "train", "epoch": 8, "loss": 0.5, "top1_pct": 90.0, "images_per_sec": 9, "elapsed_sec": 1}\n'
                 '{"event": "evaluation", "epoch": 8, "elapsed_sec": 12.3}\n'
             )
             return 99.0

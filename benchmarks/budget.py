@@ -1,0 +1,201 @@
+"""Whether budgets are kept, and whether plans foresee what steps take.
+
+    python -m benchmarks.budget keep --out DIR --json_file benchmarks/results/budget.json
+    python -m benchmarks.budget foresee --out DIR --json_file benchmarks/results/plan.json
+
+`keep` reproduces rows of the digits with commands as a user gives them, alone and while other processes take the cores,
+and times them from outside. `foresee` plans for a folder of 1,000 classes (hard links to synthetic JPEG files of ImageNet's
+size) and then times whole steps in processes of their own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import fire
+
+from benchmarks.jpegs import write_photograph
+from fast_spatial.environment import environment
+from fast_spatial.files import write_json
+from kernels.cpus import usable_cpus
+
+ROOT = Path(__file__).resolve().parent.parent
+ROW = "worst10:30"
+# When other processes take all cores, in shares of the budget; none: the run is alone.
+SLOW: tuple[tuple[tuple[float, float], ...], ...] = (
+    *((), (), (), ()),
+    ((0.0, 0.25),),
+    ((0.3, 0.6),),
+    ((0.5, 0.7),),
+    ((0.65, 1.0),),
+    ((0.0, 0.1), (0.2, 0.3), (0.4, 0.5), (0.6, 0.7), (0.8, 0.9)),
+)
+PHOTOGRAPHS, CLASSES, PER_CLASS = 300, 1000, {"train": 20, "val": 2}
+BATCH = 256
+SPIN = "while True: pass"
+
+
+def keep(out: str, json_file: str, minutes: float = 2.0, table_minutes: float = 9.0) -> None:
+    """Nine runs of one row, the table, and the table once more, killed half-way and continued."""
+    about = environment()
+    runs = [
+        _timed(Path(out) / f"row_{number}", minutes, ["--rows", ROW], slow=slow) for number, slow in enumerate(SLOW)
+    ]
+    table = _timed(Path(out) / "table", table_minutes, [])
+    killed = _timed(Path(out) / "killed", table_minutes, [], kill_at=0.5)
+    command = "python -m benchmarks.budget keep"
+    write_json(Path(json_file), {**about, "command": command, "runs": runs, "table": table, "killed": killed})
+
+
+def _timed(
+    out: Path,
+    minutes: float,
+    flags: Sequence[str],
+    *,
+    slow: Sequence[tuple[float, float]] = (),
+    kill_at: float = 0.0,
+) -> dict[str, Any]:
+    """A reproduction of the digits within so many minutes, timed from outside; what it came to."""
+    budget = 60 * minutes
+    words = ["reproduce", "--data", "digits", "--hours", f"{minutes / 60:.6f}", "--out", str(out), *flags]
+    spinning = threading.Thread(target=_spin, args=([(a * budget, b * budget) for a, b in slow],))
+    spinning.start()
+    took = 0.0
+    if kill_at:
+        took += _run(words, kill_after=kill_at * budget)
+    took += _run(words)
+    spinning.join()
+    plan = json.loads((out / "plan.json").read_text(encoding="utf-8"))
+    found = {
+        "budget_sec": budget,
+        "slow": slow,
+        "killed_at": kill_at,
+        "took_sec": round(took, 2),
+        "unused_sec": round(budget - took, 2),
+        "allowed_unused_sec": round(0.03 * budget + 15, 2),
+        "kept": 0 <= budget - took <= 0.03 * budget + 15,
+        "epochs_planned": [round(row["epochs"], 2) for row in plan["rows"]],
+        "results": json.loads((out / "results.json").read_text(encoding="utf-8")),
+    }
+    print(json.dumps({name: value for name, value in found.items() if name != "results"}), flush=True)
+    return found
+
+
+def _run(words: Sequence[str], kill_after: float = 0.0) -> float:
+    """Run launch.py; the seconds that it took. It is killed, without a warning, after so many."""
+    start = time.monotonic()
+    process = subprocess.Popen([sys.executable, str(ROOT / "launch.py"), *words], start_new_session=True)
+    if kill_after:
+        time.sleep(kill_after)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return time.monotonic() - start
+    if process.wait():
+        raise SystemExit(f"launch.py {' '.join(words)}: exit status {process.returncode}")
+    return time.monotonic() - start
+
+
+def _spin(windows: Sequence[tuple[float, float]]) -> None:
+    """Take all cores from each of these times on, for a while; seconds from now."""
+    start = time.monotonic()
+    for begin, end in windows:
+        time.sleep(max(0.0, start + begin - time.monotonic()))
+        processes = [subprocess.Popen([sys.executable, "-c", SPIN]) for _ in range(usable_cpus())]
+        time.sleep(max(0.0, start + end - time.monotonic()))
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def foresee(out: str, json_file: str, rows: str = "standard,random:30,worst10:30", steps: int = 4) -> None:
+    """Plan for the synthetic folder, then time steps of every row at every side."""
+    about = environment()
+    data = _thousand_classes(Path(out) / "data")
+    flags = ["--recipe", "e16", "--global-batch-size", str(BATCH), "--lr", "0.5"]
+    words = ["reproduce", "--data", str(data), "--hours", "1000", "--rows", str(rows).strip("()").replace(" ", "")]
+    words += ["--out", str(Path(out) / "plan"), "--plan-only", *flags]
+    start = time.monotonic()
+    if subprocess.run([sys.executable, str(ROOT / "launch.py"), *words], check=False).returncode:
+        raise SystemExit(1)
+    took = time.monotonic() - start
+    plan = json.loads((Path(out) / "plan" / "plan.json").read_text(encoding="utf-8"))
+    found = []
+    for row, (side, planned) in itertools.chain.from_iterable(
+        zip(itertools.repeat(row), row["step_sec"].items()) for row in plan["rows"]
+    ):
+        command = [sys.executable, "-m", "benchmarks.budget", "steps", json.dumps(row["train"]), side, str(steps)]
+        measured = float(subprocess.run(command, check=True, stdout=subprocess.PIPE, cwd=ROOT).stdout.split()[-1])
+        found.append(
+            {
+                "row": row["name"],
+                "side": int(side),
+                "planned_step_sec": round(planned, 3),
+                "measured_step_sec": round(measured, 3),
+                "off_pct": round(100 * (planned / measured - 1), 1),
+            }
+        )
+        print(found[-1], flush=True)
+    command_line = "python -m benchmarks.budget foresee"
+    write_json(
+        Path(json_file),
+        {**about, "command": command_line, "batch": BATCH, "planning_sec": round(took, 1), "steps": found},
+    )
+
+
+def steps(train: str, side: int, count: int) -> None:
+    """Print the seconds of a training's step, its images loaded and all: the median of some, after two."""
+    import torch
+
+    from fast_spatial.config import TrainConfig, from_json
+    from fast_spatial.data import load_split
+    from fast_spatial.device import dtype_of, seed_everything
+    from fast_spatial.distributed import World
+    from fast_spatial.loading import training_loader
+    from fast_spatial.step import make_step
+
+    values = json.loads(train) if isinstance(train, str) else train
+    config = dataclasses.replace(from_json(TrainConfig, values), side=side, start_side=0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    seed_everything(config.seed, deterministic=False)
+    images = load_split(config.data, "train")
+    step = make_step(config, len(images.classes), device, dtype_of(config.dtype, device))
+    loader = training_loader(config, images, World(0, 0, 1, device), side=side)
+    ended = []
+    for batch in itertools.islice(loader.epoch(0), count + 2):
+        step(batch)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        ended.append(time.perf_counter())
+    print(statistics.median(after - before for before, after in itertools.pairwise(ended[1:])))
+
+
+def _thousand_classes(folder: Path) -> Path:
+    """1,000 classes of hard links to 300 photographs of noise."""
+    photographs = [folder.parent / "photographs" / f"{number:03}.jpg" for number in range(PHOTOGRAPHS)]
+    for number, path in enumerate(photographs):
+        if not path.is_file():
+            write_photograph(path, number)
+    for split, label in itertools.product(PER_CLASS, range(CLASSES)):
+        of_class = folder / split / f"class_{label:04}"
+        of_class.mkdir(parents=True, exist_ok=True)
+        for number in range(PER_CLASS[split]):
+            link = of_class / f"{number:02}.jpg"
+            if not link.exists():
+                link.hardlink_to(photographs[(label * PER_CLASS[split] + number) % PHOTOGRAPHS])
+    return folder
+
+
+if __name__ == "__main__":
+    fire.Fire({"keep": keep, "foresee": foresee, "steps": steps})
