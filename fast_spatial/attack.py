@@ -113,7 +113,8 @@ class GridSurvivors:
 
     Give it images whose natural view is correct (the untouched image is a point of the grid); `take_verdicts` says of
     each whether it survived all 775 views. Views that break many images are tried first; what was learnt changes the
-    cost, never the answer.
+    cost, never the answer. Images that have survived many views get more of them at a time: the first to come are the
+    first to be settled, and a broken one meets about twice the views that it takes at most.
 
     Args:
         passes: forward passes of one shape.
@@ -124,7 +125,7 @@ class GridSurvivors:
     """
 
     # Few, so that a broken image has few more views in the pass that breaks it; several, since packing an image costs.
-    _VIEWS_PER_TURN = 4
+    _VIEWS_PER_ROW = 4
 
     def __init__(
         self,
@@ -135,6 +136,7 @@ class GridSurvivors:
     ) -> None:
         self._passes, self._moved = passes, moved
         self._batch = passes.size
+        self._row = min(self._VIEWS_PER_ROW, self._batch)
         params = grid(limits)
         self._matrices = torch.from_numpy(matrices(params, side))
         extent = np.abs(params) / np.maximum(np.abs(params).max(axis=0), 1e-12)
@@ -158,29 +160,49 @@ class GridSurvivors:
         for image, label, index in zip(images_BSSC, labels, indices):
             order = np.argsort(-self._broke / self._met, kind="stable")
             self._pool.append(_Survivor(image, label, index, order[order != GRID_IDENTITY]))
-        while len(self._pool) * self._VIEWS_PER_TURN >= self._batch:
+        while len(self._pool) * self._row >= self._batch:
             self.turn()
 
     def turn(self) -> None:
-        """One forward pass: the same number of views for each of the first images of the pool."""
+        """One forward pass: some views of each of the first images of the pool."""
         self._moved()
-        playing = self._pool[: max(1, self._batch // self._VIEWS_PER_TURN)]
-        turn = max(1, self._batch // len(playing))
-        chosen = [s.order[np.minimum(np.arange(s.tried, s.tried + turn), GRID_VIEWS - 2)] for s in playing]
-        images_BSSC = torch.stack([s.image for s in playing])
-        matrices_BV23 = self._matrices[np.stack(chosen)].to(images_BSSC.device)
-        logits_BVK = self._passes.warped(images_BSSC, matrices_BV23)
-        labels_B = torch.tensor([s.label for s in playing], device=logits_BVK.device)
-        wrong_BV = (logits_BVK.argmax(dim=2) != labels_B[:, None]).cpu().numpy()
-        margins_BV = margins_of(logits_BVK, labels_B).abs().cpu().numpy()
+        playing = self._shares()
+        rows = [image for image, (_, share) in enumerate(playing) for _ in range(share)]
+        chosen = [
+            survivor.order[np.minimum(survivor.tried + np.arange(share * self._row), GRID_VIEWS - 2)]
+            for survivor, share in playing
+        ]
+        images_RSSC = torch.stack([survivor.image for survivor, _ in playing])[rows]
+        matrices_RV23 = self._matrices[np.concatenate(chosen).reshape(-1, self._row)].to(images_RSSC.device)
+        logits_RVK = self._passes.warped(images_RSSC, matrices_RV23)
+        labels_R = torch.tensor([survivor.label for survivor, _ in playing], device=logits_RVK.device)[rows]
+        wrong_N = (logits_RVK.argmax(dim=2) != labels_R[:, None]).flatten().cpu().numpy()
+        margins_N = margins_of(logits_RVK, labels_R).abs().flatten().cpu().numpy()
+        ends = np.cumsum([len(views) for views in chosen])[:-1]
         finished = set()
-        for survivor, views, wrong, margins in zip(playing, chosen, wrong_BV, margins_BV):
+        for (survivor, _), views, wrong, margins in zip(
+            playing, chosen, np.split(wrong_N, ends), np.split(margins_N, ends)
+        ):
             np.add.at(self._broke, views, wrong)
             np.add.at(self._met, views, 1)
-            survivor.tried += turn
+            survivor.tried += len(views)
             survivor.margin = float(margins[wrong].max() if wrong.any() else min(survivor.margin, margins.min()))
             if wrong.any() or survivor.tried >= GRID_VIEWS - 1:
                 views_judged = min(survivor.tried, GRID_VIEWS - 1) + 1  # the natural view was judged before
                 self._settled.append(GridVerdict(survivor.index, not wrong.any(), views_judged, survivor.margin))
                 finished.add(id(survivor))
         self._pool = [s for s in self._pool if id(s) not in finished]
+
+    def _shares(self) -> list[tuple[_Survivor, int]]:
+        """The images of the next forward pass, and how many rows of it each gets: as many as it has had, if it can."""
+        left = self._batch // self._row
+        shares = []
+        for place, survivor in enumerate(self._pool):
+            fair = left // (len(self._pool) - place)
+            missing = -(-(GRID_VIEWS - 1 - survivor.tried) // self._row)
+            share = min(max(1, fair, survivor.tried // self._row), missing, left)
+            shares.append((survivor, share))
+            left -= share
+            if not left:
+                break
+        return shares

@@ -372,11 +372,11 @@ class EvaluateConfig(LaunchOptions):
         _at_least(self, 1, "views", "batch_size_per_process")
         _at_least(self, 0, "side", "seed", "max_images", "grid_per_class", "judge_batch", "workers", "nproc_per_node")
         _seed(self)
-        if self.grid_per_class and self.grid_images:
-            raise ValueError(
-                f"--grid-per-class {self.grid_per_class}: --grid-images names the images that meet the grid, too\n"
-                f"give one of the two"
+        if self.grid_per_class and (self.grid_images or not self.grid):
+            other = (
+                "--grid-images names the images that meet the grid, too" if self.grid else "--no-grid leaves it away"
             )
+            raise ValueError(f"--grid-per-class {self.grid_per_class}: {other}\ngive one of the two")
         _side(self)
 
     @property

@@ -244,6 +244,24 @@ def test_pooled_survivors_equal_brute_force(crowd, batch, portion):
         assert np.mean(broken) < GRID_VIEWS / 4
 
 
+def test_the_first_to_come_are_the_first_to_be_settled():
+    """What is in flight when the time is up is lost; all at once, nothing would be settled for 194 turns."""
+    turns: list[None] = []
+    right = FunctionJudge(lambda views: torch.tensor([[1.0, 0.0]]).expand(len(views), 2))
+    pool = GridSurvivors(Passes(right, 64, pad=True), LIMITS, 9, moved=lambda: turns.append(None))
+    images = torch.zeros(16, 9, 9, 3, dtype=torch.uint8)
+    pool.add(images, [0] * 16, list(range(16)))
+    settled, settled_at = [], []
+    while pool.pending:
+        pool.turn()
+        for verdict in pool.take_verdicts():
+            settled.append(verdict.index)
+            settled_at.append(len(turns))
+    assert settled == list(range(16))
+    assert settled_at[0] <= 20 and settled_at[7] <= 110  # at 774 views each, 64 in a turn, 12 would be the least
+    assert len(turns) == -(-16 * 776 // 64)  # no pass but the last has room
+
+
 def batches_of(images, labels, views, size, limits=LIMITS):
     limits_V2 = view_limits(views, untouched_first=True, degrees=limits.degrees, translate=limits.translate)
     for begin in range(0, len(images), size):

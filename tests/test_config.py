@@ -273,6 +273,7 @@ def test_what_is_not_given_has_its_default():
             {"grid_per_class": "5", "grid_images": "f"},
             ["--grid-per-class 5", "--grid-images", "one of"],
         ),
+        (EvaluateConfig, {"grid_per_class": "5", "grid": "false"}, ["--grid-per-class 5", "--no-grid", "one of"]),
         (EvaluateConfig, {"side": "-1"}, ["--side -1", "at least 0"]),
         (EvaluateConfig, {"seed": "2147483648"}, ["--seed 2147483648", "2147483647"]),
         (EvaluateConfig, {"degrees": "500"}, ["--degrees 500", "180"]),
