@@ -4,7 +4,7 @@
     python -m benchmarks.budget foresee --out DIR --json_file benchmarks/results/plan.json
 
 `keep` reproduces rows of the digits with commands as a user gives them, alone and while other processes take the cores,
-and times them from outside. `foresee` plans for a folder of 1,000 classes (hard links to synthetic
+and times them from outside. `foresee` plans for a folder of 1,000 classes (hard links to synthetic JPEG
 files of ImageNet's size) and then times whole steps in processes of their own.
 """
 

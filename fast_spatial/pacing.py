@@ -23,10 +23,14 @@ _SETTLING_STEPS = 2
 # What steps took counts half after so many intervals between decisions.
 _HALF_LIFE_INTERVALS = 3
 _SHORTEST_HALF_LIFE_SEC = 3.0
+# How much what was expected counts against what was measured: as if so many intervals had passed as expected.
+_TRUST_RECENT, _TRUST_OVERALL = 1, 3
 # What comes after the last step is expected to be as much slower than measured as the steps were, but for outliers.
 _LARGEST_SLOWDOWN = 2.0
-# Past its end by so much of what comes after it, a training stops at once, whatever its learning rate.
-_GRACE = 0.25
+# A decision shortens what is left to this share at most: the next one knows better whether it was a hiccup.
+_MOST_SHORTENED = 0.5
+# With less time left than so much of what comes after it, a training stops at once, whatever its learning rate.
+_LEAST_AFTER = 0.75
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,10 @@ class Pacemaker:
         self._pace, self._config, self._timeline, self._clock = pace, config, timeline, clock
         self._steps_per_epoch = steps_per_epoch
         self._half_life_sec = max(_SHORTEST_HALF_LIFE_SEC, _HALF_LIFE_INTERVALS * pace.interval_sec)
-        self._recent = self._overall = (0.0, 0.0)  # seconds that steps took, and were expected to take
+        # Seconds that steps took, and were expected to take.
+        self._recent, self._overall = (
+            (trust * pace.interval_sec, trust * pace.interval_sec) for trust in (_TRUST_RECENT, _TRUST_OVERALL)
+        )
         self._side, self._settling = 0, 0
         self._evaluation_sec = pace.evaluation_sec
         self._step_ended = self._decided = clock()
@@ -101,7 +108,7 @@ class Pacemaker:
     def slowdown(self) -> float:
         """How many times as long as expected steps took so far."""
         took, expected = self._overall
-        return took / expected if expected else 1.0
+        return took / expected
 
     def first_end(self, done: int) -> int:
         """The end to begin with: steps of the whole training, of which some are done."""
@@ -117,8 +124,7 @@ class Pacemaker:
             self._settling -= 1
         else:
             self._note(took, self._pace.step_sec[side])
-        left = self._left_sec()
-        if left < -_GRACE * self._pace.after_sec and done + 1 < self._timeline.end:
+        if self._pace.until - now < _LEAST_AFTER * self._pace.after_sec and done + 1 < self._timeline.end:
             return Decision(done + 1, done + 1)
         if self._config.schedule == "milestones" or now - self._decided < self._pace.interval_sec:
             return Decision()
@@ -126,7 +132,8 @@ class Pacemaker:
         if start >= self._timeline.end or self._timeline.segments[-1].start > done:
             return Decision()
         self._decided = now
-        end = max(start + 1, done + self._affordable(done, left))
+        shortest = int(_MOST_SHORTENED * (self._timeline.end - done))
+        end = max(start + 1, done + shortest, done + self._affordable(done, self._left_sec()))
         return Decision() if end == self._timeline.end else Decision(start, end)
 
     def _note(self, took: float, expected: float) -> None:
@@ -141,9 +148,8 @@ class Pacemaker:
     def _affordable(self, done: int, left_sec: float) -> int:
         """How many steps fit into so many seconds, with the evaluations between them."""
         took, expected = self._recent
-        slowdown = took / expected if expected else 1.0
         progress = self._timeline.progress(done)
-        step_sec = slowdown * mean_over_rest(self._config, progress, self._pace.step_sec)
+        step_sec = took / expected * mean_over_rest(self._config, progress, self._pace.step_sec)
         evaluations = 0
         while True:
             steps = int(max(0.0, left_sec - evaluations * self._evaluation_sec) / step_sec)
