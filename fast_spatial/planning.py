@@ -32,8 +32,9 @@ _REFERENCE_SHARE = 0.85
 _VIEWS_OF_BROKEN_IMAGE = 30
 # The share of images that all views of the grid leave right, on the digits: `benchmarks/results/digits.json`.
 _DIGITS_SURVIVORS = {"nocrop": 0.0, "standard": 0.0, "random": 0.34, "worst10": 0.71}
-# Writing the tables and the report, and the end of the process; of each row, and besides.
-_REPORT_SEC, _REPORT_ROW_SEC, _END_SEC = 2.0, 0.5, 1.0
+# Writing the tables and the report, of each row and besides, and the end of the process, busy machines included; and
+# what is kept in hand, a share of the budget.
+_REPORT_SEC, _REPORT_ROW_SEC, _END_SEC, _END_SHARE = 3.0, 0.5, 2.0, 0.005
 
 
 @dataclass(frozen=True)
@@ -152,13 +153,13 @@ def make_plan(
             f"the shortest recipe's {min(row.train.epochs for row in rows)}"
         )
     if epochs < 1:
-        needed = sum(row.fixed_sec + row.epoch_sec for row in rows) + _end_sec(len(rows), judged)
+        needed = sum(row.fixed_sec + row.epoch_sec for row in rows) + _end_sec(len(rows), measured["left_sec"], judged)
         raise ValueError(
             f"the budget is too small: {measured['left_sec']:.0f} s are left after measuring, and one epoch of "
             f"{', '.join(row.name for row in rows)} with its judging takes {needed:.0f} s here\n"
             f"give more, fewer --rows, or fewer images (--classes, --max-train-images)"
         )
-    return Plan(rows, left_out + notes, _end_sec(len(rows), judged))
+    return Plan(rows, left_out + notes, _end_sec(len(rows), measured["left_sec"], judged))
 
 
 def _attempt(
@@ -181,7 +182,7 @@ def _attempt(
             judging.row(request, request.configure(recipe), rates[request.name], start_sec, keep_eval_every)
             for request in kept
         ]
-        time = left - _end_sec(len(rows), judged) - sum(row.fixed_sec for row in rows)
+        time = left - _end_sec(len(rows), measured["left_sec"], judged) - sum(row.fixed_sec for row in rows)
         return rows, time / sum(row.epoch_sec for row in rows)
 
     def with_epochs(rows: list[PlannedRow], epochs: float) -> list[PlannedRow]:
@@ -297,8 +298,8 @@ def expected_survivors(config: TrainConfig) -> float:
     return known[3] / 100
 
 
-def _end_sec(rows: int, judged: bool) -> float:
-    return _END_SEC + (_REPORT_SEC + rows * _REPORT_ROW_SEC if judged else 0.0)
+def _end_sec(rows: int, left_sec: float, judged: bool) -> float:
+    return _END_SEC + _END_SHARE * left_sec + (_REPORT_SEC + rows * _REPORT_ROW_SEC if judged else 0.0)
 
 
 def describe(plan: Plan, *, asked: str, used_sec: float, left_sec: float, gpus: int, price: float) -> str:
