@@ -115,8 +115,8 @@ def test_cpus_are_those_of_the_affinity_mask_cut_to_the_container_quota(tmp_path
     assert cpus.cpus_per_process() == max(1, expected // 4)
 
 
-@pytest.mark.parametrize("module", ["fast_spatial.loading", "fast_spatial.validation", "fast_spatial.evaluate"])
-def test_loaders_are_given_the_global_rank(tmp_path, monkeypatch, module):
+@pytest.mark.parametrize(("module", "task"), [("loading", "train"), ("inputs", "train"), ("inputs", "evaluate")])
+def test_loaders_are_given_the_global_rank(tmp_path, monkeypatch, module, task):
     """On a second node the local rank starts at 0 again: with it, two nodes would read the same images."""
 
     class Opened(Exception):
@@ -125,9 +125,9 @@ def test_loaders_are_given_the_global_rank(tmp_path, monkeypatch, module):
     def loader(*_, rank, world_size, **__):
         raise Opened(rank, world_size)
 
-    monkeypatch.setattr(f"{module}.Loader", loader)
+    monkeypatch.setattr(f"fast_spatial.{module}.Loader", loader)
     second_node = World(rank=3, local_rank=1, world_size=4, device=torch.device("cpu"))
-    if module != "fast_spatial.evaluate":
+    if task == "train":
         with pytest.raises(Opened) as opened:
             train(config_of(tmp_path), second_node)
     else:
