@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 from fast_spatial.cli import NAME, Command, dispatch, options_of
 from fast_spatial.config import (
     BenchConfig,
-    BudgetOptions,
     CheckConfig,
     DoctorConfig,
     EvaluateConfig,
@@ -31,6 +30,7 @@ from fast_spatial.config import (
     RecipesConfig,
     ReportConfig,
     TrainConfig,
+    decides_numbers,
     parse,
     to_json,
 )
@@ -101,7 +101,8 @@ def _in_budget(
     from fast_spatial import spending  # these import torch
     from fast_spatial.budget import Clock
 
-    flags = {name: value for name, value in raw.items() if name not in options_of(BudgetOptions)}
+    known = options_of(ReproduceConfig, TrainConfig)
+    flags = {name: value for name, value in raw.items() if name == "recipe" or decides_numbers(known[name])}
     asked = spending.Asked(config, Path(config.out), flags, rows, raw.get("recipe", ""), config.data, judged, may_drop)
     budget, found = spending.check(asked)
     with Clock(asked.out, STARTED, writes=config.node_rank == 0 and not config.plan_only) as clock:

@@ -593,13 +593,14 @@ def parse(kind: type[Config], raw: dict[str, str], preset: dict[str, Any] | None
     return kind(**{**(preset or {}), **given})
 
 
+def decides_numbers(option: dataclasses.Field[Any]) -> bool:
+    """Whether an option decides a run's numbers, so that two parts of one run must agree on it."""
+    return not option.metadata.get(_NOT_IDENTITY, False)
+
+
 def identity(config: Any) -> dict[str, Any]:
-    """The fields that decide a run's numbers; two parts of one run must agree on them."""
-    return {
-        f.name: _plain(getattr(config, f.name))
-        for f in dataclasses.fields(config)
-        if not f.metadata.get(_NOT_IDENTITY, False)
-    }
+    """The fields that decide a run's numbers."""
+    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config) if decides_numbers(f)}
 
 
 def to_json(config: Any) -> dict[str, Any]:

@@ -99,18 +99,25 @@ class Limits:
     row: PlannedRow
     others: Sequence[PlannedRow]
 
-    def pace(self) -> Pace | None:
-        """The time of the training, and of the judging after it; None: none is left.
+    def pace(self) -> Pace:
+        """The time of the training, and of the judging after it.
 
         Rows share what is left when the judging of all is provided for, so that all are trained for as many epochs;
         what a row has of its training already, it does not get again.
+
+        Raises:
+            ValueError: if there is too little for a training that was not begun.
+
         """
-        row, now = self.row, time.monotonic()
+        row, now, rest = self.row, time.monotonic(), _rest(self.row)
         left = self.spending.end - now - sum(r.fixed_sec for r in (row, *self.others))
-        mine = _rest(row) * row.epoch_sec
-        epochs = left / (sum(_rest(r) * r.epoch_sec for r in self.others) + mine) if mine else 0.0
-        if mine and epochs < _FEWEST_EPOCHS:
-            return None
+        mine = rest * row.epoch_sec
+        epochs = max(0.0, left) / (sum(_rest(r) * r.epoch_sec for r in self.others) + mine) if mine else 0.0
+        if rest == 1 and epochs < _FEWEST_EPOCHS:
+            raise ValueError(
+                f"no time is left for {row.name}: {epochs:.2f} epochs of it\n"
+                f"give more (the same command, and a larger budget), or see what there is with launch.py report"
+            )
         seconds = row.fixed_sec + epochs * mine
         return Pace(
             until=min(now + seconds, self.spending.end),
@@ -158,7 +165,7 @@ def check(asked: Asked) -> tuple[Budget, dict[str, Any] | None]:
     gpus = preflight.check_launch(asked.options) if preflight.gpu_count() else 0
     file = asked.out / PLAN
     begun = (asked.out / USAGE).is_file() and file.is_file()
-    found = _read(file, "flags", "budget", "start_sec") if begun else None
+    found = _read(file, "flags", "budget", "start_sec", "text") if begun else None
     if found is not None and found["flags"] != asked.flags:
         raise ValueError(
             f"--out {asked.out}: what it holds was begun with other flags ({_differences(found['flags'], asked.flags)})"
@@ -228,9 +235,10 @@ def open_plan(asked: Asked, budget: Budget, found: dict[str, Any] | None, clock:
             }
             write_json(asked.out / PLAN, content)
     else:
+        say(found["text"])
         say(
             f"{budget.asked}: {clock.used_sec:.0f} s of it are used, {left:.0f} s are left; "
-            f"the plan is {asked.out / PLAN}"
+            f"the plan above is from the start ({asked.out / PLAN})"
         )
     return Spending(
         plan,

@@ -217,16 +217,28 @@ def test_the_last_row_gets_all_that_the_others_left(spent):
 def test_a_row_without_time_is_not_begun(spent):
     opened, now = spent
     now[0] = 1900 - opened.plan.end_sec - opened.plan.rows[1].fixed_sec
-    assert opened.of(opened.plan.rows[1], []).pace() is None
+    with pytest.raises(ValueError, match="no time is left for worst10, 30 degrees: 0"):
+        opened.of(opened.plan.rows[1], []).pace()
+
+
+def test_a_training_that_was_begun_is_ended_even_without_time(spent):
+    opened, now = spent
+    begun(opened.plan.rows[1].train.out, steps=30)
+    now[0] = 1899.0
+    assert opened.of(opened.plan.rows[1], []).pace().until == 1900 - opened.plan.end_sec
+
+
+def begun(out: str, steps: int) -> None:
+    """A training that was saved after so many of 100 steps."""
+    Path(out).mkdir(parents=True)
+    state = {"format": 1, "model": {"w": torch.zeros(1)}, "segments": [[0, 0.0, 100]], "steps": steps}
+    torch.save(state, Path(out) / "last.pt")
 
 
 def test_what_is_trained_already_is_not_given_again(spent):
     opened, _ = spent
     first, second = opened.plan.rows
-    out = Path(first.train.out)
-    out.mkdir(parents=True)
-    state = {"format": 1, "model": {"w": torch.zeros(1)}, "segments": [[0, 0.0, 100]], "steps": 75}
-    torch.save(state, out / "last.pt")
+    begun(first.train.out, steps=75)
     pace = opened.of(first, [second]).pace()
     left = 900 - opened.plan.end_sec - first.fixed_sec - second.fixed_sec
     epochs = left / (0.25 * first.epoch_sec + second.epoch_sec)
