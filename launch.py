@@ -145,6 +145,7 @@ def check(raw: dict[str, str]) -> None:
 
 def recipes(raw: dict[str, str]) -> None:
     config = parse(RecipesConfig, raw)
+    print("timing steps of every recipe; on a CPU, this takes a minute or two", file=sys.stderr)
     _set_environment()  # before torch is imported: steps are timed
     from fast_spatial.recipe_table import list_recipes
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import math
 import statistics
 import time
@@ -15,12 +16,11 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from fast_spatial import distributed
 from fast_spatial import model as models
-from fast_spatial.config import CalibrateConfig, TrainConfig, from_json
+from fast_spatial.config import CalibrateConfig, TrainConfig, from_json, identity
 from fast_spatial.data import load_split
 from fast_spatial.device import dtype_of, seed_everything
 from fast_spatial.distributed import World
@@ -97,23 +97,25 @@ def calibrate(config: CalibrateConfig, world: World, until: float) -> None:
         first.data, "train", exclude=first.exclude, classes=first.classes, max_images=first.max_train_images
     )
     val_images = load_split(first.data, "val", exclude=first.exclude, classes=first.classes)
-    found = []
+    found: dict[str, dict[str, Any]] = {}
     start = time.monotonic()
     for training in trainings:
+        if _kind(training) in found:
+            continue
         rates = measure_training(training, images, world, config.sides, seconds=config.seconds)
         validated = measure_validation(training, val_images, world)
-        found.append({"images_per_sec": rates, "validation_images_per_sec": validated})
+        found[_kind(training)] = {"images_per_sec": rates, "validation_images_per_sec": validated}
         distributed.progress(config.stall_minutes)
     judged = measure_verdicts(first, len(images.classes), world, seconds=config.seconds)
     distributed.barrier()
     if world.rank == 0:
         content: dict[str, Any] = {
-            "trainings": found,
+            "trainings": [found[_kind(training)] for training in trainings],
             "views_per_sec": judged,
             "images": len(images),
             "val_images": len(val_images),
             "classes": len(images.classes),
-            "val_images_of_a_class": int(np.bincount(val_images.labels).min()),
+            "val_images_of_a_class": int(val_images.class_counts().min()),
             "gpus": world.world_size if world.device.type == "cuda" else 0,
             "busy_sec": time.monotonic() - start,
             "left_sec": until - time.monotonic(),
@@ -208,6 +210,12 @@ def _images_per_process(config: TrainConfig, world: World, side: int) -> int:
     of_training = config.global_batch_size // world.world_size
     unit = config.accumulate * max(1, config.bn_group)
     return min(of_training, max(unit, MOST_PIXELS[world.device.type] // side**2 // unit * unit))
+
+
+def _kind(config: TrainConfig) -> str:
+    """What decides how fast a training is: neither how far its views move, nor its seed."""
+    values = {**identity(config), "degrees": None, "translate_px": None, "seed": None}
+    return json.dumps(values)
 
 
 def _endless(loader: Loader) -> Iterator[Batch]:

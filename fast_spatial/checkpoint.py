@@ -36,6 +36,8 @@ def load(path: Path) -> dict[str, Any]:
         ValueError: if it cannot be read, is damaged, or holds more than that.
 
     """
+    if os.path.isdir(path):
+        raise ValueError(f"--checkpoint {path}: that is a folder\nname a file; of a run, its best.pt")
     if not os.path.isfile(path):
         raise ValueError(f"--checkpoint {path}: there is no such file\nname a file that training or torch.save wrote")
     if not os.access(path, os.R_OK):

@@ -25,7 +25,9 @@ from fast_spatial.optim import set_lr
 from fast_spatial.pacing import Decision, Pace, Pacemaker
 from fast_spatial.runlog import Bar, RunLog, say
 from fast_spatial.saving import (
+    BEST,
     CONFIG,
+    LAST,
     PREVIOUS,
     Interval,
     Saver,
@@ -324,8 +326,10 @@ def _train(
     if saver is not None:
         saver.wait()
     distributed.barrier()
-    if world.rank == 0 and (skipped := bad_images.paths()):
-        say(f"{len(skipped)} training images could not be decoded and were replaced: {some(skipped)}")
+    if world.rank == 0:
+        if skipped := bad_images.paths():
+            say(f"{len(skipped)} training images could not be decoded and were replaced: {some(skipped)}")
+        say(f"the best model ({best_pct:.1f} % right, as it was evaluated) is {out / BEST}, the last one {out / LAST}")
 
 
 @contextlib.contextmanager

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import time
+
 import pytest
 import torch
 
-from fast_spatial import calibration, preflight, recipe, recipe_table
+from fast_spatial import calibration, distributed, preflight, recipe, recipe_table
 from fast_spatial.calibration import measure_steps, training_hours
-from fast_spatial.config import RecipesConfig, TrainConfig
+from fast_spatial.config import CalibrateConfig, RecipesConfig, TrainConfig, to_json
+from fast_spatial.data import load_split
+from fast_spatial.distributed import World
 from fast_spatial.step import TrainStep
 
 
@@ -46,6 +51,56 @@ def test_large_steps_are_measured_on_fewer_images(monkeypatch):
     monkeypatch.setattr(TrainStep, "__call__", counted)
     measure_steps(config_of(mode="random"), torch.device("cpu"), [16, 32], num_classes=10, seconds=1e-9)
     assert seen == [12] * 5 + [3] * 5
+
+
+def test_a_calibration_measures_each_kind_of_training_once_and_writes_what_plans_need(tmp_path, monkeypatch):
+    measured = []
+    measure = calibration.measure_training
+
+    def counted(config, *rest, **options):
+        measured.append(config.mode)
+        return measure(config, *rest, **options)
+
+    monkeypatch.setattr(calibration, "measure_training", counted)
+    rows = [("standard", "30", "0"), ("random", "30", "0"), ("random", "40", "0"), ("random", "30", "7")]
+    trainings = tuple(
+        to_json(config_of(mode=mode, degrees=degrees, seed=seed, max_train_images="160"))
+        for mode, degrees, seed in rows
+    )
+    file = tmp_path / "found.json"
+    config = CalibrateConfig(trainings=trainings, sides=(16, 32), json=str(file), seconds=0.01)
+    calibration.calibrate(config, World(0, 0, 1, torch.device("cpu")), time.monotonic() + 1000)
+    found = json.loads(file.read_text())
+    assert measured == ["standard", "random"]
+    assert len(found["trainings"]) == 4
+    assert found["trainings"][1] == found["trainings"][2] == found["trainings"][3] != found["trainings"][0]
+    assert all(set(t["images_per_sec"]) == {"16", "32"} for t in found["trainings"])
+    assert (found["images"], found["val_images"], found["classes"], found["gpus"]) == (160, 300, 10, 0)
+    assert found["val_images_of_a_class"] == 22
+    assert 0 < found["busy_sec"] < 1000
+    assert found["left_sec"] == pytest.approx(1000 - found["busy_sec"], abs=5)
+    distributed.stop()
+
+
+def test_calibrations_train_on_images_without_changing_a_weight(monkeypatch):
+    seen = []
+    step = TrainStep.__call__
+
+    def counted(self, batch):
+        before = [p.detach().clone() for p in self.model.net.parameters()]
+        result = step(self, batch)
+        seen.append((len(batch.labels), batch.views.shape[2]))
+        assert all(torch.equal(a, b) for a, b in zip(before, self.model.net.parameters()))
+        return result
+
+    monkeypatch.setattr(TrainStep, "__call__", counted)
+    monkeypatch.setitem(calibration.MOST_PIXELS, "cpu", 8 * 32 * 32)
+    config = config_of(mode="random", max_train_images="160", accumulate="4")
+    images = load_split("digits", "train", max_images=160)
+    found = calibration.measure_training(config, images, World(0, 0, 1, torch.device("cpu")), [16, 32], seconds=1e-9)
+    # Three steps and two, and the four that are timed; a CPU takes eight images of 32 pixels at a time here.
+    assert seen == [(32, 16)] * 9 + [(8, 32)] * 9
+    assert all(rate > 0 for rate in found.values())
 
 
 def test_hours_follow_from_the_share_of_each_side():

@@ -256,6 +256,11 @@ def test_a_file_without_weights_says_what_it_holds(tmp_path, content, message):
         read_weights(path)
 
 
+def test_a_folder_is_no_checkpoint(tmp_path):
+    with pytest.raises(ValueError, match="that is a folder\nname a file; of a run, its best.pt"):
+        checkpoint.load(tmp_path)
+
+
 def test_a_truncated_file_is_refused(tmp_path):
     path = write(tmp_path / "whole.pt", {"w": torch.zeros(1000)})
     path.write_bytes(path.read_bytes()[:-100])

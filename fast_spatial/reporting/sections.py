@@ -14,7 +14,19 @@ from fast_spatial.config import DIGITS, PUBLISHED
 from fast_spatial.landscape import Landscape
 from fast_spatial.reporting import deviations, robustness
 from fast_spatial.reporting.charts import Series, line_chart, ticks
-from fast_spatial.reporting.document import DASH, Block, Code, Figure, Figures, Section, Table, Text, percent, points
+from fast_spatial.reporting.document import (
+    DASH,
+    Block,
+    Code,
+    Figure,
+    Figures,
+    Section,
+    Table,
+    Text,
+    percent,
+    points,
+    signed,
+)
 from fast_spatial.reporting.report import ATTACKS, HEADS, grid_images, grid_note
 from fast_spatial.reporting.runs import Row, Run, Spent
 from fast_spatial.reporting.statistics import Interval, difference, mean, paired_difference, wilson
@@ -391,7 +403,7 @@ def classes(rows: Sequence[Row]) -> list[Block]:
         hardest = sorted(names, key=lambda c: -sum(found[c][1] for found in losses.values() if c in found))
         each = next(iter(maps.values())).about["images_per_class"]
         lines = [
-            [c, *(" / ".join(f"{v:.2f}" for v in found[c]) if c in found else DASH for found in losses.values())]
+            [c, *(" / ".join(signed(v, ".2f") for v in found[c]) if c in found else DASH for found in losses.values())]
             for c in _some(hardest, names)
         ]
         blocks += [
