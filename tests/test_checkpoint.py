@@ -257,7 +257,7 @@ def test_a_file_without_weights_says_what_it_holds(tmp_path, content, message):
 
 
 def test_a_folder_is_no_checkpoint(tmp_path):
-    with pytest.raises(ValueError, match="that is a folder\nname a file; of a run, its best.pt"):
+    with pytest.raises(ValueError, match=r"that is a folder\nname a file; of a run, its best\.pt"):
         checkpoint.load(tmp_path)
 
 
