@@ -102,7 +102,10 @@ def _in_budget(
     from fast_spatial.budget import Clock
 
     known = options_of(ReproduceConfig, TrainConfig)
-    flags = {name: value for name, value in raw.items() if name == "recipe" or decides_numbers(known[name])}
+    kept = ("recipe", "eval_every", "exclude")
+    flags = {name: value for name, value in raw.items() if name in kept or decides_numbers(known[name])}
+    if "epochs" in flags and raw.get("recipe", "") == "":
+        raise ValueError(f"--epochs {flags['epochs']}: the budget decides how many; leave one of them away")
     asked = spending.Asked(config, Path(config.out), flags, rows, raw.get("recipe", ""), config.data, judged, may_drop)
     budget, found = spending.check(asked)
     with Clock(asked.out, STARTED, writes=config.node_rank == 0 and not config.plan_only) as clock:

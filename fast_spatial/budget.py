@@ -6,6 +6,7 @@ folder every second, so that a process that was killed is counted, too. The time
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import threading
@@ -61,7 +62,7 @@ def budget_of(options: BudgetOptions, gpus: int, known_moment: str | None = None
     if options.until:
         moment = datetime.datetime.fromisoformat(known_moment) if known_moment else moment_of(options.until)
         return Budget(f"--until {options.until}", None, moment, gpus)
-    if options.hours:
+    if options.hours is not None:
         return Budget(f"--hours {options.hours:g}", options.hours, None, gpus)
     name = "gpu_hours" if options.gpu_hours else "budget"
     value = getattr(options, name)
@@ -88,9 +89,10 @@ def moment_of(text: str, now: datetime.datetime | None = None) -> datetime.datet
         except ValueError:
             raise ValueError(f"--until {text}: expected a time, as in 18:30 or 2030-01-31T06:00") from None
     else:
-        found = datetime.datetime.combine(now, time_of_day).astimezone()
+        today = now.astimezone(time_of_day.tzinfo)
+        found = datetime.datetime.combine(today, time_of_day).astimezone()
         if found <= now:
-            found = datetime.datetime.combine(now + datetime.timedelta(days=1), time_of_day).astimezone()
+            found = datetime.datetime.combine(today + datetime.timedelta(days=1), time_of_day).astimezone()
     if found <= now:
         raise ValueError(f"--until {text}: that is over")
     return found
@@ -137,14 +139,13 @@ class Clock:
         if self._writes:
             self._closing.set()
             self._thread.join()
-            self._write(ended=True)
+            with contextlib.suppress(OSError):  # what went wrong before it is to be told
+                self._write(ended=True)
 
     def _beat(self) -> None:
         while not self._closing.wait(_BEAT_SEC):
-            try:
+            with contextlib.suppress(OSError):  # a full disk, say; what cannot do without it will tell
                 self._write(ended=False)
-            except OSError:  # a full disk, say; what cannot do without it will tell
-                continue
 
     def _write(self, *, ended: bool) -> None:
         seconds = round(time.monotonic() - self.started, 2)

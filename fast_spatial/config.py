@@ -92,13 +92,13 @@ class LaunchOptions:
 class BudgetOptions(LaunchOptions):
     """What may be spent."""
 
-    hours: float = option(
-        0.0,
+    hours: float | None = option(
+        None,
         "budget: hours in use, from start to end of the command; a restart counts on, the time between does not",
         identity=False,
     )
-    gpu_hours: float = option(0.0, "budget: hours in use times GPUs", identity=False)
-    budget: float = option(0.0, "budget: money, at --price", identity=False)
+    gpu_hours: float | None = option(None, "budget: hours in use times GPUs", identity=False)
+    budget: float | None = option(None, "budget: money, at --price", identity=False)
     price: float = option(0.0, "price of a GPU-hour, in a currency of your choice; 0: not told", identity=False)
     until: str = option(
         "", "budget: be done by this time of the clock, as in 18:30 or 2030-01-31T06:00", identity=False
@@ -110,8 +110,12 @@ class BudgetOptions(LaunchOptions):
     )
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "hours", "gpu_hours", "budget", "price")
-        given = [flag(name) for name in BUDGETS if getattr(self, name)]
+        _at_least(self, 0, "price")
+        given = [flag(name) for name in BUDGETS if getattr(self, name) not in (None, "")]
+        for name in ("hours", "gpu_hours", "budget"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{flag(name)} {value:g}: it must be more than 0")
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)}: give one budget")
         if self.budget and not self.price:
@@ -122,7 +126,7 @@ class BudgetOptions(LaunchOptions):
     @property
     def is_limited(self) -> bool:
         """Whether there is a budget."""
-        return any(getattr(self, name) for name in BUDGETS)
+        return any(getattr(self, name) not in (None, "") for name in BUDGETS)
 
 
 @dataclass(frozen=True)

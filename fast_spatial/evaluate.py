@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -113,11 +114,21 @@ def grid_deviations(per_class: int, cut: int | None) -> tuple[str, ...]:
         cut: how many of each class did when its time was up; None: it was not.
 
     """
-    count = per_class if cut is None else cut
-    of_each = f"{count} {'image' if count == 1 else 'images'} of each class"
     if cut is None:
-        return (f"grid on {of_each}",) if per_class else ()
-    return (f"grid on the first {of_each}: its time was up" if cut else "no grid: its time was up",)
+        return (f"grid on {_of_each(per_class)}",) if per_class else ()
+    return (f"grid on the first {_of_each(cut)}: its time was up" if cut else "no grid: its time was up",)
+
+
+def _of_each(count: int) -> str:
+    return f"{count} {'image' if count == 1 else 'images'} of each class"
+
+
+def _no_time(config: EvaluateConfig) -> str:
+    return (
+        f"the evaluation's time was up before an image of every class was judged: {config.checkpoint}\n"
+        f"give it more, or judge the checkpoint by hand, without a limit: launch.py evaluate --checkpoint "
+        f"{config.checkpoint} --data {config.data}"
+    )
 
 
 def _views_of(
@@ -141,8 +152,8 @@ def _views_of(
 def evaluate_checkpoint(config: EvaluateConfig, world: World, until: float | None = None) -> None:
     """Judge a checkpoint with all processes; rank 0 prints the table and writes the JSON.
 
-    This is one pass over the images. With a deadline it is two: all attacks but the grid, then the grid for as long as
-    the time allows, in rounds of an image of every class. If it is up before the end, the grid's result is that of the
+    This is one pass over the images. With a deadline it is two, in rounds of an image of every class: all attacks but
+    the grid, then the grid, for as long as the time allows. If it is up before the end, the result is that of the
     rounds that were finished, a fixed subset with a name: the first so many images of each class.
 
     Args:
@@ -151,7 +162,7 @@ def evaluate_checkpoint(config: EvaluateConfig, world: World, until: float | Non
         until: when all is to be written, in this machine's `time.monotonic()`.
 
     Raises:
-        ValueError: on a checkpoint that does not fit, or if the time is up before the grid begins.
+        ValueError: on a checkpoint that does not fit, or if the time is up before the first round is finished.
 
     """
     seed_everything(0, deterministic=False)
@@ -188,27 +199,24 @@ def evaluate_checkpoint(config: EvaluateConfig, world: World, until: float | Non
             distributed.progress(config.stall_minutes)
             request.obey()
 
-        bar = batches("evaluate", world, warps=config.views, limits=limits, seed=config.seed)
+        in_rounds = None if until is None else images.balanced_order()
+        bar = batches("evaluate", world, warps=config.views, limits=limits, seed=config.seed, order=in_rounds)
         deadline = Deadline(until, reserve_sec=RESERVE_SEC + _WRITING_SEC * len(images))
-        try:
-            mine = list(
-                judge_batches(
-                    judge,
-                    deadline.guard(bar),
-                    limits,
-                    judge_batch=config.judge_batch,
-                    wants_grid=meets.__contains__ if until is None else None,
-                    moved=moved,
-                )
-            )
-        except TimeUp:
-            raise ValueError(
-                f"the evaluation's time was up before all images were judged: {config.checkpoint}\n"
-                f"give it more, or judge the checkpoint by hand, without a limit: launch.py evaluate --checkpoint "
-                f"{config.checkpoint} --data {config.data}"
-            ) from None
+        mine: list[ImageVerdict] = []
         on_time: list[GridVerdict] = []
-        if until is not None:
+        judged_all = False
+        with suppress(TimeUp):
+            for verdict in judge_batches(
+                judge,
+                deadline.guard(bar),
+                limits,
+                judge_batch=config.judge_batch,
+                wants_grid=meets.__contains__ if until is None else None,
+                moved=moved,
+            ):
+                mine.append(verdict)
+            judged_all = True
+        if in_rounds is not None and judged_all:
 
             def moved_in_time() -> None:
                 moved()
@@ -216,21 +224,26 @@ def evaluate_checkpoint(config: EvaluateConfig, world: World, until: float | Non
 
             passes = Passes(judge, config.judge_batch or default_judge_batch(world.device, side), pad=True)
             right = [v.index for v in mine if v.natural and v.index in meets]
-            order = images.balanced_order()
             # Every process goes on with its own images, so that none has to know what the others found.
             alone = dataclasses.replace(world, rank=0, world_size=1)
             on_time = [broken_untouched(v.index) for v in mine if not v.natural and v.index in meets] + judge_grid(
                 GridSurvivors(passes, limits, side, moved_in_time),
-                batches("grid", alone, order=order[np.isin(order, right)]),
+                batches("grid", alone, order=in_rounds[np.isin(in_rounds, right)]),
             )
     distributed.progress(4 * config.stall_minutes)  # others may have more survivors
     parts = distributed.gather((mine, on_time))
     if world.rank == 0:
         found = sorted((verdict for part, _ in parts for verdict in part), key=lambda v: v.index)
-        if [v.index for v in found] != list(range(len(images))):
+        cut = rounds = None
+        if until is not None and len(found) < len(images):
+            rounds = images.balanced_rounds({v.index for v in found})
+            if not rounds:
+                raise ValueError(_no_time(config))
+            kept = set(images.balanced_positions(rounds).tolist())
+            found, cut = [v for v in found if v.index in kept], 0 if meets else None
+        elif [v.index for v in found] != list(range(len(images))):
             raise RuntimeError(f"{len(found)} verdicts for {len(images)} images: an image was missed or judged twice")
-        cut = None
-        if until is not None:
+        elif until is not None:
             found, cut = merge_grid(found, [verdict for _, part in parts for verdict in part], images, meets)
         limited = config.max_images or config.allow_partial_classes or config.grid_images or images.left_out.names
         few = bool(config.grid_per_class) and len(meets) < len(images)
@@ -238,10 +251,11 @@ def evaluate_checkpoint(config: EvaluateConfig, world: World, until: float | Non
             found,
             limits,
             config.views,
-            partial=bool(limited),
+            partial=bool(limited) or rounds is not None,
             grid_per_class=config.grid_per_class if cut is None else cut,
             deviations=(
                 *published_deviations(config, side, blurpool=has_blurpool(model)),
+                *([f"all attacks on the first {_of_each(rounds)}: the time was up"] if rounds else []),
                 *grid_deviations(config.grid_per_class if few else 0, cut),
             ),
         )

@@ -25,7 +25,8 @@ _HALF_LIFE_INTERVALS = 3
 _SHORTEST_HALF_LIFE_SEC = 3.0
 # How much what was expected counts against what was measured: as if so many intervals had passed as expected.
 _TRUST_RECENT, _TRUST_OVERALL = 1, 3
-# What comes after the last step is expected to be as much slower than measured as the steps were, but for outliers.
+# What comes after the last step is expected to be as much slower than measured as the steps were, but for outliers;
+# where steps are faster, because of what is about them alone, it may not be.
 _LARGEST_SLOWDOWN = 2.0
 # A decision shortens what is left to this share at most: the next one knows better whether it was a hiccup.
 _MOST_SHORTENED = 0.5
@@ -105,10 +106,10 @@ class Pacemaker:
         self._evaluation_sec = seconds
 
     @property
-    def slowdown(self) -> float:
-        """How many times as long as expected steps took so far."""
+    def _slowdown_after(self) -> float:
+        """How many times as long as expected what follows the last step is expected to take."""
         took, expected = self._overall
-        return took / expected
+        return max(1.0, min(took / expected, _LARGEST_SLOWDOWN))
 
     def first_end(self, done: int) -> int:
         """The end to begin with: steps of the whole training, of which some are done."""
@@ -143,7 +144,7 @@ class Pacemaker:
 
     def _left_sec(self) -> float:
         """Seconds left for steps and the evaluations between them."""
-        return self._pace.until - min(self.slowdown, _LARGEST_SLOWDOWN) * self._pace.after_sec - self._clock()
+        return self._pace.until - self._slowdown_after * self._pace.after_sec - self._clock()
 
     def _affordable(self, done: int, left_sec: float) -> int:
         """How many steps fit into so many seconds, with the evaluations between them."""

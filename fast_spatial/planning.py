@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fast_spatial.config import DIGITS, MODES, PUBLISHED, TrainConfig, to_json
+from fast_spatial.config import DIGITS, MODES, PUBLISHED, EvaluateConfig, TrainConfig, identity, to_json
 from fast_spatial.landscape import DEFAULT_IMAGES
 from fast_spatial.recipe import PUBLISHED_CONDITIONS, PUBLISHED_LADDER, REFERENCE
 from fast_spatial.recipe import names as recipe_names
@@ -26,10 +26,12 @@ from kernels.spatial import GRID_VIEWS
 _FEWEST_ROWS = 3
 # Shares of a budget that the judging of models may take, at most; more images than that are not judged.
 _GRID_SHARE, _LANDSCAPE_SHARE, _VALIDATION_SHARE = 0.25, 0.1, 0.05
-# The reference recipe is chosen without being asked for where it fits with so much to spare: it cannot be shortened.
-_REFERENCE_SHARE = 0.85
+# Recipes with milestones cannot be shortened: they may take such a share of what is left for training, where they are
+# asked for by name, and where they are not.
+_MILESTONES_SHARE, _REFERENCE_SHARE = 0.95, 0.85
 # Views of the grid that are judged until an image breaks, from evaluations of this project.
 _VIEWS_OF_BROKEN_IMAGE = 30
+_EVALUATED_VIEWS = EvaluateConfig.views
 # The share of images that all views of the grid leave right, on the digits: `benchmarks/results/digits.json`.
 _DIGITS_SURVIVORS = {"nocrop": 0.0, "standard": 0.0, "random": 0.34, "worst10": 0.71}
 # Writing the tables and the report, of each row and besides, and the end of the process, busy machines included; and
@@ -103,13 +105,27 @@ class Plan:
         return [{**dataclasses.asdict(row), "train": to_json(row.train)} for row in self.rows]
 
 
-def candidate_recipes(asked: str, data: str) -> list[str]:
-    """The recipes that a budget may choose from: the one that is asked for, or all that can be stretched."""
+def candidate_recipes(asked: str, data: str, rows: Sequence[RowRequest]) -> list[str]:
+    """The recipes that a budget may choose from: the one that is asked for, or those that fit the other flags.
+
+    Raises:
+        ValueError: if none does.
+
+    """
     if asked:
         return [asked]
-    if data == DIGITS:
-        return ["digits_linear"]
-    return [name for name in recipe_names() if not name.startswith(DIGITS)]
+    known = ["digits_linear"] if data == DIGITS else [name for name in recipe_names() if not name.startswith(DIGITS)]
+    fitting = []
+    for name in known:
+        try:
+            for row in rows:
+                row.configure(name)
+        except ValueError:
+            if name == known[-1]:
+                raise
+            continue
+        fitting.append(name)
+    return fitting
 
 
 def make_plan(
@@ -175,7 +191,7 @@ def _attempt(
     """The rows under the recipe that suits the budget best, their epochs, and what judging leaves out."""
     left = measured["left_sec"]
     rates = {request.name: training for request, training in zip(requests, measured["trainings"])}
-    judging = _Judging(kept, [expected_survivors(r.configure(recipes[0])) for r in kept], measured, judged)
+    judging = _Judging([request.configure(recipes[-1]) for request in kept], measured, judged)
 
     def rows_under(recipe: str) -> tuple[list[PlannedRow], float]:
         rows = [
@@ -195,7 +211,7 @@ def _attempt(
             ladder.append((recipe, rows, epochs))
             continue
         needed = rows[0].train.epochs
-        if epochs * (1 if len(recipes) == 1 else _REFERENCE_SHARE) >= needed:
+        if epochs * (_MILESTONES_SHARE if len(recipes) == 1 else _REFERENCE_SHARE) >= needed:
             return with_epochs(rows, needed), needed, judging.left_out
         if len(recipes) == 1:
             seconds = sum(row.fixed_sec + needed * row.epoch_sec for row in rows)
@@ -212,9 +228,7 @@ def _attempt(
 class _Judging:
     """How many images are judged in which way, the same in all rows."""
 
-    def __init__(
-        self, kept: Sequence[RowRequest], survivors: Sequence[float], measured: dict[str, Any], judged: bool
-    ) -> None:
+    def __init__(self, trainings: Sequence[TrainConfig], measured: dict[str, Any], judged: bool) -> None:
         self._measured, self._judged, self.left_out = measured, judged, list[str]()
         self.grid_per_class, self.landscape_per_class = 0, 0
         if not judged:
@@ -222,7 +236,7 @@ class _Judging:
         left, rate, classes = measured["left_sec"], measured["views_per_sec"], measured["classes"]
         fewest = measured["val_images_of_a_class"]
         of_class = measured["val_images"] / classes
-        full = sum(self._grid_sec(share, of_class) for share in survivors)
+        full = sum(_flips(config) * self._grid_sec(expected_survivors(config), of_class) for config in trainings)
         if full > _GRID_SHARE * left:
             self.grid_per_class = min(int(of_class * _GRID_SHARE * left / full), fewest) or -1
             few = f"{self.grid_per_class} images of every class" if self.grid_per_class > 0 else "none"
@@ -231,7 +245,7 @@ class _Judging:
                 f"{100 * full / left:.0f} % of the budget: it is for {few} instead"
             )
         wanted = min(fewest, max(1, DEFAULT_IMAGES // classes))
-        of_round = len(kept) * GRID_VIEWS * classes / rate
+        of_round = len(trainings) * GRID_VIEWS * classes / rate
         self.landscape_per_class = min(wanted, int(_LANDSCAPE_SHARE * left / of_round))
         if self.landscape_per_class < wanted:
             fewer = self.landscape_per_class
@@ -267,10 +281,10 @@ class _Judging:
             config = dataclasses.replace(config, eval_every=every)
         evaluation_sec = landscape_sec = 0.0
         if self._judged:
-            natural = measured["val_images"] * (config.views + 1) / measured["views_per_sec"]
+            natural = measured["val_images"] * (_EVALUATED_VIEWS + 1) / measured["views_per_sec"]
             of_class = self.grid_per_class or measured["val_images"] / measured["classes"]
             grid = self._grid_sec(expected_survivors(config), of_class) if self.grid_per_class >= 0 else 0.0
-            evaluation_sec = natural + grid
+            evaluation_sec = _flips(config) * (natural + grid)
             landscape_sec = self.landscape_per_class * GRID_VIEWS * measured["classes"] / measured["views_per_sec"]
         return PlannedRow(
             name=request.name,
@@ -298,12 +312,18 @@ def expected_survivors(config: TrainConfig) -> float:
     return known[3] / 100
 
 
+def _flips(config: TrainConfig) -> int:
+    """How many views are judged for each that counts."""
+    return 2 if config.eval_flip else 1
+
+
 def _end_sec(rows: int, left_sec: float, judged: bool) -> float:
     return _END_SEC + _END_SHARE * left_sec + (_REPORT_SEC + rows * _REPORT_ROW_SEC if judged else 0.0)
 
 
-def describe(plan: Plan, *, asked: str, used_sec: float, left_sec: float, gpus: int, price: float) -> str:
+def describe(plan: Plan, measured: dict[str, Any], *, asked: str, used_sec: float, price: float) -> str:
     """The plan for people: what is done, what is not, when it is finished, what to expect."""
+    gpus, left_sec = measured["gpus"], measured["left_sec"]
     where = f"{gpus} GPUs" if gpus > 1 else "one GPU" if gpus else "this machine's CPUs"
     total = used_sec + left_sec
     cost = f", {gpus * total / 3600 * price:.2f} at {price:g} a GPU-hour" if price and gpus else ""
@@ -335,7 +355,7 @@ def describe(plan: Plan, *, asked: str, used_sec: float, left_sec: float, gpus: 
     if needed < 0.95 * left_sec:
         text.append(f"{duration(left_sec - needed)} are not needed: the recipe's milestones are never rescaled")
     text += [f"left out: {reason}" for reason in plan.left_out]
-    return "\n".join([*text, *expectation(plan)])
+    return "\n".join([*text, *expectation(plan, measured)])
 
 
 def duration(seconds: float) -> str:
@@ -347,13 +367,17 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:,.0f} days"
 
 
-def expectation(plan: Plan) -> list[str]:
+def expectation(plan: Plan, measured: dict[str, Any]) -> list[str]:
     """What others reached with as many epochs, as upper bounds."""
     train, epochs = plan.rows[0].train, plan.rows[0].epochs
-    if train.data == DIGITS or train.classes or train.max_train_images:
-        return ["expected accuracy: nothing is published for these images"]
+    if (measured["classes"], measured["images"] // 10_000) != (1000, 128) or train.arch != "resnet18":
+        return ["expected accuracy: nothing is published for these images and this network"]
     if train.recipe == REFERENCE:
-        return ["expected accuracy: the published table's"]
+        as_published = identity(TrainConfig(data="-", out="-", mode=train.mode))
+        changed = [name for name, value in as_published.items() if identity(train)[name] != value]
+        if set(changed) <= {"degrees", "translate_px", "seed"}:
+            return ["expected accuracy: the published table's"]
+        return [f"expected accuracy: the published table's, but for what is changed ({', '.join(changed)})"]
     below = [run.top1_pct for known, run in PUBLISHED_LADDER.items() if known <= epochs]
     above = [run.top1_pct for known, run in PUBLISHED_LADDER.items() if known >= epochs]
     if not below:

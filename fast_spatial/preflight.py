@@ -56,7 +56,7 @@ def check_train(config: TrainConfig) -> None:
         )
     check_out(config)
     if config.replay:
-        read_segments(config.replay)
+        _check_replay(config)
     _check_model(config)
 
 
@@ -194,12 +194,31 @@ def check_out(config: TrainConfig) -> None:
     # What there is before the processes meet does not count: on several nodes, the first one wrote it.
     if config.resume == "never" and any((out / name).exists() for name in (LOG, LAST, PREVIOUS, BEST)):
         raise ValueError(f"--out {out}: it holds a run, and --resume never continues none\nname a new folder")
+    if differences := _differences(stored, config):
+        raise ValueError(f"--out {out}: it holds another run ({differences})\nname a new folder")
+
+
+def _check_replay(config: TrainConfig) -> None:
+    """Raise a ValueError unless this is the training that is to be repeated."""
+    read_segments(config.replay)
+    file = Path(config.replay) / CONFIG
+    try:
+        stored: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--replay {config.replay}: {file} cannot be read ({error})\nname a folder of train") from None
+    if differences := _differences(stored, config):
+        raise ValueError(
+            f"--replay {config.replay}: that was another training ({differences})\n"
+            f"give its flags, and --recipe {stored.get('recipe')}"
+        )
+
+
+def _differences(stored: dict[str, Any], config: TrainConfig) -> str:
+    """In which options that decide numbers a stored configuration is another one; "" if in none."""
     mine = identity(config)
-    differences = [
+    return "; ".join(
         f"{name} {stored.get(name)} there, {mine[name]} here" for name in mine if stored.get(name) != mine[name]
-    ]
-    if differences:
-        raise ValueError(f"--out {out}: it holds another run ({'; '.join(differences)})\nname a new folder")
+    )
 
 
 def claim_out(config: TrainConfig) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fast_spatial.config import DIGITS, TrainConfig, identity, parse
+from fast_spatial.config import BUDGETS, DIGITS, TrainConfig, identity, parse
 
 FOLDER = Path(__file__).parent / "recipes"
 REFERENCE = "reference"
@@ -53,8 +53,10 @@ def names() -> list[str]:
     return sorted(found, key=lambda name: (name.startswith(DIGITS), name != REFERENCE, len(name), name))
 
 
-def default_recipe(data: str) -> str:
-    """The recipe of a training on these data that names none."""
+def default_recipe(data: str, *, limited: bool = False) -> str:
+    """The recipe of a training on these data that names none; with a budget, one that can be stretched."""
+    if limited:
+        return "digits_linear" if data == DIGITS else "e16"
     return DIGITS if data == DIGITS else REFERENCE
 
 
@@ -65,7 +67,8 @@ def train_config(raw: Mapping[str, str], preset: Mapping[str, Any] | None = None
         ValueError: on a bad recipe, or a bad flag.
 
     """
-    name = raw.get("recipe") or default_recipe(raw.get("data", ""))
+    limited = any(budget in raw for budget in BUDGETS)
+    name = raw.get("recipe") or default_recipe(raw.get("data", ""), limited=limited)
     return parse(TrainConfig, {**raw, "recipe": name}, {**(preset or {}), **load(name)})
 
 

@@ -190,18 +190,19 @@ def reproduce(config: ReproduceConfig, rows: list[Row], launch: Launch, spending
             results.append(json.loads(row.result_file.read_text(encoding="utf-8")))
             write_json(Path(config.out) / "results.json", results)
             map_landscape(row, launch, limits)
-        except (ValueError, SystemExit) as error:
+        except (ValueError, RuntimeError, SystemExit) as error:
             if isinstance(error, SystemExit) and error.code != 1:
                 raise  # it was asked to stop
             failed.append(row.name)
-            reason = f" ({str(error).splitlines()[0]})" if isinstance(error, ValueError) else ""
-            say(f"{title}: failed{reason}; the others go on")
+            reason = "" if isinstance(error, SystemExit) else f": {error}"
+            say(f"{title}: failed{reason}")
     if results:
         _write_tables(config, rows, results)
     if results or any((Path(row.train.out) / "config.json").is_file() for row in rows):
         write_report([Path(config.out)], Path(config.out), config.price)
     if failed:
-        say(f"failed: {'; '.join(failed)}. The same command tries them again")
+        more = "" if spending is None else ", with a larger budget"
+        say(f"failed: {'; '.join(failed)}; the same command tries them again{more}")
         raise SystemExit(1)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fast_spatial import preflight
-from fast_spatial.budget import CALIBRATION, PLAN, USAGE, Budget, Clock, budget_of
+from fast_spatial.budget import CALIBRATION, PLAN, Budget, Clock, budget_of
 from fast_spatial.config import BudgetOptions, CalibrateConfig, LaunchOptions, to_json
 from fast_spatial.files import write_json
 from fast_spatial.pacing import Pace
@@ -29,6 +29,8 @@ from kernels.spatial import GRID_VIEWS
 
 # By how much judging may last longer than expected, while other rows still have time that it can take.
 _PATIENCE = 0.5
+# The last landscape may take so many times as many images as planned, if the time allows.
+_LAST_LANDSCAPE = 4
 # A row that would get fewer is not begun.
 _FEWEST_EPOCHS = 0.5
 # Between two decisions of a training's pace: a share of its time.
@@ -59,6 +61,11 @@ class Asked:
     data: str
     judged: bool
     may_drop: bool
+
+    @property
+    def recipes(self) -> list[str]:
+        """Those that the budget may choose from."""
+        return candidate_recipes(self.recipe, self.data, self.rows)
 
 
 class Spending:
@@ -135,7 +142,7 @@ class Limits:
         return min(time.monotonic() + row.start_sec + (1 + _PATIENCE) * row.evaluation_sec, end)
 
     def landscape(self) -> tuple[int, float]:
-        """Images of every class (0: none), and when they have to be done; the last row's may use all that is left."""
+        """Images of every class (0: none), and when they have to be done; the last row's may use what is left."""
         row, end = self.row, self.spending.end
         left = end - time.monotonic() - row.start_sec
         if not row.landscape_per_class or left < self.spending.round_sec:
@@ -143,13 +150,15 @@ class Limits:
         if self.others:
             seconds = row.start_sec + (1 + _PATIENCE) * row.landscape_sec
             return row.landscape_per_class, min(time.monotonic() + seconds, end)
-        fitting = int((1 + _PATIENCE) * left / self.spending.round_sec)
-        return min(self.spending.most_per_class, max(row.landscape_per_class, fitting)), end
+        return min(self.spending.most_per_class, _LAST_LANDSCAPE * row.landscape_per_class), end
 
 
 def _rest(row: PlannedRow) -> float:
     """The share of a row's training that is not done yet."""
-    saved = find_latest(Path(row.train.out)).state
+    try:
+        saved = find_latest(Path(row.train.out)).state
+    except ValueError:  # the training itself will say so
+        return 1.0
     if saved is None or "segments" not in saved:
         return 1.0
     return 1.0 - Timeline(saved["segments"]).progress(saved["steps"])
@@ -162,10 +171,13 @@ def check(asked: Asked) -> tuple[Budget, dict[str, Any] | None]:
         ValueError: on a budget that makes no sense here, a training that cannot work, or a folder with another plan.
 
     """
+    if asked.options.nnodes != "1":
+        raise ValueError(f"--nnodes {asked.options.nnodes}: budgets are for one machine\nleave the budget away")
     gpus = preflight.check_launch(asked.options) if preflight.gpu_count() else 0
     file = asked.out / PLAN
-    begun = (asked.out / USAGE).is_file() and file.is_file()
-    found = _read(file, "flags", "budget", "start_sec", "text") if begun else None
+    found = _read(file, "flags", "budget", "begun", "start_sec", "text") if file.is_file() else None
+    if found is not None and not found["begun"]:
+        found = None  # it was only asked what a plan would be
     if found is not None and found["flags"] != asked.flags:
         raise ValueError(
             f"--out {asked.out}: what it holds was begun with other flags ({_differences(found['flags'], asked.flags)})"
@@ -175,9 +187,14 @@ def check(asked: Asked) -> tuple[Budget, dict[str, Any] | None]:
         found["budget"]["moment"] if found and found["budget"]["asked"] == f"--until {asked.options.until}" else None
     )
     budget = budget_of(asked.options, gpus, moment)
+    if found is not None and found["budget"]["gpus"] != gpus and (asked.options.gpu_hours or asked.options.budget):
+        raise ValueError(
+            f"{budget.asked}: it was begun on {found['budget']['gpus']} GPUs, and here are {gpus}\n"
+            f"give as many, or --hours"
+        )
     if found is None:
         for row in asked.rows:
-            preflight.check_train(row.configure(candidate_recipes(asked.recipe, asked.data)[-1]))
+            preflight.check_train(row.configure(asked.recipes[-1]))
     return budget, found
 
 
@@ -190,11 +207,12 @@ def open_plan(asked: Asked, budget: Budget, found: dict[str, Any] | None, clock:
     """
     left = budget.until(clock) - time.monotonic()
     if left <= 0:
+        over = "" if budget.moment is None else f"; it was over at {budget.moment:%Y-%m-%d %H:%M}"
         raise ValueError(
-            f"{budget.asked}: all of it is used ({clock.used_sec / 3600:.2f} hours)\n"
+            f"{budget.asked}: all of it is used ({clock.used_sec / 3600:.2f} hours in use{over})\n"
             f"give more, or see what there is: launch.py report {asked.out}"
         )
-    recipes = candidate_recipes(asked.recipe, asked.data)
+    recipes = asked.recipes
     if found is None:
         measured, start_sec = _measure(asked, recipes, budget.until(clock), launch)
     else:
@@ -209,37 +227,31 @@ def open_plan(asked: Asked, budget: Budget, found: dict[str, Any] | None, clock:
         keep_eval_every="eval_every" in asked.flags,
     )
     if found is None:
-        text = describe(
-            plan,
-            asked=budget.asked,
-            used_sec=clock.used_sec,
-            left_sec=measured["left_sec"],
-            gpus=budget.gpus,
-            price=asked.options.price,
-        )
+        text = describe(plan, measured, asked=budget.asked, used_sec=clock.used_sec, price=asked.options.price)
         say(text)
-        if asked.options.node_rank == 0:
-            content = {
-                "flags": asked.flags,
-                "budget": {
-                    "asked": budget.asked,
-                    "hours": budget.hours,
-                    "moment": budget.moment and budget.moment.isoformat(),
-                    "gpus": budget.gpus,
-                    "price": asked.options.price,
-                },
-                "start_sec": start_sec,
-                "rows": plan.to_json(),
-                "left_out": plan.left_out,
-                "text": text,
-            }
-            write_json(asked.out / PLAN, content)
     else:
-        say(found["text"])
+        text = found["text"]
+        say(text)
         say(
             f"{budget.asked}: {clock.used_sec:.0f} s of it are used, {left:.0f} s are left; "
             f"the plan above is from the start ({asked.out / PLAN})"
         )
+    if found is None or not asked.options.plan_only:
+        content = {
+            "flags": asked.flags,
+            "begun": not asked.options.plan_only,
+            "budget": {
+                "asked": budget.asked,
+                "hours": budget.hours,
+                "moment": budget.moment and budget.moment.isoformat(),
+                "gpus": budget.gpus,
+            },
+            "start_sec": start_sec,
+            "rows": plan.to_json(),
+            "left_out": plan.left_out,
+            "text": text,
+        }
+        write_json(asked.out / PLAN, content)
     return Spending(
         plan,
         budget,

@@ -156,14 +156,18 @@ def _train(
     if saver is not None:
         saver.set_aside(damaged)
 
+    if saved is None:
+        for segment in timeline.segments[1:]:  # of a replay
+            runlog.note("segment", done, **segment._asdict())
+
     # --- what happens between steps
     ballot, divergence = Ballot(wishes=4), Divergence(world.device)
     pacemaker = None if pace is None else Pacemaker(pace, config, timeline, steps_per_epoch)
     due = Interval(config.checkpoint_steps if world.rank == 0 else 0, config.checkpoint_sec if world.rank == 0 else 0)
 
     def follow(decision: Decision) -> None:
-        """Train on as was decided."""
-        if decision.end:
+        """Train on as was decided, unless what was decided before ends the training sooner."""
+        if decision.end and decision.start < timeline.end:
             segment = timeline.replan(*decision)
             runlog.note("segment", done, **segment._asdict())
             if segment.start == segment.end and world.rank == 0:

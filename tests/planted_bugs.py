@@ -102,7 +102,7 @@ BUGS = (
     ),
     Bug(
         "local for global rank",
-        "fast_spatial/train.py",
+        "fast_spatial/loading.py",
         "rank=world.rank,\n        world_size",
         "rank=world.local_rank,\n        world_size",
         "tests/test_train.py",

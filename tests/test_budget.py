@@ -34,6 +34,8 @@ def test_a_time_of_the_clock_is_the_next_one(text, expected):
 
 def test_a_time_with_a_zone_is_taken_as_that():
     assert moment_of("2030-02-03T06:00+00:00", NOW).timestamp() == 1896328800
+    in_the_east = datetime.datetime.fromisoformat("2030-02-01T05:00+09:00")
+    assert moment_of("21:00+00:00", in_the_east) - in_the_east == datetime.timedelta(hours=1)
 
 
 @pytest.mark.parametrize(
@@ -70,6 +72,7 @@ def test_gpu_hours_need_gpus(options):
         ({"hours": 1.0, "until": "18:00"}, "--hours and --until: give one budget"),
         ({"budget": 30.0}, "--budget 30: the price of a GPU-hour is needed"),
         ({"hours": -1.0}, "--hours -1"),
+        ({"hours": 0.0}, "--hours 0: it must be more than 0"),
         ({"plan_only": True}, "--plan-only: there is nothing to plan"),
     ],
 )

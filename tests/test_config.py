@@ -75,6 +75,13 @@ SAME_RUN = {
     "log_every": 1,
     "profile": 10,
     "exclude": "exclude.txt",
+    "hours": 2.0,
+    "gpu_hours": 2.0,
+    "budget": 2.0,
+    "price": 2.0,
+    "until": "18:00",
+    "plan_only": True,
+    "replay": "elsewhere",
     "nproc_per_node": 8,
     "nnodes": "2",
     "node_rank": 1,
@@ -344,7 +351,8 @@ def test_what_changes_the_numbers_makes_another_run(name, value):
 
 @pytest.mark.parametrize(("name", "value"), SAME_RUN.items())
 def test_where_and_how_it_runs_leaves_a_run_the_same(name, value):
-    other = dataclasses.replace(train_config(), **{name: value})
+    needed: dict[str, dict[str, Any]] = {"budget": {"price": 2.0}, "plan_only": {"hours": 2.0}}
+    other = dataclasses.replace(train_config(), **{name: value, **needed.get(name, {})})
     assert other != train_config()
     assert identity(other) == identity(train_config())
 

@@ -169,14 +169,27 @@ def test_a_deadline_leaves_the_grid_of_the_rounds_that_were_finished(planted, tm
     assert found[0] == 0 and found[-1] == 6 and len(set(found)) >= 4
 
 
-def test_time_that_is_up_before_all_images_were_judged_is_an_error(planted, tmp_path, monkeypatch):
+def test_time_that_is_up_before_all_images_were_judged_leaves_the_rounds_that_were(planted, tmp_path, monkeypatch):
     evaluation(until=5.5)  # three batches, and a second in reserve
+    whole = {row["path"]: row for row in judged(tmp_path)[1]}
     plant(monkeypatch, planted)
-    message = "the evaluation's time was up before all images were judged: planted.pt\n"
+    summary, rows = judged(tmp_path, until=4.5)
+    # Two batches of four are four rounds of two classes.
+    assert (summary.num_images, summary.grid_num_images, summary.partial) == (8, 0, True)
+    assert summary.deviations == (
+        "all attacks on the first 4 images of each class: the time was up",
+        "no grid: its time was up",
+    )
+    assert [Path(row["path"]).parent.name for row in rows] == ["day"] * 4 + ["night"] * 4
+    assert all(whole[row["path"]] == {**row, "grid": whole[row["path"]]["grid"]} for row in rows)
+
+
+def test_time_that_is_up_before_the_first_round_was_judged_is_an_error(planted, tmp_path):
+    message = "the evaluation's time was up before an image of every class was judged: planted.pt\n"
     with pytest.raises(
         ValueError, match=f"^{re.escape(message)}give it more, .* launch.py evaluate --checkpoint planted"
     ):
-        evaluation(until=4, json=str(tmp_path / "found.json"))
+        evaluation(until=2, json=str(tmp_path / "found.json"))
     assert not (tmp_path / "found.json").exists()
 
 

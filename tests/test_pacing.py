@@ -15,7 +15,7 @@ import torch
 from fast_spatial import checkpoint, distributed, recipe
 from fast_spatial.config import TrainConfig
 from fast_spatial.distributed import World
-from fast_spatial.pacing import Pace, Pacemaker
+from fast_spatial.pacing import Decision, Pace, Pacemaker
 from fast_spatial.saving import read_segments
 from fast_spatial.schedule import Segment, Timeline, lr_at, mean_over_rest, side_at
 from fast_spatial.train import train
@@ -106,7 +106,7 @@ def simulate(
     pacemaker = Pacemaker(pace, config, timeline, STEPS_PER_EPOCH, clock=lambda: now)
     if config.schedule == "linear":
         timeline.replan(0, pacemaker.first_end(0))
-    done, told = 0, []
+    done, told = 0, list[Decision]()
     while done < timeline.end:
         if done and done % STEPS_PER_EPOCH == 0 and config.eval_every:
             if (done // STEPS_PER_EPOCH) % config.eval_every == 0:
@@ -117,8 +117,8 @@ def simulate(
         now += step_sec(now, side)
         done += 1
         told.append(pacemaker.after_step(done, side))
-        heard = told[-1 - lag] if len(told) > lag else (0, 0)
-        if heard[1]:
+        heard = told[-1 - lag] if len(told) > lag else Decision()
+        if heard.end and heard.start < timeline.end:
             timeline.replan(*heard)
     return Ended(now + after(now), done, timeline)
 
@@ -153,6 +153,16 @@ def test_the_time_is_kept_whatever_the_speed(speed, lag):
     assert ended.timeline.progress(ended.steps) == 1.0
     assert lr_at(config, ended.timeline.progress(ended.steps - 1), 0) < 0.06
     assert lr_jumps(config, ended.timeline) < 0.2
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.7, 1.5])
+def test_time_for_what_comes_after_is_kept_at_other_speeds_and_the_learning_rate_is_down(factor):
+    config = config_of()
+    pace = Pace(until=300.0, after_sec=100.0, step_sec={32: 0.1}, evaluation_sec=0.0, interval_sec=3.0)
+    ended = simulate(config, pace, lambda now, side: factor * 0.1)
+    assert ended.at_sec == pytest.approx(300 - max(1.0, factor) * 100, abs=6.0)
+    assert ended.timeline.segments[-1].start < ended.timeline.end
+    assert lr_at(config, ended.timeline.progress(ended.steps - 1), 0) < 0.02
 
 
 @pytest.mark.parametrize("speed", [0.5, 1.0, 2.0])
@@ -194,10 +204,12 @@ def test_what_comes_after_the_last_step_is_expected_to_be_slower_where_steps_wer
     assert ended.at_sec == pytest.approx(120.0, abs=2.0)
 
 
-def test_far_past_its_time_a_training_is_stopped_at_once():
+@pytest.mark.parametrize("lag", [0, 1])
+def test_far_past_its_time_a_training_is_stopped_at_once(lag):
     config = config_of()
     pace = Pace(until=120.0, after_sec=20.0, step_sec={32: 0.1}, evaluation_sec=0.0, interval_sec=1.2)
-    ended = simulate(config, pace, lambda now, side: 0.1 if now < 99 else 4.0)
+    ended = simulate(config, pace, lambda now, side: 0.1 if now < 99 else 4.0, lag=lag)
+    assert ended.steps == ended.timeline.end
     assert ended.timeline.segments[-1].start == ended.timeline.segments[-1].end
     assert ended.at_sec < 120.0
 

@@ -42,7 +42,7 @@ def planned(
     per_row = list(rates) or [400.0 if "worst10" in row.name else 4000.0 for row in asked]
     return make_plan(
         asked,
-        candidate_recipes(recipe, data),
+        candidate_recipes(recipe, data, asked),
         measured(DIGITS if data == "digits" else IMAGENET, per_row, hours),
         start_sec=10.0,
         judged=True,
@@ -112,9 +112,9 @@ def test_milestones_are_never_rescaled():
     assert "are not needed: the recipe's milestones are never rescaled" in text_of(plan, 20.0)
 
 
-def text_of(plan: Plan, hours: float, **about: Any) -> str:
-    options = {"asked": f"--hours {hours:g}", "used_sec": 30.0, "left_sec": 3600 * hours, "gpus": 0, "price": 0.0}
-    return describe(plan, **{**options, **about})
+def text_of(plan: Plan, hours: float, about: dict[str, Any] = IMAGENET, gpus: int = 0, price: float = 0.0) -> str:
+    found = {**measured(about, [], hours), "gpus": gpus}
+    return describe(plan, found, asked=f"--hours {hours:g}", used_sec=30.0, price=price)
 
 
 def test_rows_are_left_out_where_all_would_be_too_short():
@@ -133,7 +133,7 @@ def test_rows_that_were_asked_for_are_kept_however_short():
     plan = planned("imagenet", 12.0, rows="standard;worst10:30;worst10:40")
     assert len(plan.rows) == 3
     assert 1 < plan.rows[0].epochs < 16
-    assert "below 66.9 %, which took 16 epochs" in "\n".join(expectation(plan))
+    assert "below 66.9 %, which took 16 epochs" in "\n".join(expectation(plan, IMAGENET))
 
 
 def test_a_budget_that_is_too_small_for_anything_is_refused():
@@ -166,7 +166,33 @@ def test_the_plan_is_told_with_costs_and_bounds():
     assert "8,000-4,000" in text
     assert "expected finish: 20" in text
     assert "an upper bound" in text and "BlurPool" in text
-    assert "nothing is published for these images" in text_of(planned("digits", 0.25), 0.25)
+    assert "nothing is published for these images" in text_of(planned("digits", 0.25), 0.25, DIGITS)
+
+
+def test_what_is_published_is_only_told_of_what_it_is_about():
+    plan = planned("imagenet", 20.0, rows="standard", recipe="reference")
+    assert expectation(plan, IMAGENET) == ["expected accuracy: the published table's"]
+    assert "nothing is published" in expectation(plan, {**IMAGENET, "classes": 100})[0]
+    changed = planned("imagenet", 20.0, rows="standard", recipe="reference", lr="1")
+    assert expectation(changed, IMAGENET) == ["expected accuracy: the published table's, but for what is changed (lr)"]
+    other = planned("imagenet", 12.0, rows="standard", arch="resnet34")
+    assert "this network" in expectation(other, IMAGENET)[0]
+
+
+def test_judging_with_flips_is_provided_for():
+    once, twice = (planned("imagenet", 12.0, rows="standard", eval_flip=flip).rows[0] for flip in ("false", "true"))
+    assert twice.evaluation_sec == pytest.approx(2 * once.evaluation_sec)
+    # An evaluation has ten random views, however many a training has.
+    assert planned("imagenet", 12.0, rows="worst10:30", views="2").rows[0].evaluation_sec == pytest.approx(
+        planned("imagenet", 12.0, rows="worst10:30").rows[0].evaluation_sec
+    )
+
+
+def test_recipes_that_do_not_fit_the_other_flags_are_no_candidates():
+    rows = requests(ReproduceConfig(data="imagenet", out="out", rows=("standard",)), {"warmup_epochs": "3"})
+    assert candidate_recipes("", "imagenet", rows) == ["e16", "e24", "e32", "e40", "e56", "e88"]
+    with pytest.raises(ValueError, match="--lr"):
+        candidate_recipes("", "imagenet", requests(ReproduceConfig(data="i", out="o"), {"lr": "-1"}))
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(89, "89 s"), (540, "9.0 min"), (7200, "2.0 h"), (86400 * 3, "3 days")])
@@ -257,6 +283,6 @@ def test_judging_of_the_last_row_may_use_what_is_left_and_no_more(spent):
     now[0] = end - 60
     per_class, until = opened.of(second, []).landscape()
     assert until == end
-    assert per_class == min(22, int(1.5 * (60 - second.start_sec) / round_sec))
+    assert per_class == min(22, 4 * second.landscape_per_class)
     now[0] = end - second.start_sec - 1.0
     assert opened.of(second, []).landscape()[0] == 0
