@@ -32,8 +32,9 @@ _MILESTONES_SHARE, _REFERENCE_SHARE = 0.95, 0.85
 # Views of the grid that are judged until an image breaks, from evaluations of this project.
 _VIEWS_OF_BROKEN_IMAGE = 30
 _EVALUATED_VIEWS = EvaluateConfig.views
-# The share of images that all views of the grid leave right, on the digits: `benchmarks/results/digits.json`.
-_DIGITS_SURVIVORS = {"nocrop": 0.0, "standard": 0.0, "random": 0.34, "worst10": 0.71}
+# The share of images that all views of the grid leave right, on the digits: rather more than after the 8 epochs of
+# `benchmarks/results/digits.json`, since a budget may allow for more.
+_DIGITS_SURVIVORS = {"nocrop": 0.0, "standard": 0.0, "random": 0.6, "worst10": 0.85}
 # Writing the tables and the report, of each row and besides, and the end of the process, busy machines included; and
 # what is kept in hand, a share of the budget.
 _REPORT_SEC, _REPORT_ROW_SEC, _END_SEC, _END_SHARE = 3.0, 0.5, 2.0, 0.005

@@ -144,10 +144,10 @@ def test_a_budget_that_is_too_small_for_anything_is_refused():
 def test_judging_has_its_share_and_says_what_it_leaves_out():
     plan = planned("digits", 0.04, rows="worst10:30")
     (row,) = plan.rows
-    # The grid would take 300 (0.71 x 775 + 0.29 x 30) / 3000 = 55.9 s for all images, and may take 36.
-    assert row.grid_per_class == int(30 * 0.25 * 144 / 55.895) == 19
+    # The grid would take 300 (0.85 x 775 + 0.15 x 30) / 3000 = 66.3 s for all images, and may take 36.
+    assert row.grid_per_class == int(30 * 0.25 * 144 / 66.325) == 16
     assert row.evaluation_sec == pytest.approx(
-        300 * 11 / 3000 + 10 * row.grid_per_class * (0.71 * 775 + 0.29 * 30) / 3000
+        300 * 11 / 3000 + 10 * row.grid_per_class * (0.85 * 775 + 0.15 * 30) / 3000
     )
     # A tenth of 144 s are 5 rounds of 7,750 views; 10 would be the most.
     assert row.landscape_per_class == 5
