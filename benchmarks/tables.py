@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fast_spatial.reporting.document import aligned
 from fast_spatial.reporting.report import grid_note, published_table, results_table, row_name
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,6 +61,35 @@ def faults(content: dict[str, Any]) -> str:
     )
 
 
+def budgets(content: dict[str, Any]) -> str:
+    """How budgets were kept, in words, and what a table came to."""
+    runs, table, killed = content["runs"], content["table"], content["killed"]
+    slow = sum(bool(run["slow"]) for run in runs)
+    used = [run["took_sec"] for run in runs]
+    epochs = ", ".join(f"{row['mode']} {row['epochs']:.1f}" for row in table["results"])
+    return (
+        f"Timed from outside, start-up and report included: {len(runs)} reproductions of one row within "
+        f"{runs[0]['budget_sec']:.0f} s, {slow} of them while other processes took all cores for a part of it, ended "
+        f"after {min(used):.1f} to {max(used):.1f} s. The table of the digits, within {table['budget_sec']:.0f} s, "
+        f"ended after {table['took_sec']:.1f} s; killed half-way without a warning and started again, after "
+        f"{killed['took_sec']:.1f} s in use. It came to (epochs: {epochs}):\n\n"
+        f"{results_table(table['results'], 'ours, digits')}\n\n"
+        f"(On {content['hardware']}: `{content['command']}`.)"
+    )
+
+
+def foresight(content: dict[str, Any]) -> str:
+    """What plans expected of steps, and what they took."""
+    rows = [["row", "side", "step, planned", "step, measured", "off"]]
+    for found in content["steps"]:
+        seconds = [f"{found[f'{name}_step_sec']:.3g} s" for name in ("planned", "measured")]
+        rows.append([found["row"], str(found["side"]), *seconds, f"{found['off_pct']:+.0f} %"])
+    return (
+        f"{aligned(rows)}\n\n(1,000 classes of synthetic JPEG files, {content['batch']} images a step, measured in a "
+        f"process of its own after the plan was made, on {content['hardware']}: `{content['command']}`.)"
+    )
+
+
 def number(value: float) -> str:
     """Three digits are enough."""
     return f"{float(f'{value:.3g}'):,.0f}" if value >= 100 else f"{value:.3g}"
@@ -70,6 +100,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "cpu": speed,
     "grid-224": speed,
     "faults": faults,
+    "budget": budgets,
+    "plan": foresight,
 }
 
 
