@@ -178,10 +178,10 @@ def reproduce(config: ReproduceConfig, rows: list[Row], launch: Launch, spending
     results, failed = [], []
     for number, row in enumerate(rows, 1):
         title = f"[{number}/{len(rows)}] {row.name}"
-        todo = [other for other in rows[number:] if not other.result_file.is_file()]
+        later = [other for other in rows[number:] if not other.result_file.is_file()]
         limits = None
         if spending is not None:
-            limits = spending.of(planned[row.train.out], [planned[other.train.out] for other in todo])
+            limits = spending.of(planned[row.train.out], [planned[other.train.out] for other in later])
         try:
             if row.result_file.is_file():
                 say(f"{title}: done before")
