@@ -130,12 +130,13 @@ def foresee(out: str, json_file: str, rows: str = "standard,random:30,worst10:30
     if subprocess.run([sys.executable, str(ROOT / "launch.py"), *words], check=False).returncode:
         raise SystemExit(1)
     took = time.monotonic() - start
-    plan = json.loads((Path(out) / "plan" / "plan.json").read_text(encoding="utf-8"))
+    plan = Path(out) / "plan" / "plan.json"
+    rows_planned = json.loads(plan.read_text(encoding="utf-8"))["rows"]
     found = []
-    for row, (side, planned) in itertools.chain.from_iterable(
-        zip(itertools.repeat(row), row["step_sec"].items()) for row in plan["rows"]
-    ):
-        command = [sys.executable, "-m", "benchmarks.budget", "steps", json.dumps(row["train"]), side, str(steps)]
+    for number, side in ((number, side) for number, row in enumerate(rows_planned) for side in row["step_sec"]):
+        row = rows_planned[number]
+        planned = row["step_sec"][side]
+        command = [sys.executable, "-m", "benchmarks.budget", "steps", str(plan), str(number), side, str(steps)]
         measured = float(subprocess.run(command, check=True, stdout=subprocess.PIPE, cwd=ROOT).stdout.split()[-1])
         found.append(
             {
@@ -154,8 +155,8 @@ def foresee(out: str, json_file: str, rows: str = "standard,random:30,worst10:30
     )
 
 
-def steps(train: str, side: int, count: int) -> None:
-    """Print the seconds of a training's step, its images loaded and all: the median of some, after two."""
+def steps(plan: str, row: int, side: int, count: int) -> None:
+    """Print the seconds of a planned training's step, its images loaded and all: the median of some, after two."""
     import torch
 
     from fast_spatial.config import TrainConfig, from_json
@@ -165,7 +166,7 @@ def steps(train: str, side: int, count: int) -> None:
     from fast_spatial.loading import training_loader
     from fast_spatial.step import make_step
 
-    values = json.loads(train) if isinstance(train, str) else train
+    values = json.loads(Path(plan).read_text(encoding="utf-8"))["rows"][row]["train"]
     config = dataclasses.replace(from_json(TrainConfig, values), side=side, start_side=0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     seed_everything(config.seed, deterministic=False)
