@@ -19,7 +19,7 @@ import fire
 from fire import helptext, trace
 from fire.decorators import SetParseFn
 
-from fast_spatial.config import LaunchOptions, flag
+from fast_spatial.config import BudgetOptions, LaunchOptions, flag
 
 NAME = "launch.py"
 Options = dict[str, "Field[Any]"]
@@ -40,10 +40,10 @@ class Command:
 
 
 def options_of(*kinds: type, without: Sequence[str] = ()) -> Options:
-    """The options of one or more configurations, by field name; those of the processes last."""
+    """The options of one or more configurations, by field name; those of budgets and of the processes last."""
     fields = [f for kind in kinds for f in dataclasses.fields(kind) if f.name not in without]
-    launch = {f.name for f in dataclasses.fields(LaunchOptions)}
-    return {f.name: f for f in sorted(fields, key=lambda f: f.name in launch)}
+    launch, budget = ({f.name for f in dataclasses.fields(shared)} for shared in (LaunchOptions, BudgetOptions))
+    return {f.name: f for f in sorted(fields, key=lambda f: (f.name in launch, f.name in budget))}
 
 
 def dispatch(commands: dict[str, Command], argv: Sequence[str]) -> None:

@@ -145,7 +145,7 @@ class TrainConfig(BudgetOptions):
     recipe: str = option(
         "",
         "values of options, which flags override: a name (`launch.py recipes` lists them) or a TOML file; "
-        "default reference, or digits for --data digits",
+        "default reference, digits for --data digits, or one that suits a budget",
         identity=False,  # its values are
     )
     degrees: float = option(30.0, "largest rotation of random and worst10, either way")
