@@ -106,6 +106,8 @@ def calibrate(config: CalibrateConfig, world: World, until: float) -> None:
         validated = measure_validation(training, val_images, world)
         found[_kind(training)] = {"images_per_sec": rates, "validation_images_per_sec": validated}
         distributed.progress(config.stall_minutes)
+        if world.device.type == "cuda":
+            torch.cuda.empty_cache()  # the next training is another network, of other shapes
     judged = measure_verdicts(first, len(images.classes), world, seconds=config.seconds)
     distributed.barrier()
     if world.rank == 0:
