@@ -97,13 +97,10 @@ class Pacemaker:
         self._evaluation_sec = pace.evaluation_sec
         self._step_ended = self._decided = clock()
 
-    def steps_are_next(self) -> None:
-        """Time starts to count as that of a step; called before the first one of an epoch."""
-        self._step_ended = self._clock()
-
     def evaluated(self, seconds: float) -> None:
-        """An evaluation between epochs took so long."""
+        """An evaluation between epochs took so long, which is no time of steps; all else between epochs is."""
         self._evaluation_sec = seconds
+        self._step_ended += seconds
 
     @property
     def _slowdown_after(self) -> float:

@@ -249,8 +249,6 @@ def _train(
             show=world.rank == 0,
         )
         stop_signal = 0
-        if pacemaker is not None:
-            pacemaker.steps_are_next()
         with profile(config.profile if epoch == first_epoch and world.rank == 0 else 0, out) as profiler:
             for number, batch in enumerate(bar, start_step):
                 if done >= timeline.end:

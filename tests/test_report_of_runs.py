@@ -204,7 +204,7 @@ def test_a_run_that_has_only_begun_is_said_to_be_so(tmp_path):
         "was not evaluated (0 of 2 epochs are in its log)",
         "No run here was evaluated, so there is no table.",
         "No run here has a log yet.",
-        "No run here has finished an epoch.",
+        "No run here has finished two epochs.",
         "No run here has a landscape: `launch.py landscape",
         "No run here has verdicts or losses of single images.",
         "The command is not known",

@@ -351,17 +351,17 @@ def learning(rows: Sequence[Row]) -> list[Block]:
                 points = [(r["epoch"], r[name]) for r in run.records(event) if r.get(name) is not None]
                 if points:
                     series.append(Series(row.name, points, style))
-        if series:
+        if any(len(one.points) > 1 for one in series):
             figures.append(Figure(caption, line_chart(caption, "epoch", y_label, series, x_ticks=_whole_ticks(series))))
     if not figures:
-        return [Text("No run here has finished an epoch.")]
-    return [
-        Text(
-            "A line per run; seeds of one row look alike. Training numbers are of the weights as they changed during "
-            "the epoch. Rows that train without warps have no training attack."
-        ),
-        Figures(figures),
-    ]
+        return [Text("No run here has finished two epochs.")]
+    text = (
+        "A line per run; seeds of one row look alike. Training numbers are of the weights as they changed during the "
+        "epoch. Rows that train without warps have no training attack."
+    )
+    if all(len(run.records("evaluation")) < 2 for row in rows for run in row.runs):
+        text += " No training was evaluated more than once, so there are no curves of validation accuracy."
+    return [Text(text), Figures(figures)]
 
 
 def _whole_ticks(series: Sequence[Series]) -> list[int]:
