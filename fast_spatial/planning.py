@@ -35,6 +35,8 @@ _EVALUATED_VIEWS = EvaluateConfig.views
 # The share of images that all views of the grid leave right, on the digits: rather more than after the 8 epochs of
 # `benchmarks/results/digits.json`, since a budget may allow for more.
 _DIGITS_SURVIVORS = {"nocrop": 0.0, "standard": 0.0, "random": 0.6, "worst10": 0.85}
+# A training's last checkpoint, and the end of its processes, where nothing comes after it.
+_FINISH_SEC = 3.0
 # Writing the tables and the report, of each row and besides, and the end of the process, busy machines included; and
 # what is kept in hand, a share of the budget.
 _REPORT_SEC, _REPORT_ROW_SEC, _END_SEC, _END_SHARE = 3.0, 0.5, 2.0, 0.005
@@ -84,8 +86,8 @@ class PlannedRow:
     @property
     def after_sec(self) -> float:
         """What follows the last step of the training."""
-        evaluation = self.evaluation_sec + self.start_sec if self.evaluation_sec else 0.0
-        return self.validation_sec + evaluation + self.landscape_task_sec
+        last = self.evaluation_sec + self.start_sec if self.evaluation_sec else _FINISH_SEC
+        return self.validation_sec + last + self.landscape_task_sec
 
     @property
     def fixed_sec(self) -> float:
