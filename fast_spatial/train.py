@@ -150,7 +150,10 @@ def _train(
             say(f"{path} is damaged: continuing from {PREVIOUS}, which was saved before")
         for left_out in filter(None, (train_images.describe_left_out(), val_images.describe_left_out())):
             say(left_out)
-        say(describe(config, world, dtype, len(train_images), len(val_images), len(train_images.classes)))
+        epochs = f"{timeline.end / steps_per_epoch:.4g} epochs"
+        if pace is not None and config.schedule != "milestones":
+            epochs = "as many epochs as its time allows"
+        say(describe(config, world, dtype, len(train_images), len(val_images), len(train_images.classes), epochs))
         if saved is not None:
             say(describe_resume(saved, config, world, done, finished=first_epoch * steps_per_epoch >= timeline.end))
     if saver is not None:

@@ -15,7 +15,13 @@ from fast_spatial.schedule import Segment
 
 
 def describe(
-    config: TrainConfig, world: World, dtype: torch.dtype, train_images: int, val_images: int, classes: int
+    config: TrainConfig,
+    world: World,
+    dtype: torch.dtype,
+    train_images: int,
+    val_images: int,
+    classes: int,
+    epochs: str,
 ) -> str:
     """What is about to run, memory included."""
     batch = config.global_batch_size // world.world_size
@@ -25,7 +31,7 @@ def describe(
     recipe = f", recipe {config.recipe}" if config.recipe else ""
     lines = [
         f"train {config.mode}{recipe}: {config.arch}, {classes} classes, {train_images} training and {val_images} "
-        f"validation images, {config.epochs} epochs, batch {config.global_batch_size} = {world.world_size} x {batch} "
+        f"validation images, {epochs}, batch {config.global_batch_size} = {world.world_size} x {batch} "
         f"on {where}, {str(dtype).removeprefix('torch.')}",
         f"memory per process, estimated: {need.total_gib:.1f} GiB (weights {need.weights_gib:.1f}, activations "
         f"{need.activations_gib:.1f}, views {need.views_gib:.1f})",
