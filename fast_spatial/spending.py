@@ -227,7 +227,9 @@ def open_plan(asked: Asked, budget: Budget, found: dict[str, Any] | None, clock:
         keep_eval_every="eval_every" in asked.flags,
     )
     if found is None:
-        text = describe(plan, measured, asked=budget.asked, used_sec=clock.used_sec, price=asked.options.price)
+        since_sec = measured["left_sec"] - (budget.until(clock) - time.monotonic())
+        used_sec = clock.used_sec - since_sec  # when it was measured what is left
+        text = describe(plan, measured, asked=budget.asked, used_sec=used_sec, price=asked.options.price)
         say(text)
     else:
         text = found["text"]
@@ -264,7 +266,7 @@ def open_plan(asked: Asked, budget: Budget, found: dict[str, Any] | None, clock:
 
 def _measure(asked: Asked, recipes: Sequence[str], until: float, launch: Launch) -> tuple[dict[str, Any], float]:
     """What `calibration.calibrate` finds, and the seconds that a task takes to start and to end."""
-    say("measuring how fast this machine trains and judges")
+    say("measuring how fast this machine trains and judges (seconds for each row, more where it is busy)")
     stretched = [recipe for recipe in recipes if recipe != REFERENCE] or recipes
     trainings = [request.configure(stretched[0]) for request in asked.rows]
     sides = {side for recipe in recipes for _, side in side_starts(asked.rows[0].configure(recipe))}

@@ -64,6 +64,8 @@ def main() -> None:
     stop_with_parent()
     try:
         recorded()
+    except KeyboardInterrupt:  # where nothing listens for signals yet, or nothing is to be saved
+        sys.exit(130)
     finally:
         distributed.stop()
 
