@@ -76,13 +76,13 @@ def reproduce(raw: dict[str, str]) -> None:
     own = options_of(ReproduceConfig)
     config = parse(ReproduceConfig, {name: value for name, value in raw.items() if name in own})
     flags = {name: value for name, value in raw.items() if name not in own}
-    rows = plan(config, flags)
     if config.is_limited:
-        spend = partial(reproduce_rows, config, rows, launch)
+        spend = partial(reproduce_rows, config, [], launch)  # the rows are the plan's
         _in_budget(config, raw, requests(config, flags), spend, judged=True, may_drop=not config.rows)
         return
     from fast_spatial import preflight  # imports torch
 
+    rows = plan(config, flags)
     for row in rows:
         preflight.check_train(row.train)
     reproduce_rows(config, rows, launch)

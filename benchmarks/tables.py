@@ -83,7 +83,7 @@ def foresight(content: dict[str, Any]) -> str:
     rows = [["row", "side", "step, planned", "step, measured", "off"]]
     for found in content["steps"]:
         seconds = [f"{found[f'{name}_step_sec']:.3g} s" for name in ("planned", "measured")]
-        rows.append([found["row"], str(found["side"]), *seconds, f"{found['off_pct']:+.0f} %"])
+        rows.append([found["row"], str(found["side"]), *seconds, f"{round(found['off_pct']):+d} %"])
     return (
         f"{aligned(rows)}\n\n(1,000 classes of synthetic JPEG files, {content['batch']} images a step, measured in a "
         f"process of its own after the plan was made, on {content['hardware']}: `{content['command']}`.)"

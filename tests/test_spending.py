@@ -95,6 +95,11 @@ def test_a_reproduction_is_measured_planned_and_kept_within_its_limits(monkeypat
     assert "--hours 0.25" in (Path("runs") / "report.md").read_text()
 
 
+def test_flags_of_linear_schedules_are_taken_with_a_budget(monkeypatch):
+    assert run(monkeypatch, Tasks(), *REPRODUCE, "--rows", "standard", "--warmup-epochs", "2") == 0
+    assert [row["train"]["warmup_epochs"] for row in plan_of()["rows"]] == [2.0]
+
+
 def test_a_plan_alone_starts_nothing_and_uses_nothing(monkeypatch, capsys):
     tasks = Tasks()
     assert run(monkeypatch, tasks, *REPRODUCE, "--plan-only") == 0
