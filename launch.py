@@ -260,8 +260,7 @@ def torchrun(config: LaunchOptions, job: str, processes: int, words: list[str]) 
         if name.startswith("torch.distributed.elastic"):  # what matters of its lines is said below
             logging.getLogger(name).setLevel(logging.CRITICAL)
     options = [f"--nproc-per-node={processes}", f"--nnodes={config.nnodes}", f"--max-restarts={config.max_restarts}"]
-    # A step, another one until all processes know of the signal, and a checkpoint have to fit in before SIGKILL.
-    options += [f"--signals-to-handle={','.join(_signals_to_handle())}", f"--shutdown-timeout={SHUTDOWN_SEC}"]
+    options += [f"--signals-to-handle={','.join(_signals_to_handle())}", *_shutdown_options()]
     if config.rdzv_endpoint:
         options += [
             f"--rdzv-backend={config.rdzv_backend}",
@@ -287,6 +286,17 @@ def torchrun(config: LaunchOptions, job: str, processes: int, words: list[str]) 
 def _signals_to_handle() -> list[str]:
     """The signals that torchrun hands on to its processes; not those that this one was told to ignore (nohup)."""
     return [number.name for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+
+
+def _shutdown_options() -> list[str]:
+    """The seconds between a signal and SIGKILL: a step, another until all processes know, and a checkpoint must fit in.
+
+    torchrun takes them since torch 2.12; before, it grants 30 s.
+    """
+    from torch.distributed.run import get_args_parser
+
+    known = "--shutdown-timeout" in get_args_parser().format_help()
+    return [f"--shutdown-timeout={SHUTDOWN_SEC}"] if known else []
 
 
 def _report(failures: dict[int, Any]) -> int:

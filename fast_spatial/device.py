@@ -68,10 +68,18 @@ def seed_step(seed: int, epoch: int, step: int, rank: int) -> None:
 
 
 def default_pass_size(device: torch.device, side: int) -> int:
-    """Views in one forward pass where nothing else decides.
+    """Views in one forward pass where nothing else decides; 0: all, in passes of at most `largest_pass` views.
 
-    A GPU takes all there are, until memory runs out. A CPU is fastest while a layer's activations stay in its cache:
-    measured with ResNet-18 on 2 cores with 32 MiB, 2^20 pixels were about best at sides 224, 112, 64 and 32, and four
-    times as many up to half slower.
+    A CPU is fastest while a layer's activations stay in its cache: measured with ResNet-18 on 2 cores with 32 MiB, 2^20
+    pixels were about best at sides 224, 112, 64 and 32, and four times as many up to half slower.
     """
     return 0 if device.type == "cuda" else max(1, (1 << 20) // side**2)
+
+
+def largest_pass(side: int) -> int:
+    """The most views in one forward pass whose largest activation has fewer than 2^31 elements: 2,674 at 224 px.
+
+    A ResNet's largest has 64 channels at half the side, 16 side^2 elements a view. Beyond 2^31 elements few of cuDNN's
+    engines index far enough.
+    """
+    return max(1, ((1 << 31) - 1) // (16 * side**2))

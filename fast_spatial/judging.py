@@ -11,7 +11,7 @@ import torch
 
 from fast_spatial.attack import GridSurvivors, GridVerdict, verdicts
 from fast_spatial.deadline import TimeUp
-from fast_spatial.device import default_pass_size
+from fast_spatial.device import default_pass_size, largest_pass
 from fast_spatial.scoring import Judge, Passes
 from kernels.limits import SpatialLimits
 from pipelines.dataset import ImageIndex
@@ -239,4 +239,4 @@ def summarize(
 
 def default_judge_batch(device: torch.device, side: int) -> int:
     """Views in one forward pass, whose shape is fixed."""
-    return default_pass_size(device, side) or 1024
+    return default_pass_size(device, side) or min(1024, largest_pass(side))

@@ -18,10 +18,13 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.nn.functional import interpolate, pad
 
+from fast_spatial.device import largest_pass
 from fast_spatial.model import Classifier, compile_network, to_unit
 from kernels.warp import warp, warp_normalized
 
 log = logging.getLogger(__name__)
+# How torch says that cuDNN cannot compute a convolution of this size.
+_NO_ENGINE = ("unable to find an engine", "unable to find a valid cudnn algorithm", "cudnn_status_not_supported")
 
 
 class Judge(ABC):
@@ -48,7 +51,7 @@ class Passes:
 
     Args:
         judge: what is asked.
-        size: views in one pass; 0: all.
+        size: views in one pass; 0: all, in the fewest even passes that `device.largest_pass` allows.
         pad: fill the last pass up to `size`, so that all have one shape and a verdict cannot depend on how many views
             were left over.
         side: shrink the views to this side; 0: judge them as they are.
@@ -62,7 +65,8 @@ class Passes:
         """Logits float32 [B, V, K] of uint8 views."""
         B, V = views_BVSSC.shape[:2]
         views_NSSC = views_BVSSC.flatten(0, 1)
-        return self._run(B * V, lambda part: self.judge.inputs(self._shrink(views_NSSC[part]))).view(B, V, -1)
+        side = self._side or views_BVSSC.shape[2]
+        return self._run(B * V, side, lambda part: self.judge.inputs(self._shrink(views_NSSC[part]))).view(B, V, -1)
 
     def warped(self, images_BSSC: Tensor, matrices_BV23: Tensor) -> Tensor:
         """Logits float32 [B, V, K] of warps of uint8 images."""
@@ -74,21 +78,22 @@ class Passes:
             image_N = torch.arange(part.start, part.stop, device=images_BSSC.device) // V
             return self.judge.warped(images_BSSC[image_N], matrices_BV23.flatten(0, 1)[part, None])
 
-        return self._run(B * V, inputs).view(B, V, -1)
+        return self._run(B * V, images_BSSC.shape[1], inputs).view(B, V, -1)
 
-    def _run(self, count: int, inputs: Callable[[slice], Tensor]) -> Tensor:
+    def _run(self, count: int, side: int, inputs: Callable[[slice], Tensor]) -> Tensor:
         while True:
-            size = self.size or count
+            size = self.size or even_pass(count, largest_pass(side))
             try:
                 parts = [slice(start, min(start + size, count)) for start in range(0, count, size)]
                 return torch.cat([self._one(inputs(part), size) for part in parts])
-            except torch.OutOfMemoryError:
-                if size == 1:
+            except RuntimeError as error:
+                why = _too_large(error)
+                if why is None or size == 1:
                     raise
             # Outside the handler, or the exception would keep the failed pass in memory.
             failed = size if self._pad else min(size, count)
             self.size = (failed + 1) // 2
-            log.warning("out of memory in a forward pass over %d views: %d from here on", failed, self.size)
+            log.warning("%s in a forward pass over %d views: %d from here on", why, failed, self.size)
             torch.cuda.empty_cache()
 
     def _one(self, inputs: Tensor, size: int) -> Tensor:
@@ -105,6 +110,19 @@ class Passes:
             images = images.to(torch.float32)
         small = interpolate(images, size=(self._side, self._side), mode="bilinear", antialias=True)
         return (small if small.dtype == torch.uint8 else small.round_().to(torch.uint8)).permute(0, 2, 3, 1)
+
+
+def even_pass(count: int, largest: int) -> int:
+    """Views in each of the fewest passes over `count` views that are about equal and none above `largest`."""
+    passes = -(-count // largest)
+    return -(-count // passes)
+
+
+def _too_large(error: RuntimeError) -> str | None:
+    """In words, what a smaller pass may cure; None for other errors."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    return "no convolution engine" if any(sign in str(error).lower() for sign in _NO_ENGINE) else None
 
 
 class Scorer(Judge):

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from fast_spatial.attack import GridSurvivors, losses_of, take_views, verdicts, worst_view
+from fast_spatial.device import largest_pass
 from fast_spatial.judging import ImageVerdict, judge_batches, summarize
-from fast_spatial.scoring import Judge, ModuleJudge, Passes
+from fast_spatial.scoring import Judge, ModuleJudge, Passes, even_pass
 from kernels.limits import SpatialLimits
 from kernels.sampling import EVALUATION, draw_matrices, pack_key, view_limits
 from kernels.spatial import GRID_IDENTITY, GRID_VIEWS, grid, matrices
@@ -102,13 +103,21 @@ def test_padded_passes_have_one_layout_in_memory():
 
 
 @pytest.mark.parametrize("pad", [False, True])
-def test_passes_that_run_out_of_memory_are_halved_and_stay_so(caplog, pad):
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "out of memory"),
+        (RuntimeError("GET was unable to find an engine to execute this computation"), "no convolution engine"),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED"), "no convolution engine"),
+    ],
+)
+def test_passes_that_are_too_large_are_halved_and_stay_so(caplog, pad, error, told):
     losses = torch.rand(5, 4) + 0.1
     views, judge, calls = planted(losses)
 
     def small(inputs):
         if len(inputs) > 6:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
         return judge(inputs)
 
     passes = Passes(FunctionJudge(small), 0, pad=pad)
@@ -117,13 +126,54 @@ def test_passes_that_run_out_of_memory_are_halved_and_stay_so(caplog, pad):
     assert calls == [5, 5, 5, 5] * 2
     for logits in found:
         torch.testing.assert_close(logits, Passes(judge, 0)(views), rtol=0, atol=0)
-    assert [record.getMessage().split(":")[1] for record in caplog.records] == [" 10 from here on", " 5 from here on"]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{told} in a forward pass over {failed} views: {failed // 2} from here on" for failed in (20, 10)
+    ]
 
     def never(inputs):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(type(error), match=str(error)):
         Passes(FunctionJudge(never), 0, pad=pad)(views)
+
+
+def test_other_errors_of_a_pass_are_no_reason_to_halve_it():
+    def broken(inputs):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    passes = Passes(FunctionJudge(broken), 0)
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        passes(torch.zeros(2, 2, 5, 5, 3, dtype=torch.uint8))
+    assert passes.size == 0
+
+
+@pytest.mark.parametrize(
+    ("count", "largest", "size"), [(2816, 2674, 1408), (2674, 2674, 2674), (2675, 2674, 1338), (7, 3, 3)]
+)
+def test_passes_are_the_fewest_even_ones(count, largest, size):
+    assert even_pass(count, largest) == size
+
+
+def test_no_activation_of_a_resnet_passes_two_to_the_thirty_one():
+    assert largest_pass(224) == 2674
+    for side in (64, 160, 224, 480):
+        assert largest_pass(side) * 64 * (side // 2) ** 2 < 1 << 31 <= (largest_pass(side) + 1) * 64 * (side // 2) ** 2
+
+
+@pytest.mark.parametrize("side", [0, 4])
+def test_passes_without_a_size_keep_to_the_largest(monkeypatch, side):
+    asked = []
+
+    def largest(side):
+        asked.append(side)
+        return 6
+
+    monkeypatch.setattr("fast_spatial.scoring.largest_pass", largest)
+    views, judge, calls = planted(torch.rand(5, 4) + 0.1)
+    shape = views.shape[2]
+    Passes(judge, 0, side=side)(views)
+    assert calls == [5, 5, 5, 5]
+    assert asked == [side or shape]
 
 
 @pytest.mark.parametrize("size", [0, 4, 7, 12])
