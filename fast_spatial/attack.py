@@ -176,8 +176,10 @@ class GridSurvivors:
         matrices_RV23 = self._matrices[np.concatenate(chosen).reshape(-1, self._row)].to(images_RSSC.device)
         logits_RVK = self._passes.warped(images_RSSC, matrices_RV23)
         labels_R = torch.tensor([survivor.label for survivor, _ in playing], device=logits_RVK.device)[rows]
-        wrong_N = (logits_RVK.argmax(dim=2) != labels_R[:, None]).flatten().cpu().numpy()
-        margins_N = margins_of(logits_RVK, labels_R).abs().flatten().cpu().numpy()
+        wrong_RV = logits_RVK.argmax(dim=2) != labels_R[:, None]
+        margins_RV = margins_of(logits_RVK, labels_R).abs()
+        wrong_N, margins_N = torch.stack([wrong_RV, margins_RV]).flatten(1).cpu().numpy()  # in one transfer
+        wrong_N = wrong_N.astype(bool)
         ends = np.cumsum([len(views) for views in chosen])[:-1]
         finished = set()
         for (survivor, _), views, wrong, margins in zip(

@@ -80,13 +80,21 @@ def _warp_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _of_channel(values, channel):  # type: ignore[no-untyped-def]
+    """The channels' own of three values."""
+    return tl.where(channel == 0, tl.load(values), tl.where(channel == 1, tl.load(values + 1), tl.load(values + 2)))
+
+
+@triton.jit
 def _normalize_kernel(out, views, scale, shift, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < count
-    channel = (place % 3).to(tl.int32)
-    value = tl.load(views + place, mask=inside, other=0).to(tl.float32)
-    normalized = value * tl.load(scale + channel) + tl.load(shift + channel)
-    tl.store(out + place, normalized.to(out.dtype.element_ty), mask=inside)
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    place = tl.arange(0, BLOCK)
+    inside = place < count - start
+    channel = ((start % 3).to(tl.int32) + place) % 3  # 64-bit remainders are slow: one per block
+    value = tl.load(views + start + place, mask=inside, other=0).to(tl.float32)
+    # Six scalars and selections, where a load per element would gather from the six.
+    scaled = value * _of_channel(scale, channel) + _of_channel(shift, channel)
+    tl.store(out + start + place, scaled.to(out.dtype.element_ty), mask=inside)
 
 
 def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:

