@@ -55,4 +55,4 @@ class Placement:
 
     def __post_init__(self) -> None:
         if self.warp == "numba" and self.decoding.on != "cpu":
-            raise ValueError(f"--warp numba: views in host memory cannot be made of images on the GPU ({self.decoding})")
+            raise ValueError(f"--warp numba: it makes views in host memory, images are on the GPU ({self.decoding})")
