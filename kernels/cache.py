@@ -59,7 +59,7 @@ def recall(name: str) -> Any:
 
 @contextlib.contextmanager
 def one_at_a_time(name: str) -> Iterator[None]:
-    """Wait until no other process of this machine is in the block of this name; where files cannot be locked, do not."""
+    """Let one process of this machine after another through a block; all at once where files cannot be locked."""
     with open(cache_folder() / f"{name}.lock", "wb") as file:
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)

@@ -322,6 +322,7 @@ class _Decoder:
 
 
 def reason_of(error: RuntimeError) -> str:
+    """What DALI says the matter was, in a line."""
     found = re.search(r"encountered:\s*(.*?)\s*(Current pipeline|$)", str(error), re.DOTALL)
     reason = (found[1] if found else str(error)).strip().splitlines()[0]
     return _STATUS.get(reason, reason)

@@ -3,7 +3,8 @@
 Decoding on a GPU depends on a stack (card, driver, nvImageCodec, nvJPEG, the JPEG engine) of which some combinations
 fail with an error, crash, hang, or return wrong pixels. So each rung of `pipelines.placement.RUNGS`, from the fastest
 on, decodes specimens in a child process (`pipelines.probe_child`), which compares them with decoding on the CPU; the
-first that is right is taken, and the last, the CPU, needs no trial. What was found is remembered, by machine and versions.
+first that is right is taken, and the last, the CPU, needs no trial. What was found is remembered, by
+machine and versions.
 
     python -m pipelines.probe [--all] [--hw-load SHARE] [--timeout SEC]
 
@@ -45,6 +46,7 @@ _PACKAGES = ("torch", *(f"nvidia-{name}-cu{kind}" for name in ("dali", "nvimgcod
 _PACKAGES += ("nvidia-dali-cuda120", "nvidia-dali-cuda130")
 _SOURCES = ("decoding.py", "placement.py", "probe.py", "probe_child.py", "specimens.py")
 _STDERR_CHARS = 4000
+_REASON_CHARS = 160
 
 # The command of a child that tries a rung for so many seconds.
 Command = Callable[[Decoding, float], Sequence[str]]
@@ -198,7 +200,7 @@ def _recalled(rung: Decoding, about: dict[str, Any]) -> Trial | None:
 
 
 def _try_and_remember(rung: Decoding, about: dict[str, Any], command: Command, timeout_sec: float) -> Trial:
-    trial, _ = try_rung(rung, command=command, timeout_sec=timeout_sec)
+    trial, *_ = try_rung(rung, command=command, timeout_sec=timeout_sec)
     remember(_file(rung, about), {**asdict(trial), "about": about, "at": time.time()})
     return trial
 
@@ -211,8 +213,10 @@ def _command(rung: Decoding, timeout_sec: float) -> Sequence[str]:
     return [sys.executable, "-m", "pipelines.probe_child", *words]
 
 
-def try_rung(rung: Decoding, *, command: Command = _command, timeout_sec: float = TIMEOUT_SEC) -> tuple[Trial, str]:
-    """Let a child try a rung, whatever becomes of the child; returns what was found, and the end of its stderr."""
+def try_rung(
+    rung: Decoding, *, command: Command = _command, timeout_sec: float = TIMEOUT_SEC
+) -> tuple[Trial, str, str]:
+    """Let a child try a rung, whatever becomes of the child; returns what was found, and the ends of its outputs."""
     root = str(Path(__file__).resolve().parents[1])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
     started = time.monotonic()
@@ -236,7 +240,7 @@ def try_rung(rung: Decoding, *, command: Command = _command, timeout_sec: float 
             child.wait()
         said, complaints = _end_of(stdout), _end_of(stderr)
     trial = _judge(rung, status, said, complaints, timeout_sec)
-    return replace(trial, seconds=round(time.monotonic() - started, 1)), complaints
+    return replace(trial, seconds=round(time.monotonic() - started, 1)), said, complaints
 
 
 def _end_of(file: Any) -> str:
@@ -246,7 +250,7 @@ def _end_of(file: Any) -> str:
 
 def _judge(rung: Decoding, status: int, said: str, complaints: str, timeout_sec: float) -> Trial:
     lines = [line.strip() for line in complaints.splitlines() if line.strip()]
-    hint = f": {lines[-1]}" if lines else ""
+    hint = f": {_short(lines[-1])}" if lines else ""
     answer = _answer(said)
     if status == -signal.SIGALRM:
         return Trial(rung, f"no answer within {timeout_sec:g} s", None, None, 0, 0.0)
@@ -257,7 +261,7 @@ def _judge(rung: Decoding, status: int, said: str, complaints: str, timeout_sec:
         return Trial(rung, f"it ended with exit status {status}{hint}", None, None, 0, 0.0)
     if answer is None:
         return Trial(rung, "its answer cannot be understood", None, None, 0, 0.0)
-    fault, measured = str(answer.get("fault", "")), _measured(answer)
+    fault, measured = _short(str(answer.get("fault", ""))), _measured(answer)
     if not fault:
         mean, share = measured["worst_mean"], measured["worst_far_share"]
         if mean is None or share is None or not measured["images"]:
@@ -266,6 +270,10 @@ def _judge(rung: Decoding, status: int, said: str, complaints: str, timeout_sec:
             fault = f"wrong pixels: mean difference {mean:.2f}/255 (at most {MOST_MEAN:g}), {share:.2%} of pixels "
             fault += f"beyond {FAR}/255 (at most {MOST_FAR_SHARE:.0%})"
     return Trial(rung, fault, **measured, seconds=0.0)
+
+
+def _short(reason: str) -> str:
+    return reason if len(reason) <= _REASON_CHARS else f"{reason[:_REASON_CHARS]}..."
 
 
 def _answer(said: str) -> dict[str, Any] | None:
@@ -295,10 +303,12 @@ def _main() -> None:
     print(json.dumps({"about": _about()}), flush=True)
     trials: list[Trial] = []
     for rung in [replace(rung, hw_decoder_load=options.hw_load if rung.hw_decoder_load else 0.0) for rung in RUNGS]:
-        trial, complaints = try_rung(rung, timeout_sec=options.timeout)
+        trial, said, complaints = try_rung(rung, timeout_sec=options.timeout)
         trials.append(trial)
         result = trial.fault or f"right: {_values(trial)}"
-        print(json.dumps({"rung": str(rung), "result": result, **asdict(trial), "stderr": complaints}), flush=True)
+        kinds = (_answer(said) or {}).get("kinds", {})
+        line = {"rung": str(rung), "result": result, **asdict(trial), "kinds": kinds, "stderr": complaints}
+        print(json.dumps(line), flush=True)
         if not (trial.fault or options.all):
             break
     right = next((trial for trial in trials if not trial.fault), None)

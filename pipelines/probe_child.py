@@ -25,7 +25,17 @@ from nvidia.dali import fn, pipeline_def
 from kernels.cpus import cpus_per_process
 from pipelines.decoding import decoder_options, reason_of
 from pipelines.placement import Decoding
-from pipelines.specimens import FAR, MOST_FAR_SHARE, MOST_MEAN, Region, Specimen, batches, difference, specimens
+from pipelines.specimens import (
+    FAR,
+    MOST_FAR_SHARE,
+    MOST_MEAN,
+    Difference,
+    Region,
+    Specimen,
+    batches,
+    difference,
+    specimens,
+)
 
 FULL_BATCH = 64
 _FULL_BATCHES = 3
@@ -40,12 +50,13 @@ Decode = Callable[[list[Specimen], list[list[Region]]], Iterator[Pixels]]
 
 
 class Measured(NamedTuple):
-    """How far all images of a probe were off at most (`Difference`), and the first that was too far, in words, or ""."""
+    """How far images were off at most (`Difference`), in all and by kind, and the first too far, in words, or ""."""
 
     worst_mean: float
     worst_far_share: float
     images: int
     fault: str
+    kinds: dict[str, list[float]]
 
 
 @pipeline_def
@@ -74,25 +85,28 @@ def decode_with(decoding: Decoding) -> Decode:
             decoding,
             batch_size=max(map(len, wanted)),
             num_threads=cpus_per_process(),
-            device_id=None if decoding.on == "cpu" else 0,
+            device_id=_device_id(decoding),
             prefetch_queue_depth=2,
             exec_dynamic=True,
         )
         for batch in wanted:
             (images,) = graph.run()
-            images = images.as_cpu() if decoding.on != "cpu" else images
+            images = images.as_cpu()
             yield [np.array(images[index]) for index in range(len(batch))]
 
     return decode
 
 
-def examine(decode: Decode, *, device: str, repeats: int = _BUSY_REPEATS) -> Measured:
+def _device_id(decoding: Decoding) -> int | None:
+    return None if decoding.on == "cpu" else 0
+
+
+def examine(decode: Decode, *, device: str) -> Measured:
     """Decode all specimens, with the device idle and beside matrix products, and compare.
 
     Args:
         decode: what is examined.
         device: "cuda" or "cpu", where matrix products run.
-        repeats: how often the full batches are decoded beside them.
 
     """
     files = specimens()
@@ -101,20 +115,22 @@ def examine(decode: Decode, *, device: str, repeats: int = _BUSY_REPEATS) -> Mea
     reference = decode_with(Decoding("cpu"))
     expected = [*reference(files, singles), *reference(files, full)]
     expected_singles, expected_full = expected[: len(files)], expected[len(files) :]
-    worst_mean, worst_share, count, fault = 0.0, 0.0, 0, ""
+    worst, kinds, count, fault = Difference(0.0, 0.0), dict[str, Difference](), 0, ""
     for beside in ("", ", beside matrix products"):
-        often = repeats if beside else 1
+        often = _BUSY_REPEATS if beside else 1
         with keep_busy(device) if beside else contextlib.nullcontext():
             for wanted, right in ((singles, expected_singles), (full * often, expected_full * often)):
                 for batch, found, pixels in zip(wanted, decode(files, wanted), right, strict=True):
                     for region, image, original in zip(batch, found, pixels, strict=True):
                         off = difference(image, original)
-                        worst_mean, worst_share = max(worst_mean, off.mean), max(worst_share, off.far_share)
+                        kind = files[region.specimen].kind
+                        worst, kinds[kind] = worst.or_worse(off), kinds.get(kind, off).or_worse(off)
                         count += 1
                         if not fault and not off.is_right:
                             where = f"{_name(files, region)}, in a batch of {len(batch)}{beside}"
                             fault = f"wrong pixels: {where}: {_extent(image, original)}"
-    return Measured(worst_mean, worst_share, count, fault)
+    by_kind = {kind: [round(off.mean, 3), round(off.far_share, 5)] for kind, off in kinds.items()}
+    return Measured(worst.mean, worst.far_share, count, fault, by_kind)
 
 
 def _name(files: list[Specimen], region: Region) -> str:
@@ -144,7 +160,7 @@ def keep_busy(device: str) -> Iterator[None]:
     stopped = threading.Event()
 
     def multiply() -> None:
-        stream = torch.cuda.Stream() if on_gpu else None
+        stream: Any = torch.cuda.Stream() if on_gpu else None  # type: ignore[no-untyped-call]
         with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
             while not stopped.is_set():
                 for _ in range(_BUSY_LAUNCHES if stream else 1):
@@ -163,6 +179,18 @@ def keep_busy(device: str) -> Iterator[None]:
         thread.join()
 
 
+def _culprits(decode: Decode) -> str:
+    """Which kinds of file a decoder fails on, where it does not fail on all."""
+    files = specimens()
+    failed = []
+    for index, file in enumerate(files):
+        try:
+            list(decode(files, [[Region(index, 1, 1, file.height - 1, file.width - 1)]]))
+        except RuntimeError:
+            failed.append(file.kind)
+    return f" (on {', '.join(dict.fromkeys(failed))})" if 0 < len(failed) < len(files) else ""
+
+
 def serve(decode: Decode, *, device: str, timeout_sec: float) -> None:
     """Examine, and print what was found; the process ends after `timeout_sec`, even if its parent is gone."""
     signal.setitimer(signal.ITIMER_REAL, timeout_sec)
@@ -170,7 +198,8 @@ def serve(decode: Decode, *, device: str, timeout_sec: float) -> None:
     try:
         found = examine(decode, device=device)._asdict()
     except RuntimeError as error:  # how DALI and torch fail
-        found = {"fault": f"an error: {reason_of(error)}"}
+        print(error, file=sys.stderr, flush=True)
+        found = {"fault": f"an error: {reason_of(error)}{_culprits(decode)}"}
     print(f"\n{json.dumps(found)}", flush=True)
 
 

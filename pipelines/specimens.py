@@ -34,7 +34,7 @@ _SIZES = (
     (256, 341),
     (57, 190),
 )
-_LARGE = ((1537, 2049), (2001, 1333))
+_LARGE = ((1201, 1601), (1501, 1001))
 _KINDS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("4:2:0", {"subsampling": 2}),
     ("4:2:2", {"subsampling": 1}),
@@ -53,10 +53,15 @@ COUNT = 3 * len(_KINDS)
 class Specimen(NamedTuple):
     """A JPEG file: what it is, its bytes, its size in pixels."""
 
-    name: str
+    kind: str
     content: bytes
     height: int
     width: int
+
+    @property
+    def name(self) -> str:
+        """Kind and size."""
+        return f"{self.kind}, {self.width} x {self.height}"
 
 
 class Region(NamedTuple):
@@ -70,10 +75,14 @@ class Region(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """Two images' mean absolute difference, in 1/255, and the share of pixels of which a channel differs by > 16/255."""
+    """Mean absolute difference of two images, in 1/255, and the share of pixels with a channel beyond 16/255."""
 
     mean: float
     far_share: float
+
+    def or_worse(self, other: Difference) -> Difference:
+        """The larger of each of two."""
+        return Difference(max(self.mean, other.mean), max(self.far_share, other.far_share))
 
     @property
     def is_right(self) -> bool:
@@ -108,7 +117,7 @@ def specimens() -> list[Specimen]:
         if number % len(_KINDS) in (0, 3) and number >= 2 * len(_KINDS):
             height, width = _LARGE[number % 2]
         content = _encode(picture(number, height, width), **options)
-        made.append(Specimen(f"{kind}, {width} x {height}", content, height, width))
+        made.append(Specimen(kind, content, height, width))
     return made
 
 
@@ -149,5 +158,6 @@ def difference(found: NDArray[np.uint8], expected: NDArray[np.uint8]) -> Differe
     """How far two images [H, W, 3] are apart; as far as can be if they are of different shapes."""
     if found.shape != expected.shape:
         return Difference(255.0, 1.0)
-    apart = np.abs(found.astype(np.int16) - expected)
-    return Difference(float(apart.mean()), float((apart.max(axis=2) > FAR).mean()))
+    apart = np.maximum(found, expected) - np.minimum(found, expected)
+    largest = np.maximum(np.maximum(apart[..., 0], apart[..., 1]), apart[..., 2])
+    return Difference(float(apart.mean()), float((largest > FAR).mean()))
