@@ -19,6 +19,7 @@ from benchmarks import original
 from benchmarks.jobs import Findings, Job
 from benchmarks.rounds import Contender, compare, rates_of, spread
 from fast_spatial.config import MODES
+from fast_spatial.placing import choose_placement
 from kernels.sampling import TRAINING, augmentation_settings, pack_key, view_limits
 from pipelines.dataset import ImageIndex, read_index
 from pipelines.loader import Loader
@@ -105,7 +106,7 @@ def _ours(job: Job, index: ImageIndex, mode: str) -> Contender:
         train=True,
         threads=job.threads,
         device=job.device,
-        exact_decoding=False,
+        placement=choose_placement("auto", "auto", on_gpu=job.device.type == "cuda", exact=False),
     )
     batches = (batch for epoch in itertools.count() for batch in loader.epoch(epoch))
     return _steady(job, f"fast_spatial {mode}, {job.threads} threads", batches)

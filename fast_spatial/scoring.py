@@ -64,6 +64,10 @@ class Passes:
         views_NSSC = views_BVSSC.flatten(0, 1)
         return self._run(B * V, lambda part: self.judge.inputs(self._shrink(views_NSSC[part]))).view(B, V, -1)
 
+    def prepared(self, inputs_N: Tensor, views: int) -> Tensor:
+        """Logits float32 [B, V, K] of what the judge's network takes, [B * V, ...], views of an image together."""
+        return self._run(len(inputs_N), lambda part: inputs_N[part]).view(len(inputs_N) // views, views, -1)
+
     def warped(self, images_BSSC: Tensor, matrices_BV23: Tensor) -> Tensor:
         """Logits float32 [B, V, K] of warps of uint8 images."""
         B, V = matrices_BV23.shape[:2]

@@ -164,6 +164,40 @@ def _views_operator() -> Any:
 
 
 @cfunc(_SETUP, cache=True)
+def _resize_setup(out_shapes, _out_ndims, _outs, in_shapes, _in_ndims, _ins, samples):  # type: ignore[no-untyped-def]
+    for sample in range(samples):
+        side = _sample_shape(in_shapes, 0, sample, samples, 1)[0]
+        resized = _sample_shape(out_shapes, 0, sample, samples, 3)
+        resized[0], resized[1], resized[2] = side, side, 3
+
+
+@cfunc(_RUN, cache=True)
+def _resize_run(outs, _out_shapes, _out_ndims, _outs, ins, in_shapes, _in_ndims, _ins):  # type: ignore[no-untyped-def]
+    side, shape = _shape_of(in_shapes, 0, 1)[0], _shape_of(in_shapes, 1, 3)
+    geometry = carray(_data_pointer(ins, 2), GEOMETRY_WIDTH, np.int32)
+    resize_window(
+        carray(_data_pointer(outs, 0), (side, side, 3), np.uint8),
+        carray(_data_pointer(ins, 1), (shape[0], shape[1], 3), np.uint8),
+        geometry[RESIZED_H],
+        geometry[RESIZED_W],
+        geometry[CROP_Y],
+        geometry[CROP_X],
+    )
+
+
+@cache
+def _resize_operator() -> Any:
+    return _CachedNumbaFunction(
+        run_fn=_resize_run,
+        setup_fn=_resize_setup,
+        out_types=[types.UINT8],
+        outs_ndim=[3],
+        in_types=[types.UINT8, types.UINT8, types.INT32],
+        ins_ndim=[1, 3, 1],
+    )
+
+
+@cfunc(_SETUP, cache=True)
 def _colour_setup(out_shapes, _out_ndims, _outs, _in_shapes, _in_ndims, _ins, samples):  # type: ignore[no-untyped-def]
     for sample in range(samples):
         matrix = _sample_shape(out_shapes, 0, sample, samples, 2)
@@ -198,6 +232,11 @@ def numba_views(canvas: Node, images: Node, geometry: Node, matrices: Node, colo
     """
     views, _words, _resized = _views_operator()(canvas, matrices, images, geometry, colour)
     return views
+
+
+def numba_resize(canvas: Node, images: Node, geometry: Node) -> Node:
+    """Decoded uint8 images in host memory at the side of the views, uint8 [S, S, 3]; `canvas` as `numba_views`."""
+    return _resize_operator()(canvas, images, geometry)
 
 
 def dali_resize(images: Node, geometry: Node, *, center: bool) -> Node:

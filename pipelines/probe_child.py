@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from nvidia.dali import fn, pipeline_def
 
 from kernels.cpus import cpus_per_process
-from pipelines.decoding import decoder_options, reason_of
+from pipelines.decoding import decode_box, reason_of
 from pipelines.placement import Decoding
 from pipelines.specimens import (
     FAR,
@@ -62,10 +62,7 @@ class Measured(NamedTuple):
 @pipeline_def
 def _region_graph(source: Callable[[Any], Any], decoding: Decoding) -> Any:
     encoded, start, shape = fn.external_source(source, num_outputs=3, batch=True, batch_info=True)
-    options = decoder_options(on_gpu=decoding.on != "cpu", hw_decoder_load=decoding.hw_decoder_load)
-    if decoding.on == "gpu-full":
-        return fn.slice(fn.decoders.image(encoded, **options), start=start, shape=shape, axes=(0, 1))
-    return fn.decoders.image_slice(encoded, start=start, shape=shape, axes=(0, 1), **options)
+    return decode_box(encoded, start, shape, decoding)
 
 
 def decode_with(decoding: Decoding) -> Decode:

@@ -16,8 +16,7 @@ import pytest
 from PIL import Image
 
 from kernels.cache import cache_folder, one_at_a_time, recall, remember
-from pipelines import probe, probe_child, specimens
-from pipelines.decoding import decoder_options
+from pipelines import decoding, probe, probe_child, specimens
 from pipelines.placement import HW_DECODER_LOAD, RUNGS, Decoding
 from pipelines.probe import choose
 from pipelines.probe_child import decode_with, examine
@@ -139,9 +138,9 @@ def test_most_regions_start_at_odd_offsets(files):
 
 
 def test_whole_images_are_cropped_as_regions_are(monkeypatch):
-    on_cpu = decoder_options(on_gpu=False, hw_decoder_load=0.0)
-    monkeypatch.setattr(probe_child, "decoder_options", lambda **_: on_cpu)
-    monkeypatch.setattr(probe_child, "_device_id", lambda decoding: None)
+    on_cpu = decoding.decoder_options(Decoding("cpu"))
+    monkeypatch.setattr(decoding, "decoder_options", lambda _: on_cpu)
+    monkeypatch.setattr(probe_child, "_device_id", lambda _: None)
     found = examine(decode_with(Decoding("gpu-full")), device="cpu")
     assert found.fault == ""
     assert found.worst_mean < 1e-3
@@ -230,10 +229,10 @@ def test_what_may_pass_is_believed_for_an_hour(fault, believed):
 
 
 def test_a_decoder_that_is_asked_for_is_not_probed():
-    for name, decoding in (("gpu", RUNGS[0]), ("gpu-full", RUNGS[2]), ("cpu", RUNGS[3])):
+    for name, rung in (("gpu", RUNGS[0]), ("gpu-full", RUNGS[2]), ("cpu", RUNGS[3])):
         choice = choose(name, on_gpu=True, hw_decoder_load=HW_DECODER_LOAD, command=command_of("crashes"))
-        assert choice.decoding == decoding and choice.trials == ()
-        assert choice.message == f"decoding: {decoding} (as asked for, not probed)"
+        assert choice.decoding == rung and choice.trials == ()
+        assert choice.message == f"decoding: {rung} (as asked for, not probed)"
 
 
 def test_without_a_gpu_nothing_is_probed():
