@@ -2,8 +2,8 @@
 
     python -m benchmarks.placements [--json_file FILE] [--side 224] [--images 24]
 
-Each runs in a process of its own, so that one that crashes is a line in the table. Without a GPU, our Triton kernels run
-in Triton's interpreter.
+Each runs in a process of its own, so that one that crashes is a line in the table. Without a GPU, our Triton kernels
+run in Triton's interpreter.
 
 The reference decodes with PIL, resizes (as torch's antialiased bilinear does), changes colours and warps in float64; it
 rounds to 8 bits where all backends do: after the resize, after the colours. B images, V views of each, S side.
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import interpolate
 
 from benchmarks.jpegs import write_photograph

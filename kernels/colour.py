@@ -9,6 +9,7 @@ each step; here colours are rounded and clipped once.
 
 from __future__ import annotations
 
+import numpy as np
 from numba import njit
 
 from kernels.sampling import COLOUR_BRIGHTNESS, COLOUR_CONTRAST, COLOUR_LIGHTING, COLOUR_SATURATION
@@ -28,6 +29,16 @@ def write_colour_matrix(out_34, numbers, mean_rgb):  # type: ignore[no-untyped-d
             saturated = saturation * (channel == k) + (1.0 - saturation) * GREY[k]
             out_34[channel, k] = brightness * contrast * saturated
         out_34[channel, 3] = brightness * (1.0 - contrast) * mean_grey + numbers[COLOUR_LIGHTING + channel]
+
+
+@njit(cache=True, nogil=True)
+def write_colour_parts(linear_33, pivots_33, shift_3, numbers):  # type: ignore[no-untyped-def]
+    """Write the same change without knowing the mean: a colour c becomes linear c + pivots mean + shift."""
+    mean, matrix = np.zeros(3, np.float32), np.empty((3, 4), np.float32)
+    write_colour_matrix(matrix, numbers, mean)
+    linear_33[:], shift_3[:] = matrix[:, :3], matrix[:, 3]
+    for k in range(3):
+        pivots_33[:, k] = numbers[COLOUR_BRIGHTNESS] * (1.0 - numbers[COLOUR_CONTRAST]) * GREY[k]
 
 
 @njit(cache=True, nogil=True)
