@@ -290,7 +290,7 @@ class _Decoder:
                 self.spent = True
             self._decode([content], sizes)
         except RuntimeError as error:
-            reason = self._complaint() or _reason_of(error)
+            reason = self._complaint() or reason_of(error)
             self._build()
             return explain_failure(content, reason)
         complaint = self._complaint()
@@ -330,7 +330,8 @@ class _Decoder:
         return next((_PREFIX.sub("", line) for line in lines if _COMPLAINT.search(line)), "")
 
 
-def _reason_of(error: RuntimeError) -> str:
+def reason_of(error: RuntimeError) -> str:
+    """What DALI says the matter was, in a line."""
     found = re.search(r"encountered:\s*(.*?)\s*(Current pipeline|$)", str(error), re.DOTALL)
     reason = (found[1] if found else str(error)).strip().splitlines()[0]
     return _STATUS.get(reason, reason)
