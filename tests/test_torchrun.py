@@ -13,7 +13,8 @@ from fast_spatial.config import TrainConfig
 
 @pytest.mark.parametrize("known", [True, False])
 def test_the_time_to_shut_down_is_named_where_torchrun_knows_it(monkeypatch, known):
-    real, asked = run.get_args_parser(), []
+    real = run.get_args_parser()
+    asked: list[str] = []
 
     def parser():
         made = argparse.ArgumentParser(add_help=False, conflict_handler="resolve")
