@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from nvidia.dali import fn, pipeline_def, types
 
 from benchmarks import original
 from benchmarks.jobs import Findings, Job
 from benchmarks.rounds import Contender, compare, rates_of, spread
 from fast_spatial.config import MODES
+from kernels.limits import SpatialLimits
 from kernels.sampling import TRAINING, augmentation_settings, pack_key, view_limits
 from pipelines.dataset import ImageIndex, read_index
 from pipelines.loader import Loader
@@ -81,9 +83,20 @@ def _in_flight(job: Job) -> int:
     return max(6, 2 * job.threads + 2)
 
 
-def _ours(job: Job, index: ImageIndex, mode: str) -> Contender:
-    limits, warps = job.limits, MODES[mode].warps
-    loader = Loader(
+def make_loader(
+    index: ImageIndex,
+    mode: str,
+    *,
+    limits: SpatialLimits,
+    side: int,
+    batch: int,
+    threads: int,
+    device: torch.device,
+    **placement: Any,
+) -> Loader:
+    """A loader as a training in such a mode has it."""
+    warps = MODES[mode].warps
+    return Loader(
         index,
         limits=view_limits(
             10 if warps is None else warps,
@@ -99,10 +112,23 @@ def _ours(job: Job, index: ImageIndex, mode: str) -> Contender:
             jitter=(0.1, 0.1, 0.1),
             lighting_std=0.05,
         ),
-        side=job.config.side,
-        global_batch_size=_batch(job),
+        side=side,
+        global_batch_size=batch,
         key=pack_key(TRAINING, 0),
         train=True,
+        threads=threads,
+        device=device,
+        **placement,
+    )
+
+
+def _ours(job: Job, index: ImageIndex, mode: str) -> Contender:
+    loader = make_loader(
+        index,
+        mode,
+        limits=job.limits,
+        side=job.config.side,
+        batch=_batch(job),
         threads=job.threads,
         device=job.device,
         exact_decoding=False,
