@@ -148,7 +148,10 @@ def table(result: dict[str, Any]) -> list[str]:
     lines = [("", "result", "ceiling", "goal", "verdict")]
     lines += [row[:5] for row in rows(result)]
     widths = [max(len(line[column]) for line in lines) for column in range(4)]
-    shown = ["  ".join([f"{line[0]:<{widths[0]}}", *(f"{line[n]:>{widths[n]}}" for n in (1, 2, 3)), line[4]]) for line in lines]
+    shown = [
+        "  ".join([f"{line[0]:<{widths[0]}}", *(f"{line[n]:>{widths[n]}}" for n in (1, 2, 3)), line[4]])
+        for line in lines
+    ]
     ended = [f"{name} {about['state']}" for name, about in result["stages"].items()]
     return [*(line.rstrip() for line in shown), "stages: " + "; ".join(ended)]
 

@@ -291,10 +291,14 @@ def _prepared(session: Session, process: subprocess.Popen[bytes], begun: float) 
 
 def parse(words: list[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="benchmarks/gpu.sh", description="All GPU checks and measurements, in minutes.")
+    parser = argparse.ArgumentParser(
+        prog="benchmarks/gpu.sh", description="All GPU checks and measurements, in minutes."
+    )
     parser.add_argument("out", metavar="OUT", help="folder of the results")
     parser.add_argument("--dry", action="store_true", help="every stage on the CPU, with tiny sizes")
-    parser.add_argument("--seconds", type=float, help=f"for all of it; default {SECONDS:.0f}, with --dry {DRY_SECONDS:.0f}")
+    parser.add_argument(
+        "--seconds", type=float, help=f"for all of it; default {SECONDS:.0f}, with --dry {DRY_SECONDS:.0f}"
+    )
     parser.add_argument("--only", default="", metavar="STAGE,...", help=f"these stages alone, of {', '.join(STAGES)}")
     asked = parser.parse_args(words)
     asked.only = [name for name in asked.only.split(",") if name]
@@ -314,7 +318,9 @@ def opened(asked: argparse.Namespace) -> Session:
         with contextlib.suppress(OSError, ValueError):
             result = json.loads((out / "gpu.json").read_text(encoding="utf-8"))
         if result.get("dry", asked.dry) != asked.dry:
-            raise SystemExit(f"{out}/gpu.json holds {'a trial' if result['dry'] else 'measurements'}; name another folder")
+            raise SystemExit(
+                f"{out}/gpu.json holds {'a trial' if result['dry'] else 'measurements'}; name another folder"
+            )
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     new = {"dry": asked.dry, "started": now, "environment": {}, "missing": {}, "goals": [], "stages": {}}
     return Session(out, asked.dry, asked.seconds, {**new, **result})
@@ -326,7 +332,10 @@ def main(words: list[str]) -> int:
     asked = parse(words)
     session = opened(asked)
     if not session.dry and not has_gpu(session):
-        print(f"no GPU is visible to torch in {sys.executable}: nothing was run; try it on the CPU with --dry", file=sys.stderr)
+        print(
+            f"no GPU is visible to torch in {sys.executable}: nothing was run; try it on the CPU with --dry",
+            file=sys.stderr,
+        )
         return 1
     session.out.mkdir(parents=True, exist_ok=True)
     names = [name for name in STAGES if not asked.only or name in asked.only]

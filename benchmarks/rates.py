@@ -299,7 +299,9 @@ def _fused(bench: Bench, channels: int, out_channels: int, kernel: int, stride: 
         exact = conv2d(x[:4].float(), weight.float(), bias.float(), stride, kernel // 2).relu_()
         errors = [((work()[:4].float() - exact).abs().max() / exact.abs().max()).item() for work in (plain, fused)]
         if not errors[1] < 2 * errors[0] + 0.01:
-            raise RuntimeError(f"it is wrong: it differs by {errors[1]:.3g} of the largest, the plain one {errors[0]:.3g}")
+            raise RuntimeError(
+                f"it is wrong: it differs by {errors[1]:.3g} of the largest, the plain one {errors[0]:.3g}"
+            )
         spent = [bench.seconds(work) for work in (plain, fused)]
     return {
         "plain_ms": round(1000 * spent[0], 3),

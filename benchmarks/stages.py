@@ -221,7 +221,9 @@ class _Reporter:
             values: dict[str, Any] = {"outcome": report.outcome, "seconds": round(report.duration, 2)}
             if report.failed:
                 crash = getattr(report.longrepr, "reprcrash", None)
-                values["error"] = str(crash.message if crash else report.longrepr).strip().split("\n", maxsplit=1)[0][:300]
+                values["error"] = (
+                    str(crash.message if crash else report.longrepr).strip().split("\n", maxsplit=1)[0][:300]
+                )
             if report.skipped and isinstance(report.longrepr, tuple):
                 values["why"] = str(report.longrepr[2])
             self._record.put(report.nodeid.split("::")[-1], values)
@@ -267,7 +269,11 @@ def prepare(stage: Stage) -> None:
 
         for operator in (ops._draw_operator, ops._views_operator, ops._colour_operator):
             operator()
-        return {"warp_seconds": round(warmed, 1), "seconds": round(time.monotonic() - start, 1), "numpy": np.__version__}
+        return {
+            "warp_seconds": round(warmed, 1),
+            "seconds": round(time.monotonic() - start, 1),
+            "numpy": np.__version__,
+        }
 
     stage.record.measure("numba", kernels)
     stage.record.measure("images", files)
@@ -471,7 +477,9 @@ def reproduce(stage: Stage) -> None:
 
     def work() -> dict[str, Any]:
         flags = {"compile": "false"} if stage.dry else {}
-        took = stage.launch("reproduce", data="digits", out=out, rows="worst10:30", hours=f"{budget / 3600:.6f}", **flags)
+        took = stage.launch(
+            "reproduce", data="digits", out=out, rows="worst10:30", hours=f"{budget / 3600:.6f}", **flags
+        )
         results = json.loads((out / "results.json").read_text(encoding="utf-8"))
         if took > budget + 5:
             raise RuntimeError(f"it took {took:.0f} s of {budget:.0f} s")

@@ -55,4 +55,6 @@ class Placement:
 
     def __post_init__(self) -> None:
         if self.warp == "numba" and self.decoding.on != "cpu":
-            raise ValueError(f"--warp numba makes views in host memory, but --decode {self.decoding.on} decodes on the GPU")
+            raise ValueError(
+                f"--warp numba makes views in host memory, but --decode {self.decoding.on} decodes on the GPU"
+            )
