@@ -50,50 +50,31 @@ class Row(NamedTuple):
 
 
 _MEMORY = ("eager", "compiled", "large")
+_FILES = ("train", "train_compiled", "placements")
 _TRAIN = ("images_per_sec", "images/s")
+_SCORE = ("views_per_sec", "views/s")
+_TO_TRAIN, _TO_SCORE = "ceiling_images_per_sec", "ceiling_views_per_sec"
 GOALS = (
     Goal("fill, written", ("machine",), "fill", "written_gb_per_sec", "GB/s"),
     Goal("copy, read and written", ("machine",), "copy", "read_and_written_gb_per_sec", "GB/s"),
     Goal("matrix product, bfloat16", ("machine",), "matmul_bfloat16", "tflops", "TFLOP/s"),
-    Goal(
-        "train standard, views in memory",
-        _MEMORY,
-        r"train_standard_\d+px_.*",
-        *_TRAIN,
-        12_000,
-        ceiling="ceiling_images_per_sec",
-    ),
-    Goal("train worst10, views in memory", _MEMORY, r"train_worst10_\d+px_.*", *_TRAIN, ceiling="ceiling_images_per_sec"),
-    Goal(
-        "score, the largest side",
-        _MEMORY,
-        r"score_(224|32)px_.*",
-        "views_per_sec",
-        "views/s",
-        60_000,
-        ceiling="ceiling_views_per_sec",
-    ),
-    Goal(
-        "score, beyond 2^31 elements in a pass",
-        ("large",),
-        r"score_.*",
-        "views_per_sec",
-        "views/s",
-        ceiling="ceiling_views_per_sec",
-    ),
-    Goal("Triton warp, share of a fill", ("eager",), "triton_warp", "share_of_fill_pct", "%", 45),
-    Goal("Triton normalize, share of a fill", ("eager",), "triton_normalize", "share_of_fill_pct", "%"),
+    Goal("standard, in memory", _MEMORY, r"train_standard_.*", *_TRAIN, 12_000, ceiling=_TO_TRAIN),
+    Goal("worst10, in memory", _MEMORY, r"train_worst10_.*", *_TRAIN, ceiling=_TO_TRAIN),
+    Goal("score, 224 px", _MEMORY, r"score_(224|32)px_.*", *_SCORE, 60_000, ceiling=_TO_SCORE),
+    Goal("score, beyond 2^31 elements", ("large",), r"score_.*", *_SCORE, ceiling=_TO_SCORE),
+    Goal("Triton warp, of a fill", ("eager",), "triton_warp", "share_of_fill_pct", "%", 45),
+    Goal("Triton normalize, of a fill", ("eager",), "triton_normalize", "share_of_fill_pct", "%"),
     Goal("DALI's views, a batch", ("eager",), "dali_views", "ms", "ms", 10, at_most=True),
-    Goal("convolution with ReLU fused, 64 channels", ("eager",), r"conv_relu_64_64_.*", "times_faster", "times"),
+    Goal("convolution and ReLU in one", ("eager",), r"conv_relu_64_64_.*", "times_faster", "x"),
     Goal("loader alone, standard", ("loader",), r"loader_standard_.*", *_TRAIN),
     Goal("loader alone, worst10", ("loader",), r"loader_worst10_.*", *_TRAIN),
-    Goal("train standard, from files", ("train", "placements"), r"train_standard.*", *_TRAIN, 8_000),
-    Goal("train worst10, from files", ("train", "placements"), r"train_worst10.*", *_TRAIN, 3_500),
+    Goal("standard, from files", _FILES, r"train_standard.*", *_TRAIN, 8_000),
+    Goal("worst10, from files", _FILES, r"train_worst10.*", *_TRAIN, 3_500),
     Goal("worst10's wait for data", ("train",), "train_worst10", "data_wait_pct", "%", 3, at_most=True),
-    Goal("grid, bfloat16", ("grid",), r"grid_bfloat16_.*", "views_per_sec", "views/s", 50_000, ceiling="ceiling_views_per_sec"),
-    Goal("grid, tf32", ("grid",), r"grid_tf32_.*", "views_per_sec", "views/s", ceiling="ceiling_views_per_sec"),
-    Goal("grid, float32", ("grid",), r"grid_float32_.*", "views_per_sec", "views/s", 10_000, ceiling="ceiling_views_per_sec"),
-)  # fmt: skip
+    Goal("grid, bfloat16", ("grid",), r"grid_bfloat16_.*", *_SCORE, 50_000, ceiling=_TO_SCORE),
+    Goal("grid, tf32", ("grid",), r"grid_tf32_.*", *_SCORE, ceiling=_TO_SCORE),
+    Goal("grid, float32", ("grid",), r"grid_float32_.*", *_SCORE, 10_000, ceiling=_TO_SCORE),
+)
 
 
 def measurements(result: dict[str, Any], stages: tuple[str, ...], pattern: str) -> Iterator[tuple[str, dict[str, Any]]]:

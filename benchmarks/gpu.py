@@ -1,4 +1,4 @@
-"""What only a GPU can show, as a group of `launch.py bench`; `benchmarks/gpu.sh` measures the same and more, in stages."""
+"""What only a GPU can show, as a group of `launch.py bench`; `benchmarks/gpu.sh` measures it and more, in stages."""
 
 from __future__ import annotations
 

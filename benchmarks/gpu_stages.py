@@ -2,8 +2,8 @@
 
     python -m benchmarks.gpu_stages [--dry] [--seconds 480] [--only STAGE,...] OUT
 
-Each stage is a process with a time-out and leaves OUT/STAGE.json and OUT/STAGE.log; OUT/gpu.json holds all of them and is
-rewritten after each. What no longer fits the time is listed, and `--only` runs it later. Needs Python alone, so that a
+Each stage is a process with a time-out and leaves OUT/STAGE.json and OUT/STAGE.log; OUT/gpu.json holds all of them and
+is rewritten after each. What no longer fits the time is listed, and `--only` runs it later. Needs Python alone: a
 package that is missing or broken here is a finding.
 """
 
@@ -62,14 +62,15 @@ STAGES = {
     "tests": Stage(100, 20, ("pytest",), waits=True),
     "nccl": Stage(45, 10, ("pytest",)),
     "loader": Stage(100, 20, ("nvidia.dali",), waits=True),
-    "compiled": Stage(150, 40),
     "train": Stage(120, 30, _RUNS, waits=True),
+    "compiled": Stage(150, 40),
     "grid": Stage(60, 15),
     "export": Stage(60, 10, ("fire", "safetensors")),
     "resume": Stage(90, 25, (*_RUNS, "sklearn"), waits=True),
+    "train_compiled": Stage(180, 60, _RUNS, waits=True),
     "reproduce": Stage(140, 125, (*_RUNS, "sklearn"), waits=True),
-    "compile_tests": Stage(150, 30, ("pytest",)),
     "placements": Stage(400, 40, _RUNS, waits=True),
+    "compile_tests": Stage(150, 30, ("pytest",)),
 }
 PREPARE = Stage(120, 0)
 
@@ -132,12 +133,13 @@ class Session:
 
     def close(self, name: str, state: str, why: str, seconds: float) -> None:
         """Keep how a stage ended, with all that it had measured, and say so."""
-        about = {"state": state, "why": why, "seconds": round(seconds, 1), "measured": self.measured(name)}
+        measured = self.measured(name)
+        about = {"state": state, "why": why, "seconds": round(seconds, 1), "measured": measured}
         write_json(self.out / f"{name}.json", {"stage": name, **about})
         self.result["stages"][name] = about
         self.result["goals"] = [row._asdict() for row in rows(self.result)]
-        if "environment" in about["measured"]:
-            self.result["environment"] = about["measured"]["environment"]
+        if "environment" in measured:
+            self.result["environment"] = measured["environment"]
         write_json(self.out / "gpu.json", self.result)
         print(f"{name:<14} {state:<15} {seconds:5.1f} s, {max(self.left, 0):4.0f} s left  {why}".rstrip(), flush=True)
 
@@ -266,13 +268,14 @@ def go(session: Session, names: list[str]) -> None:
                 session.close(name, "skipped", f"needs {' and '.join(lacks)}", 0.0)
                 continue
             if preparing is not None and (stage.waits or preparing.poll() is not None):
-                preparing = _prepared(session, preparing, begun)
+                _prepared(session, preparing, begun)
+                preparing = None
             if session.left < stage.least:
                 session.close(name, "not run: time", f"later: --only {name}", 0.0)
                 continue
             run_stage(session, name, stage)
         if preparing is not None:
-            preparing = _prepared(session, preparing, begun)
+            _prepared(session, preparing, begun)
     finally:
         if preparing is not None and preparing.poll() is None:
             end(preparing)
@@ -317,10 +320,8 @@ def opened(asked: argparse.Namespace) -> Session:
     if asked.only:
         with contextlib.suppress(OSError, ValueError):
             result = json.loads((out / "gpu.json").read_text(encoding="utf-8"))
-        if result.get("dry", asked.dry) != asked.dry:
-            raise SystemExit(
-                f"{out}/gpu.json holds {'a trial' if result['dry'] else 'measurements'}; name another folder"
-            )
+        if result and result["dry"] != asked.dry:
+            raise SystemExit(f"{out}/gpu.json holds {'measurements' if asked.dry else 'a trial'}; name another folder")
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     new = {"dry": asked.dry, "started": now, "environment": {}, "missing": {}, "goals": [], "stages": {}}
     return Session(out, asked.dry, asked.seconds, {**new, **result})

@@ -64,7 +64,8 @@ def make_images(folder: Path, classes: int, per_class: dict[str, int], links: in
         assert worker.stdin is not None
         json.dump(share, worker.stdin)
         worker.stdin.close()
-    if any([worker.wait() for worker in workers]):
+    statuses = [worker.wait() for worker in workers]
+    if any(statuses):
         raise RuntimeError(f"making images in {folder} failed; the message is above")
     for name in names:
         if name.parent.parent.name == "train":

@@ -25,6 +25,10 @@ from kernels.sampling import TRAINING, augmentation_settings, pack_key, view_lim
 from pipelines.dataset import ImageIndex, read_index
 from pipelines.loader import Loader
 
+# A batch of 11 views takes 0.4 GB in the workers' shared memory.
+TORCHVISION_BATCH = 64
+# Batches that DALI may have ready: they do not count.
+READY = 6
 SETTLE_SEC = 0.5  # for threads and workers of the contender before to come to rest
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -57,9 +61,11 @@ def run(job: Job) -> Findings:
     return found
 
 
-def _steady(job: Job, name: str, batches: Generator[Any, None, None]) -> Contender:
-    """A contender that consumes batches, of which some may be ready before the clock starts; closes them at the end."""
-    ready, images = _in_flight(job), _batch(job)
+def _steady(name: str, batches: Generator[Any, None, None], *, images: int, ready: int) -> Contender:
+    """A contender that consumes batches of so many images, of which some may be ready before the clock starts.
+
+    It closes them at the end.
+    """
 
     def begin() -> None:
         time.sleep(SETTLE_SEC)
@@ -76,11 +82,6 @@ def _steady(job: Job, name: str, batches: Generator[Any, None, None]) -> Contend
 def _batch(job: Job) -> int:
     """Images in a batch: a GPU's decoder is only fast on many."""
     return 256 if job.device.type == "cuda" else 32
-
-
-def _in_flight(job: Job) -> int:
-    """Batches that a contender may have ready: they do not count."""
-    return max(6, 2 * job.threads + 2)
 
 
 def make_loader(
@@ -134,21 +135,23 @@ def _ours(job: Job, index: ImageIndex, mode: str) -> Contender:
         exact_decoding=False,
     )
     batches = (batch for epoch in itertools.count() for batch in loader.epoch(epoch))
-    return _steady(job, f"fast_spatial {mode}, {job.threads} threads", batches)
+    return _steady(f"fast_spatial {mode}, {job.threads} threads", batches, images=_batch(job), ready=READY)
 
 
 def _torchvision(job: Job, warps: int, workers: int, *, in_workers: bool) -> Contender:
+    images = min(_batch(job), TORCHVISION_BATCH)
     batches = original.loader(
         job.images,
         side=job.config.side,
-        batch=_batch(job),
+        batch=images,
         workers=workers,
         warps=warps,
         limits=job.limits,
         in_workers=in_workers,
     )
     where = "" if not warps else f", grid_sample in the {'workers' if in_workers else 'main process'}"
-    return _steady(job, f"torchvision and PIL, {workers} workers{where}", batches)
+    ready = original.PREFETCH * workers + 2
+    return _steady(f"torchvision and PIL, {workers} workers{where}", batches, images=images, ready=ready)
 
 
 def _decoding(job: Job, index: ImageIndex, hw_decoder_load: float = 0.65) -> Contender:
@@ -164,7 +167,7 @@ def _decoding(job: Job, index: ImageIndex, hw_decoder_load: float = 0.65) -> Con
         return fn.decoders.image(encoded, output_type=types.RGB, adjust_orientation=False, **decoder)
 
     built = graph(batch_size=batch, num_threads=job.threads, device_id=0 if on_gpu else None, exec_dynamic=True)
-    return _steady(job, "decode", (built.run() for _ in itertools.count()))
+    return _steady("decode", (built.run() for _ in itertools.count()), images=batch, ready=READY)
 
 
 def _reading(job: Job, index: ImageIndex) -> Contender:
@@ -191,7 +194,7 @@ class _Ffcv:
         words = [python, str(ROOT / "benchmarks" / "ffcv_jpg.py"), str(job.images), str(job.config.side)]
         words += [str(_batch(job)), str(job.threads)]
         self._process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self._ready = _in_flight(job)
+        self._ready = 2 * job.threads + 2
         self.about = self.ask("about")
 
     def ask(self, word: str) -> dict[str, Any]:

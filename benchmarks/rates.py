@@ -1,8 +1,8 @@
 """What a device can do on synthetic views in its memory: rates beside their ceilings, by side and batch size.
 
-The ceilings are measured too: a fill and a copy for bytes, a large matrix product for arithmetic. All of it also runs on
-a CPU, where the Triton kernels run in Triton's interpreter (TRITON_INTERPRET=1), to find what is wrong before a GPU is at
-hand. B images, V views of each, S side.
+The ceilings are measured too: a fill and a copy for bytes, a large matrix product for arithmetic. All of it also runs
+on a CPU, where the Triton kernels run in Triton's interpreter (TRITON_INTERPRET=1), to find what is wrong before
+there is a GPU. B images, V views of each, S side.
 """
 
 from __future__ import annotations
@@ -174,7 +174,11 @@ def ceilings(bench: Bench) -> None:
     bench.record.measure("fill", fill)
     bench.record.measure("copy", copy)
     for name in ("bfloat16", "tf32", "float32"):
-        bench.record.measure(f"matmul_{name}", lambda name=name: {"tflops": round(peak_flops(bench, name) / 1e12, 2)})
+        bench.record.measure(f"matmul_{name}", partial(_matmul, bench, name))
+
+
+def _matmul(bench: Bench, dtype_name: str) -> dict[str, Any]:
+    return {"tflops": round(peak_flops(bench, dtype_name) / 1e12, 2)}
 
 
 def peak_flops(bench: Bench, dtype_name: str = "auto") -> float:
@@ -191,7 +195,7 @@ def flops(side: int, *, training: bool) -> float:
         logits = models.build("resnet18", 1000)(torch.empty(2, 3, side, side))  # BatchNorm refuses a single pixel
         if training:
             logits.sum().backward()
-    return counter.get_total_flops() / 2
+    return float(counter.get_total_flops()) / 2
 
 
 def train(bench: Bench, side: int, batch: int, *, views: int, compiled: bool, peak: float) -> dict[str, Any]:
@@ -200,10 +204,10 @@ def train(bench: Bench, side: int, batch: int, *, views: int, compiled: bool, pe
     candidates = bench.random_views(batch, views, side)
     labels = torch.randint(0, 1000, (batch,), device=bench.device)
     index = torch.arange(batch)
-    losses = [step(Batch(candidates, labels, index)).loss.mean().item()]
-    spent = bench.seconds(lambda: losses.append(step(Batch(candidates, labels, index)).loss.mean()))  # type: ignore[arg-type]
+    losses: list[torch.Tensor] = []
+    spent = bench.seconds(lambda: losses.append(step(Batch(candidates, labels, index)).loss.mean()))
     work = flops(side, training=True) + (views * flops(side, training=False) if views > 1 else 0)
-    last = float(losses[-1])
+    first, last = losses[0].item(), losses[-1].item()
     if not math.isfinite(last):
         raise RuntimeError(f"the loss became {last}")
     return {
@@ -211,7 +215,7 @@ def train(bench: Bench, side: int, batch: int, *, views: int, compiled: bool, pe
         "ms": round(1000 * spent, 2),
         "flop_utilization_pct": round(100 * batch * work / spent / peak, 1),
         "ceiling_images_per_sec": round(peak / work),
-        "loss_first": round(losses[0], 3),
+        "loss_first": round(first, 3),
         "loss_last": round(last, 3),
     }
 
@@ -271,11 +275,11 @@ def networks(bench: Bench, *, compiled: bool) -> None:
 
 
 def fused_convolutions(bench: Bench) -> None:
-    """cuDNN's convolution with bias and ReLU in one, against the three: whether it is right, and faster."""
+    """Convolution, bias and ReLU as one kernel of cuDNN, against the three: whether it is right, and faster."""
     for channels, out_channels, kernel, stride, side in CONVOLUTIONS:
         name = f"conv_relu_{channels}_{out_channels}_{kernel}x{kernel}_{side}px"
-        side = max(2, side * bench.side // 224)
-        bench.record.measure(name, partial(_fused, bench, channels, out_channels, kernel, stride, side))
+        here = max(2, side * bench.side // 224)
+        bench.record.measure(name, partial(_fused, bench, channels, out_channels, kernel, stride, here))
 
 
 def _fused(bench: Bench, channels: int, out_channels: int, kernel: int, stride: int, side: int) -> dict[str, Any]:
@@ -356,7 +360,7 @@ def warps(bench: Bench) -> None:
 
     bench.record.measure("triton_warp", warp)
     bench.record.measure("triton_normalize", normalize)
-    bench.record.measure("dali_views", partial(_dali_views, bench, images, rows))
+    bench.record.measure("dali_views", partial(_dali_views, bench, images, rows), needs="nvidia.dali")
 
 
 def _dali_views(bench: Bench, images_BSSC: torch.Tensor, rows_BV23: torch.Tensor) -> dict[str, Any]:
@@ -384,7 +388,7 @@ def _dali_views(bench: Bench, images_BSSC: torch.Tensor, rows_BV23: torch.Tensor
             prefetch_queue_depth=2,
             exec_dynamic=True,
         )
-        return bench.seconds(lambda: built.run())
+        return bench.seconds(built.run)
 
     fed, whole = seconds(False), seconds(True)
     return {

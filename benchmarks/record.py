@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -36,9 +37,15 @@ class Record:
         if self.path is not None:
             write_json(self.path, {"measured": self.found})
 
-    def measure(self, name: str, work: Callable[[], dict[str, Any]]) -> None:
-        """Keep the figures that `work` returns, with the peak of GPU memory, or why there are none."""
+    def measure(self, name: str, work: Callable[[], dict[str, Any]], *, needs: str = "") -> None:
+        """Keep the figures that `work` returns, with the peak of GPU memory, or why there are none.
+
+        `needs` is a package without which it is skipped, missing or broken.
+        """
         print(f"  {name}", flush=True)
+        if needs and (broken := _broken(needs)):
+            self.put(name, {"skipped": f"needs {needs} ({broken})"})
+            return
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -47,11 +54,8 @@ class Record:
         except torch.OutOfMemoryError:
             values = {"out_of_memory": True}
         except Exception as error:  # whatever a GPU does: what comes after is measured all the same
+            traceback.print_exc()
             values = {"error": first_line(error)}
-            if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] not in OURS:
-                values = {"skipped": f"needs {error.name}"}
-            else:
-                traceback.print_exc()
         if torch.cuda.is_available() and (peak := torch.cuda.max_memory_allocated()):
             values["peak_memory_gib"] = round(peak / 2**30, 2)
         self.put(name, values)
@@ -60,6 +64,15 @@ class Record:
     def errors(self) -> dict[str, str]:
         """What failed, and why."""
         return {name: values["error"] for name, values in self.found.items() if "error" in values}
+
+
+def _broken(package: str) -> str:
+    """Why a package cannot be imported; "" if it can."""
+    try:
+        importlib.import_module(package)
+    except Exception as error:  # a broken package raises anything
+        return first_line(error)
+    return ""
 
 
 def first_line(error: BaseException) -> str:

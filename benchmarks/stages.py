@@ -2,8 +2,8 @@
 
     python -m benchmarks.stages NAME OUT [--dry]
 
-measures one alone, into OUT/NAME.json. With --dry it takes tiny sizes and the CPU, to find what is wrong before a GPU is at
-hand: the lines that are run are the same.
+measures one alone, into OUT/NAME.json. With --dry it takes tiny sizes and the CPU, to find what is wrong before
+there is a GPU: the lines that are run are the same.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class Stage:
         folder.parent.mkdir(parents=True, exist_ok=True)
         return folder
 
-    def launch(self, command: str, *, expected: int | None = 0, **flags: Any) -> float:
+    def launch(self, command: str, expected: int | None = 0, /, **flags: Any) -> float:
         """Run a command of launch.py; returns the seconds it took.
 
         Raises:
@@ -109,10 +109,10 @@ class Stage:
 
         """
         words = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
-        return run([sys.executable, str(ROOT / "launch.py"), command, *words], expected=expected)
+        return run([sys.executable, str(ROOT / "launch.py"), command, *words], expected)
 
 
-def run(words: Sequence[str], *, expected: int | None = 0) -> float:
+def run(words: Sequence[str], expected: int | None = 0) -> float:
     """Run a program, its words among ours; the seconds it took."""
     print("$", *words, flush=True)
     start = time.monotonic()
@@ -147,7 +147,7 @@ def doctor(stage: Stage) -> None:
 
     def work() -> dict[str, Any]:
         found.unlink(missing_ok=True)
-        stage.launch("doctor", expected=None, json=found)
+        stage.launch("doctor", None, json=found)
         said = json.loads(found.read_text(encoding="utf-8"))
         checks = said["checks"]
         states = Counter(check["state"] for check in checks.values())
@@ -275,7 +275,7 @@ def prepare(stage: Stage) -> None:
             "numpy": np.__version__,
         }
 
-    stage.record.measure("numba", kernels)
+    stage.record.measure("numba", kernels, needs="nvidia.dali")
     stage.record.measure("images", files)
 
 
@@ -301,7 +301,8 @@ def _loader(stage: Stage, mode: str, on: str, share: float) -> dict[str, Any]:
     from pipelines.placement import Decoding, Placement
 
     known = inspect.signature(Loader).parameters
-    device, placement = stage.device, {}
+    device = stage.device
+    placement: dict[str, Any] = {}
     if "placement" in known:
         placement = {"placement": Placement(Decoding(on, share), "numba" if on == "cpu" else "dali")}
     elif on == "cpu":
@@ -339,6 +340,13 @@ def train(stage: Stage) -> None:
         stage.record.measure(f"train_{mode}", partial(_train, stage, mode, profile=stage.scale.profile))
 
 
+def train_compiled(stage: Stage) -> None:
+    """The same through torch.compile, as they are by default on GPUs."""
+    prepare_images(stage)
+    for mode in ("worst10", "standard"):
+        stage.record.measure(f"train_{mode}_compiled", partial(_train, stage, mode, compile="auto"))
+
+
 def placements(stage: Stage) -> None:
     """The same with every decoding and every warp."""
     prepare_images(stage)
@@ -368,8 +376,8 @@ def _train(stage: Stage, mode: str, **flags: Any) -> dict[str, Any]:
         side=scale.rates.side,
         eval_every=0,
         checkpoint_every=0,
-        compile="false",
-        **flags,
+        lr=0.01,
+        **{"compile": "false", **flags},
     )
     # The first epoch chooses algorithms, and is profiled.
     first, last = records(out, "train")
@@ -425,7 +433,7 @@ def costs(trace: Path, most: int = 12) -> dict[str, Any]:
 
 
 def export(stage: Stage) -> None:
-    """launch.py export of a fresh network, which reads back what it wrote."""
+    """An export by launch.py of a fresh network, which reads back what it wrote."""
     from torchvision.models import resnet18
 
     checkpoint = stage.scratch("export").with_suffix(".pt")
@@ -434,15 +442,13 @@ def export(stage: Stage) -> None:
         if importlib.util.find_spec(package) is None:
             stage.record.put(kind, {"skipped": f"needs {package}"})
             continue
-        target = checkpoint.with_suffix(f".{kind}")
-        flags = {"checkpoint": checkpoint, kind: target}
-        stage.record.measure(
-            kind,
-            lambda flags=flags, target=target: {
-                "seconds": round(stage.launch("export", **flags), 1),
-                "bytes": target.stat().st_size,
-            },
-        )
+        stage.record.measure(kind, partial(_export, stage, checkpoint, kind))
+
+
+def _export(stage: Stage, checkpoint: Path, kind: str) -> dict[str, Any]:
+    target = checkpoint.with_suffix(f".{kind}")
+    took = stage.launch("export", checkpoint=checkpoint, **{kind: target})
+    return {"seconds": round(took, 1), "bytes": target.stat().st_size}
 
 
 def resume(stage: Stage) -> None:
@@ -497,17 +503,18 @@ WORKS: dict[str, Callable[[Stage], None]] = {
     "decoder": decoder,
     "eager": eager,
     "large": large,
-    "tests": partial(gpu_tests, which="not compiled and not memory and not nccl and not activation"),
+    "tests": partial(gpu_tests, which="not compiled and not memory and not activation and not nccl"),
     "nccl": partial(gpu_tests, which="nccl and not True"),
     "loader": loader,
-    "compiled": compiled,
     "train": train,
+    "compiled": compiled,
     "grid": grid,
     "export": export,
     "resume": resume,
+    "train_compiled": train_compiled,
     "reproduce": reproduce,
-    "compile_tests": partial(gpu_tests, which="compiled or memory or activation or (nccl and True)"),
     "placements": placements,
+    "compile_tests": partial(gpu_tests, which="compiled or memory or activation or (nccl and True)"),
 }
 
 
