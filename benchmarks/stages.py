@@ -152,7 +152,9 @@ def doctor(stage: Stage) -> None:
         checks = said["checks"]
         states = Counter(check["state"] for check in checks.values())
         notable = {name: check["found"] for name, check in checks.items() if check["state"] in ("missing", "warning")}
-        return {"able": said["able"], "states": dict(states), "notable": notable, "checks": checks}
+        jpeg = checks["JPEG decoder"]
+        answer = {"jpeg_decoder": jpeg["found"]} if jpeg["state"] == "ok" and not stage.dry else {}
+        return {"able": said["able"], "states": dict(states), "notable": notable, **answer, "checks": checks}
 
     stage.record.measure("doctor", work)
 
