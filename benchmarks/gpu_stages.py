@@ -179,7 +179,8 @@ def outcome(status: int, measured: dict[str, dict[str, Any]]) -> tuple[str, str]
         return "failed", f"its process ended with status {status}; see its log"
     if skipped and len(skipped) == len(measured):
         return "skipped", skipped[0].partition(": ")[2]
-    return "ok", f"{len(skipped)} skipped: {skipped[0]}" if skipped else ""
+    notes = [figures["note"] for figures in measured.values() if "note" in figures]
+    return "ok", "; ".join([*notes, *skipped])
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

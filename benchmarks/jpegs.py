@@ -52,8 +52,6 @@ def make_images(folder: Path, classes: int, per_class: dict[str, int], links: in
         for number in range(count)
     ]
     print(f"making {len(names)} synthetic JPEG files in {folder}", flush=True)
-    for parent in {name.parent for name in names}:
-        parent.mkdir(parents=True, exist_ok=True)
     # Processes, since threads would wait for each other; plain ones, which import nothing but this.
     count = min(usable_cpus(), len(names))
     shares = [[(str(name), seed) for seed, name in enumerate(names)][first::count] for first in range(count)]
@@ -99,6 +97,7 @@ def photograph(seed: int) -> NDArray[np.uint8]:
 
 def write_photograph(path: Path, seed: int) -> None:
     """Write one as a JPEG file of ImageNet's size."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.fromarray(photograph(seed))
     low, high = 50, 99
     while low < high:  # the highest quality that stays below the size

@@ -20,10 +20,12 @@ from benchmarks import original
 from benchmarks.jobs import Findings, Job
 from benchmarks.rounds import Contender, compare, rates_of, spread
 from fast_spatial.config import MODES
+from fast_spatial.placing import choose_placement
 from kernels.limits import SpatialLimits
 from kernels.sampling import TRAINING, augmentation_settings, pack_key, view_limits
 from pipelines.dataset import ImageIndex, read_index
 from pipelines.loader import Loader
+from pipelines.placement import Placement
 
 # A batch of 11 views takes 0.4 GB in the workers' shared memory.
 TORCHVISION_BATCH = 64
@@ -93,7 +95,7 @@ def make_loader(
     batch: int,
     threads: int,
     device: torch.device,
-    **placement: Any,
+    placement: Placement,
 ) -> Loader:
     """A loader as a training in such a mode has it."""
     warps = MODES[mode].warps
@@ -119,7 +121,7 @@ def make_loader(
         train=True,
         threads=threads,
         device=device,
-        **placement,
+        placement=placement,
     )
 
 
@@ -132,7 +134,7 @@ def _ours(job: Job, index: ImageIndex, mode: str) -> Contender:
         batch=_batch(job),
         threads=job.threads,
         device=job.device,
-        exact_decoding=False,
+        placement=choose_placement("auto", "auto", on_gpu=job.device.type == "cuda", exact=False),
     )
     batches = (batch for epoch in itertools.count() for batch in loader.epoch(epoch))
     return _steady(f"fast_spatial {mode}, {job.threads} threads", batches, images=_batch(job), ready=READY)

@@ -28,6 +28,7 @@ class Part:
 
 _MEMORY = ("eager", "compiled")
 PARTS = (
+    Part("the probe of decoders (`pipelines/probe.py`)", ("decoder",), "decoder", "note"),
     Part("decoding on the GPU (`pipelines/graph.py`)", ("loader",), r"loader_.*_gpu.*", "images_per_sec"),
     Part("DALI's views (`dali_views` in `pipelines/ops.py`)", ("eager",), "dali_views", "ms"),
     Part("the stream's pixels against the CPU's (`pipelines/loader.py`)", ("tests",), r"test_the_gpu_stream_.*"),

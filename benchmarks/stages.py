@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import inspect
 import itertools
 import json
 import os
@@ -154,26 +153,36 @@ def doctor(stage: Stage) -> None:
         notable = {name: check["found"] for name, check in checks.items() if check["state"] in ("missing", "warning")}
         jpeg = checks["JPEG decoder"]
         answer = {"jpeg_decoder": jpeg["found"]} if jpeg["state"] == "ok" and not stage.dry else {}
-        return {"able": said["able"], "states": dict(states), "notable": notable, **answer, "checks": checks}
+        note = "able to train" if said["able"] else f"not able to train: {'; '.join(map(str, notable))}"
+        return {
+            "note": note,
+            "able": said["able"],
+            "states": dict(states),
+            "notable": notable,
+            **answer,
+            "checks": checks,
+        }
 
     stage.record.measure("doctor", work)
 
 
 def decoder(stage: Stage) -> None:
-    """The probe of GPU decoding, with every rung."""
-    if importlib.util.find_spec("pipelines.probe") is None:
-        stage.record.put("decoder", {"skipped": "needs pipelines.probe"})
-        return
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pipelines.probe", "--all"], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    """The probe of GPU decoding, with every rung: a rung that is wrong here is a finding."""
+    words = [sys.executable, "-m", "pipelines.probe", "--all"]
+    numbers = itertools.count()
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            said = json.loads(line)
+            if "rung" in said:
+                stage.record.put(f"rung_{next(numbers)}", said)
+            else:
+                stage.record.put("about" if "about" in said else "chosen", said)
+    chosen = stage.record.found.get("chosen", {}).get("decoding")
+    stage.record.put(
+        "decoder", {"note": f"right: {chosen}"} if chosen else {"error": "no decoding is right, see its log"}
     )
-    assert process.stdout is not None
-    for number, line in enumerate(process.stdout):
-        print(line, end="", flush=True)
-        if line.startswith("{"):
-            stage.record.put(f"rung_{number}", json.loads(line))
-    if process.wait():
-        stage.record.put("decoder", {"error": f"exit status {process.returncode}"})
 
 
 # --- in the device's memory
@@ -228,7 +237,7 @@ class _Reporter:
                 )
             if report.skipped and isinstance(report.longrepr, tuple):
                 values["why"] = str(report.longrepr[2])
-            self._record.put(report.nodeid.split("::")[-1], values)
+            self._record.put(report.nodeid.rpartition("::")[2], values)
         if report.when == "teardown":
             signal.alarm(0)
 
@@ -243,6 +252,8 @@ def gpu_tests(stage: Stage, which: str) -> None:
 
     words = ["-p", "no:cacheprovider", "-m", "gpu", "-rs", "-k", which, str(ROOT / "tests" / "test_gpu.py")]
     status = pytest.main(words, plugins=[_Reporter(stage.record)])
+    outcomes = Counter(figures["outcome"] for figures in stage.record.found.values())
+    stage.record.put("note", {"note": ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items())})
     if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         stage.record.put("pytest", {"error": f"pytest ended with {status!r}"})
 
@@ -299,20 +310,9 @@ def prepare_images(stage: Stage) -> None:
 def _loader(stage: Stage, mode: str, on: str, share: float) -> dict[str, Any]:
     from benchmarks.pipeline import make_loader
     from pipelines.dataset import read_index
-    from pipelines.loader import Loader
     from pipelines.placement import Decoding, Placement
 
-    known = inspect.signature(Loader).parameters
-    device = stage.device
-    placement: dict[str, Any] = {}
-    if "placement" in known:
-        placement = {"placement": Placement(Decoding(on, share), "numba" if on == "cpu" else "dali")}
-    elif on == "cpu":
-        device = torch.device("cpu")
-    elif share in (0.0, 0.65) and on == "gpu":
-        placement = {"exact_decoding": share == 0.0}
-    else:
-        return {"skipped": "needs a loader that takes a placement"}
+    placement = Placement(Decoding(on, share), "numba" if on == "cpu" else "dali")
     made = make_loader(
         read_index(stage.images, "train"),
         mode,
@@ -320,8 +320,8 @@ def _loader(stage: Stage, mode: str, on: str, share: float) -> dict[str, Any]:
         side=stage.scale.rates.side,
         batch=stage.scale.batch,
         threads=usable_cpus(),
-        device=device,
-        **placement,
+        device=torch.device("cpu") if on == "cpu" else stage.device,
+        placement=placement,
     )
     batches = (batch for epoch in itertools.count() for batch in made.epoch(epoch))
     for _ in range(6):  # what is loaded ahead does not count
@@ -352,12 +352,6 @@ def train_compiled(stage: Stage) -> None:
 def placements(stage: Stage) -> None:
     """The same with every decoding and every warp."""
     prepare_images(stage)
-    told = subprocess.run(
-        [sys.executable, str(ROOT / "launch.py"), "train", "--help"], capture_output=True, text=True, check=False
-    ).stdout
-    if "--decode" not in told or "--warp" not in told:
-        stage.record.put("placements", {"skipped": "needs a launch.py train that takes --decode and --warp"})
-        return
     for mode, (decode, warp) in itertools.product(("worst10", "standard"), PLACEMENTS):
         if stage.dry and decode != "cpu":
             continue

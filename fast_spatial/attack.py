@@ -44,7 +44,7 @@ def worst_view(losses_BV: Tensor) -> Tensor:
 
 
 def take_views(views_BVSSC: Tensor, choice_B: Tensor) -> Tensor:
-    """One view of each image, uint8 [B, S, S, 3]."""
+    """One view of each image, [B, S, S, 3]."""
     return views_BVSSC[torch.arange(len(choice_B), device=views_BVSSC.device), choice_B]
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from kernels.limits import MAX_SIDE, NOMINAL_SIDE, SpatialLimits
+from pipelines.placement import DECODERS, WARPS
 
 MAX_SEED = 2**31 - 1
 
@@ -86,6 +87,23 @@ class LaunchOptions:
         20.0, "no progress for so long: every process prints its stacks and the run ends", identity=False
     )
     workers: int = option(0, "decoding threads per process; 0: this process's share of the CPUs", identity=False)
+    decode: str = option(
+        "auto",
+        "where JPEG files are decoded: drawn regions on the GPU, whole images there (gpu-full), or regions on the CPU; "
+        "auto: on the GPU if there is one. Pixels differ slightly",
+        choices=("auto", *DECODERS),
+        identity=False,
+    )
+    warp: str = option(
+        "auto",
+        "what makes views: DALI's operators, our Triton kernels, or our CPU kernels (numba); "
+        "auto: dali on GPUs, numba on CPUs. Pixels differ slightly",
+        choices=("auto", *WARPS),
+        identity=False,
+    )
+
+    def __post_init__(self) -> None:
+        _choice(self, "decode", "warp")
 
 
 @dataclass(frozen=True)
@@ -110,6 +128,7 @@ class BudgetOptions(LaunchOptions):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _at_least(self, 0, "price")
         given = [flag(name) for name in BUDGETS if getattr(self, name) not in (None, "")]
         for name in ("hours", "gpu_hours", "budget"):
@@ -370,6 +389,7 @@ class EvaluateConfig(LaunchOptions):
     judge_batch: int = option(0, "views in one forward pass; 0: 1024 on a GPU, 2^20 pixels' worth on a CPU")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _needed(self, "checkpoint", "data")
         _choice(self, "dtype")
         self.limits  # noqa: B018
@@ -409,6 +429,7 @@ class LandscapeConfig(LaunchOptions):
     judge_batch: int = option(0, "views in one forward pass; 0: 1024 on a GPU, 2^20 pixels' worth on a CPU")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _needed(self, "checkpoint", "data", "out")
         _choice(self, "dtype")
         self.limits  # noqa: B018

@@ -13,15 +13,27 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pipelines.placement import Decoding
+
 
 @dataclass(frozen=True)
 class World:
-    """This process among all: GLOBAL rank, rank on its node, number of processes, device."""
+    """This process among all.
+
+    Attributes:
+        rank: the GLOBAL rank.
+        local_rank: the rank on its node.
+        world_size: the number of processes.
+        device: where it computes.
+        decoding: the fastest way to decode that was found to work on the device; None: nobody looked.
+
+    """
 
     rank: int
     local_rank: int
     world_size: int
     device: torch.device
+    decoding: Decoding | None = None
 
 
 def start(stall_minutes: float) -> World:

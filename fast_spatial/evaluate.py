@@ -35,6 +35,7 @@ from fast_spatial.judging import (
     summarize,
 )
 from fast_spatial.model import has_blurpool
+from fast_spatial.placing import placement_of
 from fast_spatial.runlog import Bar, say
 from fast_spatial.scoring import FlipJudge, ModuleJudge, Passes, Scorer
 from fast_spatial.stopping import stop_requests
@@ -183,6 +184,7 @@ def evaluate_checkpoint(config: EvaluateConfig, world: World, until: float | Non
             side=side,
             batch_size_per_process=config.batch_size_per_process,
             threads=config.workers,
+            placement=placement_of(config, among, exact=True),
             **options,
         )
         return Bar(

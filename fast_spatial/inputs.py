@@ -17,6 +17,7 @@ from kernels.limits import SpatialLimits
 from kernels.sampling import EVALUATION, augmentation_settings, pack_key, view_limits
 from pipelines.dataset import ImageIndex
 from pipelines.loader import Loader
+from pipelines.placement import Placement
 
 _STILL = SpatialLimits(0.0, 0.0)
 
@@ -72,6 +73,7 @@ def evaluation_loader(
     seed: int = 0,
     order: NDArray[np.int64] | None = None,
     threads: int = 0,
+    placement: Placement | None = None,
 ) -> Loader:
     """Batches of images as evaluations see them: the untouched image, and random warps of it.
 
@@ -85,6 +87,7 @@ def evaluation_loader(
         seed: of these.
         order: positions to visit, in turn; default all.
         threads: that load; 0: one per CPU of this process.
+        placement: as `Loader` takes it.
 
     """
     return Loader(
@@ -100,6 +103,7 @@ def evaluation_loader(
         order=order,
         threads=threads or None,
         device=world.device,
+        placement=placement,
     )
 
 

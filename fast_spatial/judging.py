@@ -100,7 +100,7 @@ def judge_batches(
     waiting: dict[int, ImageVerdict] = {}
     for batch in batches:
         if passes is None:
-            size = judge_batch or default_judge_batch(batch.views.device, batch.views.shape[2])
+            size = judge_batch or default_judge_batch(batch.labels.device, batch.side)
             passes = Passes(judge, size, pad=True)
         found = verdicts(passes(batch.views), batch.labels)
         columns = zip(
@@ -123,7 +123,7 @@ def judge_batches(
                 yield verdict
         if for_grid:
             if survivors is None:
-                survivors = GridSurvivors(passes, limits, batch.views.shape[2], moved)
+                survivors = GridSurvivors(passes, limits, batch.side, moved)
             images = batch.views[for_grid, 0]
             survivors.add(images, batch.labels[for_grid].tolist(), batch.index[for_grid].tolist())
             yield from _settled(survivors, waiting)

@@ -39,6 +39,7 @@ from fast_spatial.files import write_atomically, write_json
 from fast_spatial.inputs import evaluation_loader
 from fast_spatial.judging import default_judge_batch
 from fast_spatial.model import Classifier
+from fast_spatial.placing import placement_of
 from fast_spatial.runlog import Bar, say
 from fast_spatial.scoring import Passes, Scorer
 from fast_spatial.stopping import stop_requests
@@ -108,7 +109,8 @@ def landscape(config: LandscapeConfig, world: World, until: float | None = None)
         Scorer(model.to(world.device), dtype), config.judge_batch or default_judge_batch(world.device, side), pad=True
     )
     batch_size = max(1, PASSES_PER_BATCH * passes.size // GRID_VIEWS)
-    load = partial(evaluation_loader, images, side=side, threads=config.workers)
+    placement = placement_of(config, world, exact=True)
+    load = partial(evaluation_loader, images, side=side, threads=config.workers, placement=placement)
     loader = load(world=world, batch_size_per_process=batch_size, order=images.balanced_positions(per_class))
     bar = Bar(
         loader.epoch(0),

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection
 
 from fast_spatial.config import MODES, TrainConfig
 from fast_spatial.distributed import World
+from fast_spatial.placing import placement_of
 from kernels.sampling import TRAINING, augmentation_settings, pack_key
 from pipelines.dataset import ImageIndex
 from pipelines.loader import Loader
@@ -53,7 +54,7 @@ def training_loader(
         world_size=world.world_size,
         threads=config.workers or None,
         device=world.device,
-        exact_decoding=config.deterministic,
+        placement=placement_of(config, world, exact=config.deterministic),
         on_bad_images=on_bad_images,
         bad_images=bad_images,
     )

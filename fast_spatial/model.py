@@ -45,10 +45,11 @@ class Classifier(nn.Module):
         normalized = torch.addcmul(self.shift.view(3, 1, 1), 255 * images, self.scale.view(3, 1, 1))
         return normalized if dtype is None else normalized.to(dtype)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, *, normalized: bool = False) -> Tensor:
+        """Logits; with `normalized`, of what `normalize` would make of images."""
         kind = images.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        logits: Tensor = self.net(self.normalize(images, dtype))
+        logits: Tensor = self.net(images if normalized else self.normalize(images, dtype))
         return logits
 
 

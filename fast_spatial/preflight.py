@@ -24,6 +24,7 @@ from fast_spatial.config import (
 )
 from fast_spatial.data import data_folder, load_split
 from fast_spatial.files import check_writable, write_json
+from fast_spatial.placing import choose_placement
 from fast_spatial.runlog import LOG
 from fast_spatial.saving import BEST, CONFIG, LAST, PREVIOUS, read_segments
 from pipelines.dataset import (
@@ -148,6 +149,7 @@ def check_launch(config: LaunchOptions) -> int:
         raise ValueError(f"--nproc-per-node {config.nproc_per_node}: this node has {gpus} GPUs, one process each")
     if gpus and not has_compiler("cc"):
         raise ValueError("there is no C compiler, which Triton needs to start its kernels on GPUs\ninstall gcc")
+    choose_placement(config.decode, config.warp, on_gpu=gpus > 0, exact=False)
     if config.in_process and (config.nproc_per_node > 1 or config.nnodes != "1"):
         raise ValueError("--in-process: it runs one process; leave --nproc-per-node and --nnodes away")
     return nodes * local_processes(config)

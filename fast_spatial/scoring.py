@@ -68,6 +68,11 @@ class Passes:
         side = self._side or views_BVSSC.shape[2]
         return self._run(B * V, side, lambda part: self.judge.inputs(self._shrink(views_NSSC[part]))).view(B, V, -1)
 
+    def prepared(self, inputs_N: Tensor, views: int) -> Tensor:
+        """Logits float32 [B, V, K] of what the judge's network takes, [B * V, ...], views of an image together."""
+        logits_NK = self._run(len(inputs_N), inputs_N.shape[2], lambda part: inputs_N[part])
+        return logits_NK.view(len(inputs_N) // views, views, -1)
+
     def warped(self, images_BSSC: Tensor, matrices_BV23: Tensor) -> Tensor:
         """Logits float32 [B, V, K] of warps of uint8 images."""
         B, V = matrices_BV23.shape[:2]

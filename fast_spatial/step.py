@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from fast_spatial.device import default_pass_size
 from fast_spatial.model import Classifier, compile_network
 from fast_spatial.optim import make_optimizer
 from fast_spatial.scoring import Passes, Scorer
+from kernels.crops import Crops
 from pipelines.loader import Batch
 
 
@@ -113,15 +115,15 @@ class TrainStep:
     def __call__(self, batch: Batch) -> StepResult:
         self.model.train()
         with record_function("score"):
-            choice = self._choose(batch)
-            views = take_views(batch.views, choice)
+            views, choice = self._choose(batch)
+        normalized = views.dtype != torch.uint8
         self.optimizer.zero_grad(set_to_none=True)
         losses, corrects = [], []
         parts = list(zip(views.tensor_split(self._accumulate), batch.labels.tensor_split(self._accumulate)))
         for number, (part, labels) in enumerate(parts):
             with self._sync(last=number == len(parts) - 1):
                 with record_function("forward"), self._autocast():
-                    logits = self._parallel(part)
+                    logits = self._parallel(part, normalized=normalized)
                     loss = plain = cross_entropy(logits, labels, reduction="none")
                     if self._label_smoothing:
                         loss = cross_entropy(logits, labels, reduction="none", label_smoothing=self._label_smoothing)
@@ -137,14 +139,28 @@ class TrainStep:
                 self.scorer.refresh()
         return StepResult(torch.cat(losses), torch.cat(corrects), choice)
 
-    def _choose(self, batch: Batch) -> Tensor:
+    def _choose(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The view of each image to train on, uint8 [B, S, S, 3] or normalized [B, 3, S, S], and which it is, [B].
+
+        Of crops, all views are made once and normalized, for the judge as for the training.
+        """
+        if isinstance(batch.made, Crops) and not self._score_side:
+            B, V = batch.made.matrices.shape[:2]
+            views_NCSS = batch.made.normalized(self.model.scale, self.model.shift, self.dtype)
+            choice = self._worst(batch, lambda passes: passes.prepared(views_NCSS, V))
+            views_BVSSC = views_NCSS.permute(0, 2, 3, 1).view(B, V, batch.side, batch.side, 3)
+            return take_views(views_BVSSC, choice).permute(0, 3, 1, 2), choice
+        choice = self._worst(batch, lambda passes: passes(batch.views))
+        return take_views(batch.views, choice), choice
+
+    def _worst(self, batch: Batch, logits: Callable[[Passes], Tensor]) -> Tensor:
         if self.scorer is None:
             return torch.zeros_like(batch.labels)
-        side = batch.views.shape[2]
+        side = batch.side
         if side not in self._passes:
             size = self._score_chunk or default_pass_size(self._device, self._score_side or side)
             self._passes[side] = Passes(self.scorer, size, pad=self._compiled, side=self._score_side)
-        return worst_view(losses_of(self._passes[side](batch.views), batch.labels))
+        return worst_view(losses_of(logits(self._passes[side]), batch.labels))
 
     def _autocast(self) -> Any:
         return torch.autocast(self._device.type, self.dtype, enabled=self.dtype != torch.float32)

@@ -270,12 +270,12 @@ def _train(
                     check_finite()
                     means = tally.means(over_ranks=False)
                     bar.show(loss=means["loss"], top1_pct=100 * means["top1"])
-                    runlog.scalars("train_step", done, **means, lr=lr, side=batch.views.shape[2])
+                    runlog.scalars("train_step", done, **means, lr=lr, side=batch.side)
                 if profiler is not None:
                     profiler.step()
                 decision = Decision()
                 if pacemaker is not None and world.rank == 0:
-                    decision = pacemaker.after_step(done, batch.views.shape[2])
+                    decision = pacemaker.after_step(done, batch.side)
                 save_now, stop_signal, *decided = ballot(due(done), request.signal_number, *decision)
                 follow(Decision(*decided))
                 if (save_now or stop_signal) and number + 1 < steps_per_epoch:

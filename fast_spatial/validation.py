@@ -10,6 +10,7 @@ from fast_spatial.device import default_pass_size
 from fast_spatial.distributed import World
 from fast_spatial.inputs import evaluation_loader
 from fast_spatial.metrics import EachOnce, Tally
+from fast_spatial.placing import placement_of
 from fast_spatial.runlog import Bar
 from fast_spatial.scoring import FlipJudge, Passes, Scorer
 from pipelines.dataset import ImageIndex
@@ -47,6 +48,7 @@ class Validation:
             warps=self._warps,
             limits=config.limits,
             threads=config.workers,
+            placement=placement_of(config, world, exact=True),
         )
 
     def __call__(self, moved: Callable[[], None]) -> dict[str, float | None]:

@@ -1,12 +1,17 @@
-"""Where this program keeps what it can make again: compiled kernels, the digits data set."""
+"""Where this program keeps what it can make again: compiled kernels, the digits data set, what a probe found."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
+import json
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 
 def cache_folder() -> Path:
@@ -34,3 +39,28 @@ def keep_compiled_kernels() -> None:
     os.environ["NUMBA_CACHE_DIR"] = str(cache_folder() / f"numba-{digest.hexdigest()[:16]}")
     if "numba" in sys.modules:
         sys.modules["numba"].config.reload_config()
+
+
+def remember(name: str, content: Any) -> None:
+    """Keep a JSON value under a file name, whole or not at all; a disk that does not take it is left alone."""
+    with contextlib.suppress(OSError), tempfile.TemporaryDirectory(dir=cache_folder(), prefix=".writing-") as folder:
+        temporary = Path(folder) / name
+        temporary.write_text(json.dumps(content), encoding="utf-8")
+        temporary.replace(cache_folder() / name)
+
+
+def recall(name: str) -> Any:
+    """What was remembered under a file name; None if that is nothing, or cannot be read."""
+    try:
+        return json.loads((cache_folder() / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+@contextlib.contextmanager
+def one_at_a_time(name: str) -> Iterator[None]:
+    """Let one process of this machine after another through a block; all at once where files cannot be locked."""
+    with open(cache_folder() / f"{name}.lock", "wb") as file:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -9,12 +9,13 @@ each step; here colours are rounded and clipped once.
 
 from __future__ import annotations
 
+import numpy as np
 from numba import njit
 
 from kernels.sampling import COLOUR_BRIGHTNESS, COLOUR_CONTRAST, COLOUR_LIGHTING, COLOUR_SATURATION
 
 # ITU-R 601 luma, as PIL's "L".
-_GREY = (0.299, 0.587, 0.114)
+GREY = (0.299, 0.587, 0.114)
 
 
 @njit(cache=True, nogil=True)
@@ -22,12 +23,22 @@ def write_colour_matrix(out_34, numbers, mean_rgb):  # type: ignore[no-untyped-d
     """Write the float32 3x4 matrix (colours of 255) of an image's colour numbers and its mean red, green and blue."""
     brightness, contrast = numbers[COLOUR_BRIGHTNESS], numbers[COLOUR_CONTRAST]
     saturation = numbers[COLOUR_SATURATION]
-    mean_grey = _GREY[0] * mean_rgb[0] + _GREY[1] * mean_rgb[1] + _GREY[2] * mean_rgb[2]
+    mean_grey = GREY[0] * mean_rgb[0] + GREY[1] * mean_rgb[1] + GREY[2] * mean_rgb[2]
     for channel in range(3):
         for k in range(3):
-            saturated = saturation * (channel == k) + (1.0 - saturation) * _GREY[k]
+            saturated = saturation * (channel == k) + (1.0 - saturation) * GREY[k]
             out_34[channel, k] = brightness * contrast * saturated
         out_34[channel, 3] = brightness * (1.0 - contrast) * mean_grey + numbers[COLOUR_LIGHTING + channel]
+
+
+@njit(cache=True, nogil=True)
+def write_colour_parts(linear_33, pivots_33, shift_3, numbers):  # type: ignore[no-untyped-def]
+    """Write the same change without knowing the mean: a colour c becomes linear c + pivots mean + shift."""
+    mean, matrix = np.zeros(3, np.float32), np.empty((3, 4), np.float32)
+    write_colour_matrix(matrix, numbers, mean)
+    linear_33[:], shift_3[:] = matrix[:, :3], matrix[:, 3]
+    for k in range(3):
+        pivots_33[:, k] = numbers[COLOUR_BRIGHTNESS] * (1.0 - numbers[COLOUR_CONTRAST]) * GREY[k]
 
 
 @njit(cache=True, nogil=True)

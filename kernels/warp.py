@@ -45,9 +45,7 @@ def warp(images_BSSC: Tensor, matrices_BV23: Tensor, colour_B34: Tensor | None =
         return _warp_cpu(images_BSSC, matrices_BV23, colour_B34)
     from kernels import warp_cuda
 
-    ones, noughts = images_BSSC.new_ones(3, dtype=torch.float32), images_BSSC.new_zeros(3, dtype=torch.float32)
-    views = warp_cuda.warp_normalized(images_BSSC, matrices_BV23, colour_B34, ones, noughts, torch.uint8)
-    return views.permute(0, 2, 3, 1).view(B, -1, S, S, 3)
+    return warp_cuda.warp(images_BSSC, matrices_BV23, colour_B34)
 
 
 def warp_normalized(

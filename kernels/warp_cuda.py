@@ -15,8 +15,46 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.colour import GREY
+from kernels.sampling import COLOUR_BRIGHTNESS, COLOUR_CONTRAST, COLOUR_LIGHTING, COLOUR_SATURATION, COLOUR_WIDTH
+
 _TILE_Y, _TILE_X = 8, 64
 _BLOCK = 1024
+_GREY_R, _GREY_G, _GREY_B = (tl.constexpr(share) for share in GREY)
+_WIDTH, _BRIGHTNESS, _CONTRAST = (
+    tl.constexpr(COLOUR_WIDTH),
+    tl.constexpr(COLOUR_BRIGHTNESS),
+    tl.constexpr(COLOUR_CONTRAST),
+)
+_SATURATION, _LIGHTING = tl.constexpr(COLOUR_SATURATION), tl.constexpr(COLOUR_LIGHTING)
+
+
+@triton.jit
+def _matrix_kernel(colours, images, numbers, pixels, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """`kernels.colour` on a GPU: an image's mean, of which its colour matrix is a function; a program per image."""
+    image = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, BLOCK)
+    reds, greens, blues = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32)
+    for start in range(0, pixels, BLOCK):
+        inside = start + lane < pixels
+        at = images + image * pixels * 3 + (start + lane) * 3
+        reds += tl.load(at, mask=inside, other=0).to(tl.int32)
+        greens += tl.load(at + 1, mask=inside, other=0).to(tl.int32)
+        blues += tl.load(at + 2, mask=inside, other=0).to(tl.int32)
+    red, green, blue = tl.sum(reds.to(tl.int64)), tl.sum(greens.to(tl.int64)), tl.sum(blues.to(tl.int64))
+    mean_grey = (_GREY_R * red.to(tl.float64) + _GREY_G * green.to(tl.float64) + _GREY_B * blue.to(tl.float64)) / pixels
+    drawn = numbers + image * _WIDTH
+    brightness, contrast = tl.load(drawn + _BRIGHTNESS).to(tl.float64), tl.load(drawn + _CONTRAST).to(tl.float64)
+    saturation = tl.load(drawn + _SATURATION).to(tl.float64)
+    for channel in tl.static_range(3):
+        row = colours + image * 12 + channel * 4
+        own = brightness * contrast * saturation
+        grey = brightness * contrast * (1.0 - saturation)
+        tl.store(row, (grey * _GREY_R + (own if channel == 0 else 0.0)).to(tl.float32))
+        tl.store(row + 1, (grey * _GREY_G + (own if channel == 1 else 0.0)).to(tl.float32))
+        tl.store(row + 2, (grey * _GREY_B + (own if channel == 2 else 0.0)).to(tl.float32))
+        lighting = tl.load(drawn + _LIGHTING + channel).to(tl.float64)
+        tl.store(row + 3, (brightness * (1.0 - contrast) * mean_grey + lighting).to(tl.float32))
 
 
 @triton.jit
@@ -100,6 +138,23 @@ def _normalize_kernel(out, views, scale, shift, count, BLOCK: tl.constexpr):  # 
 def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Make a device current: Triton launches there, wherever the tensors are."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def colour_matrices(images_BSSC: Tensor, numbers_BN: Tensor) -> Tensor:
+    """Each image's colour matrix, float32 [B, 3, 4], from its colour numbers, float32 [B, COLOUR_WIDTH]."""
+    B, S = images_BSSC.shape[:2]
+    colours_B34 = torch.empty((B, 3, 4), dtype=torch.float32, device=images_BSSC.device)
+    with _current(images_BSSC.device):
+        _matrix_kernel[(B,)](colours_B34, images_BSSC.contiguous(), numbers_BN.contiguous(), S * S, _BLOCK)
+    return colours_B34
+
+
+def warp(images_BSSC: Tensor, matrices_BV23: Tensor, colour_B34: Tensor | None) -> Tensor:
+    """`kernels.warp.warp` on a GPU."""
+    B, S = images_BSSC.shape[:2]
+    ones, noughts = images_BSSC.new_ones(3, dtype=torch.float32), images_BSSC.new_zeros(3, dtype=torch.float32)
+    views = warp_normalized(images_BSSC, matrices_BV23, colour_B34, ones, noughts, torch.uint8)
+    return views.permute(0, 2, 3, 1).view(B, -1, S, S, 3)
 
 
 def warp_normalized(

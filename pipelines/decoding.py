@@ -32,6 +32,7 @@ from PIL import Image
 
 from kernels.cpus import usable_cpus
 from pipelines.audit import KILLS, KINDS, MAX_PIXELS, Content, Finding, explain_failure, inspect_header, read_regular
+from pipelines.placement import Decoding
 
 TIMEOUT_SEC = 60.0
 FILES_PER_BATCH = 32
@@ -73,9 +74,10 @@ class Report(NamedTuple):
         return next((found.detail for found in self.findings if KINDS[found.kind].severity == KILLS), None)
 
 
-def decoder_options(*, on_gpu: bool, hw_decoder_load: float) -> dict[str, Any]:
+def decoder_options(decoding: Decoding) -> dict[str, Any]:
     """How images are decoded, in training as in a check."""
-    device = {"device": "mixed", "hw_decoder_load": hw_decoder_load} if on_gpu else {"device": "cpu"}
+    on_cpu = decoding.on == "cpu"
+    device = {"device": "cpu"} if on_cpu else {"device": "mixed", "hw_decoder_load": decoding.hw_decoder_load}
     return {
         "output_type": types.RGB,
         "adjust_orientation": False,
@@ -83,6 +85,14 @@ def decoder_options(*, on_gpu: bool, hw_decoder_load: float) -> dict[str, Any]:
         "use_fast_idct": False,
         **device,
     }
+
+
+def decode_box(encoded: Any, start: Any, shape: Any, decoding: Decoding) -> Any:
+    """A box of each encoded image, uint8 [H, W, 3] as a node of a graph, in the memory of what decodes it."""
+    options = decoder_options(decoding)
+    if decoding.on == "gpu-full":
+        return fn.slice(fn.decoders.image(encoded, **options), start=start, shape=shape, axes=(0, 1))
+    return fn.decoders.image_slice(encoded, start=start, shape=shape, axes=(0, 1), **options)
 
 
 def decode_files(
@@ -230,11 +240,10 @@ def _shape_graph() -> Any:
 
 
 @pipeline_def
-def image_graph(on_gpu: bool) -> Any:
+def image_graph(decoding: Decoding) -> Any:
     """Whole images, with training's operator: uint8 [H, W, 3], of `encoded` files and their `size`, int32 [2]."""
     encoded, size = fn.external_source(name="encoded"), fn.external_source(name="size")
-    options = decoder_options(on_gpu=on_gpu, hw_decoder_load=0.0)
-    return fn.decoders.image_slice(encoded, start=np.zeros(2, np.int32), shape=size, axes=(0, 1), **options)
+    return decode_box(encoded, np.zeros(2, np.int32), size, decoding)
 
 
 class _Decoder:
@@ -281,7 +290,7 @@ class _Decoder:
                 self.spent = True
             self._decode([content], sizes)
         except RuntimeError as error:
-            reason = self._complaint() or _reason_of(error)
+            reason = self._complaint() or reason_of(error)
             self._build()
             return explain_failure(content, reason)
         complaint = self._complaint()
@@ -298,7 +307,7 @@ class _Decoder:
             "exec_pipelined": False,
         }
         self._shapes: Any = _shape_graph(**options)
-        self._images: Any = image_graph(self._on_gpu, **options)
+        self._images: Any = image_graph(Decoding("gpu" if self._on_gpu else "cpu"), **options)
         self._decode([self._sample], self._peek([self._sample]))
         self._complaint()
 
@@ -321,7 +330,8 @@ class _Decoder:
         return next((_PREFIX.sub("", line) for line in lines if _COMPLAINT.search(line)), "")
 
 
-def _reason_of(error: RuntimeError) -> str:
+def reason_of(error: RuntimeError) -> str:
+    """What DALI says the matter was, in a line."""
     found = re.search(r"encountered:\s*(.*?)\s*(Current pipeline|$)", str(error), re.DOTALL)
     reason = (found[1] if found else str(error)).strip().splitlines()[0]
     return _STATUS.get(reason, reason)

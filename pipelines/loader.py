@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -20,22 +20,43 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from kernels.cpus import cpus_per_process
+from kernels.crops import Crops
 from kernels.sampling import CENTER, EPOCH, HEADER_WIDTH, INDEX, KEY, LABEL, SIDE, TICKET, epoch_order
 from pipelines.dataset import ImageIndex, check_divides, printable
+from pipelines.placement import Placement, usual_placement
 
-# What DALI may hold ready, beyond the batch in use: at least one batch, at most this much or four batches.
-_PREFETCH_BYTES = 1 << 30
+# DALI's queue, of which one batch is in use: as many batches as these bytes hold, but two to four. With a queue of one,
+# nothing would be loaded while a batch is in use.
+_QUEUE_BYTES = 1 << 30
+_LEAST_QUEUED, _MOST_QUEUED = 2, 4
 _READ_AHEAD_BATCHES = 4
 _NONE = np.empty(0, np.int64)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Views uint8 [B, V, S, S, 3] (on the loader's device), labels int64 [B] and positions in the split int64 [B]."""
+    """Images, or what they are made of, with labels int64 [B] and positions in the split int64 [B].
 
-    views: Tensor
+    Attributes:
+        made: views, uint8 [B, V, S, S, 3], or the crops of which they are made when wanted; on the loader's device.
+        labels: on the loader's device.
+        index: in host memory.
+
+    """
+
+    made: Tensor | Crops
     labels: Tensor
     index: Tensor
+
+    @cached_property
+    def views(self) -> Tensor:
+        """Views, uint8 [B, V, S, S, 3]; made once."""
+        return self.made.views() if isinstance(self.made, Crops) else self.made
+
+    @property
+    def side(self) -> int:
+        """The side of the views, pixels."""
+        return (self.made.images if isinstance(self.made, Crops) else self.made).shape[-2]
 
 
 class Loader:
@@ -57,8 +78,8 @@ class Loader:
         rank: the GLOBAL rank.
         order: the positions that an evaluation visits, in turn; default all of them. An image's draws are those of its
             position in the split, wherever in the order it comes.
-        device: where the views are wanted; a GPU decodes and warps there.
-        exact_decoding: keep GPU decoding independent of load and chance (no hardware decoder).
+        device: where the views are wanted.
+        placement: where images are decoded and views made; None: `usual_placement` for the device.
         on_bad_images: called when images are met that cannot be decoded, with their positions and why, and with those
             of which no part can be. If it returns, they are replaced, each by the next good image of the split; the
             default raises.
@@ -68,7 +89,8 @@ class Loader:
     position) alone, so the stream stays a pure function, whenever the damage is found.
 
     Raises:
-        ValueError: if the world size does not divide the batch, or the split is smaller than one batch.
+        ValueError: if the world size does not divide the batch, the split is smaller than one batch, or images are to
+            be decoded on a GPU for a loader without one.
 
     """
 
@@ -88,7 +110,7 @@ class Loader:
         order: NDArray[np.int64] | None = None,
         threads: int | None = None,
         device: torch.device | None = None,
-        exact_decoding: bool = True,
+        placement: Placement | None = None,
         on_bad_images: Callable[[dict[int, str], Collection[int]], None] | None = None,
         bad_images: Collection[int] = (),
     ) -> None:
@@ -120,26 +142,28 @@ class Loader:
         self._device = device or torch.device("cpu")
         on_gpu = self._device.type == "cuda"
         self._device_id = (self._device.index or 0) if on_gpu else None
-        self._needs_canvas = not on_gpu
+        self._placement = placement or usual_placement(on_gpu=on_gpu)
+        if self._placement.decoding.on != "cpu" and not on_gpu:
+            raise ValueError(f"images for {self._device} are to be decoded on the {self._placement.decoding}")
         # The same for all images, fed with every batch.
         self._constants = [np.repeat(row[None], self._batch_size, axis=0) for row in (limits, settings)]
         largest = largest_side if callable(side) else side
         assert largest > 0
-        batch_bytes = self._batch_size * len(limits) * largest**2 * 3
+        kept = 1 if self._placement.warp == "triton" else len(limits)
+        batch_bytes = self._batch_size * kept * largest**2 * 3
         from pipelines.graph import view_graph  # a batch is a batch where DALI is missing, too
 
         self._build: Callable[..., Any] = partial(
             view_graph,
             views=len(limits),
             center=bool(settings[CENTER]),
+            placement=self._placement,
             on_gpu=on_gpu,
-            hw_decoder_load=0.0 if exact_decoding else 0.65,
-            warp_backend="dali" if on_gpu else "numba",
             num_threads=threads,
             device_id=self._device_id,
             exec_dynamic=True,
         )
-        self._ahead = int(np.clip(_PREFETCH_BYTES // batch_bytes, 1, 4))
+        self._ahead = int(np.clip(_QUEUE_BYTES // batch_bytes, _LEAST_QUEUED, _MOST_QUEUED))
         self._pipeline = self._start()
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
@@ -148,17 +172,17 @@ class Loader:
             ticket = epoch * self.steps_per_epoch + step
             if ticket != self._delivered + 1:
                 self._next_ticket = ticket  # a jump: batches already in flight are dropped below
-            views, header = self._run(ticket)
+            made, header = self._run(ticket)
             labels = header[:, LABEL].contiguous()
             if self._device.type == "cuda":  # from pinned memory, or the copy would wait for the device
                 labels = labels.pin_memory().to(self._device, non_blocking=True)
-            yield Batch(views, labels, header[:, INDEX])
+            yield Batch(made, labels, header[:, INDEX])
 
-    def _run(self, ticket: int) -> tuple[Tensor, Tensor]:
-        """Views and headers of one batch; those in flight before it are dropped."""
+    def _run(self, ticket: int) -> tuple[Tensor | Crops, Tensor]:
+        """Views or crops, and headers, of one batch; those in flight before it are dropped."""
         while True:
             try:
-                views, header = self._outputs()
+                made, header = self._outputs()
             except RuntimeError as error:
                 self._without_bad_images(error)
                 self._next_ticket = ticket
@@ -166,26 +190,46 @@ class Loader:
             self._delivered = int(header[0, TICKET])
             self._in_flight.remove(self._delivered)
             if self._delivered == ticket:
-                return views, header
+                return made, header
 
     def _start(self) -> Any:
         return self._build(self._source, batch_size=self._batch_size, prefetch_queue_depth=self._ahead)
 
-    def _outputs(self) -> tuple[Tensor, Tensor]:
+    def _outputs(self) -> tuple[Tensor | Crops, Tensor]:
         if self._device.type == "cuda":
             outputs = self._pipeline.run(torch.cuda.current_stream(self._device))
         else:
             outputs = self._pipeline.run()
-        views, header = (from_dlpack(output.as_tensor()) for output in outputs)
-        side = int(header[0, SIDE])
+        # DLPack does not take pinned memory, which is where DALI might keep what is also read by a GPU.
+        header = torch.from_numpy(np.array(outputs[-1].as_tensor()))
+        B, side = len(header), int(header[0, SIDE])
+        tensors = [self._tensor(output.as_tensor()) for output in outputs[:-1]]
         # An exception inside a numba operator is printed and ignored, and leaves an empty output.
-        assert views.shape == (len(header), self._views, side, side, 3)
+        if self._placement.warp == "triton":
+            images, matrices, numbers = tensors
+            assert images.shape == (B, side, side, 3) and matrices.shape == (B, self._views, 2, 3)
+            return Crops(images, matrices, numbers), header
+        (views,) = tensors
+        assert views.shape == (B, self._views, side, side, 3)
         return views, header
+
+    def _tensor(self, output: Any) -> Tensor:
+        """An output of the graph: as it lies in host memory, or copied on the current stream into torch's GPU memory.
+
+        Lent by DLPack, GPU memory would be given back by a thread of DALI's that waits for the whole device, which
+        takes a CPU and is an error while a CUDA graph is captured. DALI's memory waits for the copy by itself.
+        """
+        if self._device.type != "cuda":
+            return from_dlpack(output)
+        from nvidia.dali.plugin.pytorch import feed_ndarray, to_torch_type
+
+        copy = torch.empty(output.shape(), dtype=to_torch_type[output.dtype], device=self._device)
+        feed_ndarray(output, copy, cuda_stream=torch.cuda.current_stream(self._device))
+        return copy
 
     def _without_bad_images(self, error: RuntimeError) -> None:
         """A new pipeline without the images in flight that cannot be decoded; DALI's is dead, and names no file."""
         from pipelines.decoding import decode_files
-        from pipelines.graph import has_first_pixel
 
         found: dict[int, list[int]] = {}  # epochs, by position
         for ticket in self._in_flight:
@@ -196,7 +240,7 @@ class Loader:
             raise error
         reasons = dict(decode_files([self.images.path(position) for position in found]))
         bad = {p: reasons[self.images.path(p)] or "a part of it cannot be decoded" for p in found}
-        hopeless = [p for p in found if not has_first_pixel(self.images.paths[p], device_id=self._device_id)]
+        hopeless = [p for p in found if not self._has_first_pixel(p)]
         self._on_bad_images(bad, hopeless)
         self._bad_images = np.union1d(self._bad_images, np.array(hopeless, np.int64))
         for position, epochs in found.items():
@@ -205,6 +249,11 @@ class Loader:
         self._check_some_are_good()
         self._in_flight.clear()
         self._pipeline = self._start()
+
+    def _has_first_pixel(self, position: int) -> bool:
+        from pipelines.graph import has_first_pixel
+
+        return has_first_pixel(self.images.paths[position], self._placement.decoding, device_id=self._device_id)
 
     def _bad_rows(self, ticket: int, rows: range) -> list[int]:
         """The rows of a batch that cannot be decoded: tried together, then in halves."""
@@ -263,7 +312,7 @@ class Loader:
         headers = np.zeros((len(positions), HEADER_WIDTH), np.int64)
         headers[:, LABEL], headers[:, INDEX] = self.images.labels[positions], positions
         headers[:, KEY], headers[:, EPOCH], headers[:, SIDE], headers[:, TICKET] = self._key, epoch, side, ticket
-        canvas = [np.zeros((len(positions), side), np.uint8)] if self._needs_canvas else []
+        canvas = [np.zeros((len(positions), side), np.uint8)] if self._placement.resizes_on_host else []
         constants = (array[: len(positions)] for array in self._constants)
         return self.images.paths[positions], headers, *constants, *canvas
 

@@ -16,7 +16,7 @@ from numba import types as numba_types
 from nvidia.dali import fn, types
 from nvidia.dali.plugin.numba import NumbaFunction, address_as_void_pointer  # type: ignore[attr-defined]
 
-from kernels.colour import write_colour_matrix, write_mean_rgb
+from kernels.colour import write_colour_matrix, write_colour_parts, write_mean_rgb
 from kernels.resize import resize_window
 from kernels.sampling import (
     COLOUR_WIDTH,
@@ -164,18 +164,55 @@ def _views_operator() -> Any:
 
 
 @cfunc(_SETUP, cache=True)
+def _resize_setup(out_shapes, _out_ndims, _outs, in_shapes, _in_ndims, _ins, samples):  # type: ignore[no-untyped-def]
+    for sample in range(samples):
+        side = _sample_shape(in_shapes, 0, sample, samples, 1)[0]
+        resized = _sample_shape(out_shapes, 0, sample, samples, 3)
+        resized[0], resized[1], resized[2] = side, side, 3
+
+
+@cfunc(_RUN, cache=True)
+def _resize_run(outs, _out_shapes, _out_ndims, _outs, ins, in_shapes, _in_ndims, _ins):  # type: ignore[no-untyped-def]
+    side, shape = _shape_of(in_shapes, 0, 1)[0], _shape_of(in_shapes, 1, 3)
+    geometry = carray(_data_pointer(ins, 2), GEOMETRY_WIDTH, np.int32)
+    resize_window(
+        carray(_data_pointer(outs, 0), (side, side, 3), np.uint8),
+        carray(_data_pointer(ins, 1), (shape[0], shape[1], 3), np.uint8),
+        geometry[RESIZED_H],
+        geometry[RESIZED_W],
+        geometry[CROP_Y],
+        geometry[CROP_X],
+    )
+
+
+@cache
+def _resize_operator() -> Any:
+    return _CachedNumbaFunction(
+        run_fn=_resize_run,
+        setup_fn=_resize_setup,
+        out_types=[types.UINT8],
+        outs_ndim=[3],
+        in_types=[types.UINT8, types.UINT8, types.INT32],
+        ins_ndim=[1, 3, 1],
+    )
+
+
+@cfunc(_SETUP, cache=True)
 def _colour_setup(out_shapes, _out_ndims, _outs, _in_shapes, _in_ndims, _ins, samples):  # type: ignore[no-untyped-def]
     for sample in range(samples):
-        matrix = _sample_shape(out_shapes, 0, sample, samples, 2)
-        matrix[0], matrix[1] = 3, 4
+        for output in range(2):
+            matrix = _sample_shape(out_shapes, output, sample, samples, 2)
+            matrix[0], matrix[1] = 3, 3
+        _sample_shape(out_shapes, 2, sample, samples, 1)[0] = 3
 
 
 @cfunc(_RUN, cache=True)
 def _colour_run(outs, _out_shapes, _out_ndims, _outs, ins, _in_shapes, _in_ndims, _ins):  # type: ignore[no-untyped-def]
-    write_colour_matrix(
-        carray(_data_pointer(outs, 0), (3, 4), np.float32),
+    write_colour_parts(
+        carray(_data_pointer(outs, 0), (3, 3), np.float32),
+        carray(_data_pointer(outs, 1), (3, 3), np.float32),
+        carray(_data_pointer(outs, 2), 3, np.float32),
         carray(_data_pointer(ins, 0), COLOUR_WIDTH, np.float32),
-        carray(_data_pointer(ins, 1), 3, np.float32),
     )
 
 
@@ -184,10 +221,10 @@ def _colour_operator() -> Any:
     return _CachedNumbaFunction(
         run_fn=_colour_run,
         setup_fn=_colour_setup,
-        out_types=[types.FLOAT],
-        outs_ndim=[2],
-        in_types=[types.FLOAT, types.FLOAT],
-        ins_ndim=[1, 1],
+        out_types=[types.FLOAT, types.FLOAT, types.FLOAT],
+        outs_ndim=[2, 2, 1],
+        in_types=[types.FLOAT],
+        ins_ndim=[1],
     )
 
 
@@ -198,6 +235,11 @@ def numba_views(canvas: Node, images: Node, geometry: Node, matrices: Node, colo
     """
     views, _words, _resized = _views_operator()(canvas, matrices, images, geometry, colour)
     return views
+
+
+def numba_resize(canvas: Node, images: Node, geometry: Node) -> Node:
+    """Decoded uint8 images in host memory at the side of the views, uint8 [S, S, 3]; `canvas` as `numba_views`."""
+    return _resize_operator()(canvas, images, geometry)
 
 
 def dali_resize(images: Node, geometry: Node, *, center: bool) -> Node:
@@ -211,11 +253,14 @@ def dali_resize(images: Node, geometry: Node, *, center: bool) -> Node:
 
 def dali_views(images: Node, matrices: Node, colour: Node, views: int) -> Node:
     """uint8 [V, S, S, 3] views of uint8 [S, S, 3] images, from DALI's own operators, in host or GPU memory."""
-    mean = fn.reductions.mean(images, axes=(0, 1)).cpu()
-    images = fn.coord_transform(images, MT=_colour_operator()(colour, mean), dtype=types.UINT8)
+    # What is asked of the CPU does not hang on the mean, or the CPU's operators would wait for the GPU's.
+    linear, pivots, shift = _colour_operator()(colour)
+    mean = fn.reductions.mean(images, axes=(0, 1), keep_dims=True)
+    moved = fn.coord_transform(images, M=linear, dtype=types.FLOAT) + fn.coord_transform(mean, M=pivots, T=shift)
+    images = fn.cast(moved, dtype=types.UINT8)
     frames = fn.sequence_rearrange(fn.expand_dims(images, axes=[0], new_axis_names="F"), new_order=[0] * views)
     # DALI's coordinates start at the corner of a pixel, ours at its centre: the same matrix, with shifted offsets.
-    linear = matrices[:, :, 0:2]
-    offset = matrices[:, :, 2:3] + 0.5 - 0.5 * fn.reductions.sum(linear, axes=[2], keep_dims=True)
-    corner_matrices = fn.cat(linear, offset, axis=2)
+    turn = matrices[:, :, 0:2]
+    offset = matrices[:, :, 2:3] + 0.5 - 0.5 * fn.reductions.sum(turn, axes=[2], keep_dims=True)
+    corner_matrices = fn.cat(turn, offset, axis=2)
     return fn.warp_affine(frames, matrix=fn.per_frame(corner_matrices), inverse_map=True, fill_value=0)

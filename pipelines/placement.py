@@ -43,7 +43,7 @@ class Placement:
     Attributes:
         decoding: how files are decoded.
         warp: "dali": DALI's operators inside the graph, on the loader's device; "triton": our Triton kernels, from the
-            crop that the graph ends in, on the training's stream; "numba": our CPU kernels inside the graph.
+            crop that the graph ends in, on the stream that takes the batch; "numba": our CPU kernels inside the graph.
 
     Raises:
         ValueError: if the views would be made on CPUs of images in GPU memory.
@@ -55,6 +55,14 @@ class Placement:
 
     def __post_init__(self) -> None:
         if self.warp == "numba" and self.decoding.on != "cpu":
-            raise ValueError(
-                f"--warp numba makes views in host memory, but --decode {self.decoding.on} decodes on the GPU"
-            )
+            raise ValueError(f"numba makes views in host memory, but images are decoded on the {self.decoding}")
+
+    @property
+    def resizes_on_host(self) -> bool:
+        """Whether our own CPU kernel resizes, which has to be told the side: an array of that length."""
+        return self.decoding.on == "cpu" and self.warp != "dali"
+
+
+def usual_placement(*, on_gpu: bool) -> Placement:
+    """Where everything runs if nothing else is said, without what depends on load (the JPEG engine)."""
+    return Placement(Decoding("gpu"), "dali") if on_gpu else Placement(Decoding("cpu"), "numba")

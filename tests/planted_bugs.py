@@ -68,7 +68,7 @@ BUGS = (
     Bug(
         "BatchNorm in training mode while scoring",
         "fast_spatial/step.py",
-        "self._passes[side](batch.views)",
+        "passes(batch.views)",
         "self.model(batch.views.flatten(0, 1)).detach().view(*batch.views.shape[:2], -1)",
         "tests/test_step.py",
     ),

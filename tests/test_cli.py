@@ -35,6 +35,8 @@ LAUNCH_OPTIONS = {
     "in_process": False,
     "stall_minutes": 20.0,
     "workers": 0,
+    "decode": "auto",
+    "warp": "auto",
 }
 TRAIN_OPTIONS = {
     "data": "",

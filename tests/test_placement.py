@@ -9,17 +9,21 @@ from nvidia.dali.ops import _registry
 
 from pipelines.decoding import image_graph
 from pipelines.graph import view_graph
+from pipelines.placement import RUNGS, WARPS, Decoding, Placement, usual_placement
 
 GPU = "gpu"
 # The schema's name and the name under which DALI's plugin lists it.
 LISTED_AS = {"NumbaFuncImpl": "NumbaFunction"}
+USUAL = usual_placement(on_gpu=True)
+PLACEMENTS = [Placement(rung, warp) for rung in RUNGS for warp in WARPS if warp != "numba" or rung.on == "cpu"]
+every_placement = pytest.mark.parametrize("placement", PLACEMENTS, ids=lambda p: f"{p.decoding}, {p.warp}")
 
 
 def no_source(_info: Any) -> Any:
     raise AssertionError("the graph is never run")
 
 
-def built(*, center: bool, on_gpu: bool = True, warp_backend: str = "dali") -> Any:
+def built(*, center: bool, on_gpu: bool = True, placement: Placement = USUAL) -> Any:
     """The pipeline, with its graph and its backend checked as far as DALI does before it needs the GPU.
 
     Our own operators cannot be serialized, which is the last thing that DALI finds out.
@@ -28,9 +32,8 @@ def built(*, center: bool, on_gpu: bool = True, warp_backend: str = "dali") -> A
         no_source,
         views=3,
         center=center,
+        placement=placement,
         on_gpu=on_gpu,
-        hw_decoder_load=0.0,
-        warp_backend=warp_backend,
         batch_size=2,
         num_threads=1,
         device_id=None,
@@ -47,17 +50,20 @@ def operators(pipeline: Any) -> list[tuple[str, str]]:
     return [(node._op.schema.Name(), node._op.device) for node in pipeline._ops]
 
 
+@every_placement
 @pytest.mark.parametrize("center", [True, False])
-def test_every_operator_exists_for_its_device(center):
+def test_every_operator_exists_for_its_device(center, placement):
     registered = {"cpu": _registry.cpu_ops(), "gpu": _registry.gpu_ops(), "mixed": _registry.mixed_ops()}
-    found = operators(built(center=center))
-    assert len(found) > 20
+    found = operators(built(center=center, placement=placement))
+    assert len(found) > 5
     for name, device in found:
         assert LISTED_AS.get(name, name) in registered[device], f"{name} does not exist for {device}"
 
 
 def test_a_check_decodes_with_the_operator_and_on_the_device_of_training():
-    pipeline = image_graph(True, batch_size=2, num_threads=1, device_id=None, exec_async=False, exec_pipelined=False)
+    pipeline = image_graph(
+        Decoding("gpu"), batch_size=2, num_threads=1, device_id=None, exec_async=False, exec_pipelined=False
+    )
     pipeline.serialize()
     checked, trained = (
         next(node._op for node in graph._ops if node._op.schema.Name() == "decoders__ImageSlice")
@@ -76,25 +82,51 @@ def test_pixels_stay_on_the_gpu_and_decisions_on_the_cpu(center):
     on_gpu = {name for name, where in devices.items() if where == {GPU}}
     expected = {"Resize", "CoordTransform", "ExpandDims", "SequenceRearrange", "WarpAffine", "reductions__Mean"}
     assert on_gpu == expected | ({"Slice"} if center else set())
+    assert devices["Cast"] == {GPU, "cpu"}
     for name in ("ExternalSource", "io__file__Read", "PeekImageShape", "NumbaFuncImpl", "PerFrame", "Cat"):
         assert devices[name] == {"cpu"}, name
 
 
+@every_placement
 @pytest.mark.parametrize("center", [True, False])
-def test_inputs_are_where_their_operators_need_them(center):
+def test_inputs_are_where_their_operators_need_them(center, placement):
     """GPU operators take their images there; arguments, and all that a CPU or mixed operator takes, are on the CPU."""
-    for node in built(center=center)._ops:
+    for node in built(center=center, placement=placement)._ops:
         spec, device = node.spec, node._op.device
         for i in range(spec.NumInput()):
             expected = GPU if device == GPU and i < spec.NumRegularInput() else "cpu"
             assert spec.InputDevice(i) == expected, f"input {i} of {node.name}"
 
 
-def test_outputs_are_views_on_the_gpu_and_headers_in_host_memory():
-    views, header = built(center=True)._graph_outputs
-    assert (views.device, header.device) == (GPU, "cpu")
+@every_placement
+def test_outputs_are_on_the_gpu_and_headers_in_host_memory(placement):
+    *outputs, header = built(center=True, placement=placement)._graph_outputs
+    assert [output.device for output in outputs] == [GPU] * (3 if placement.warp == "triton" else 1)
+    assert header.device == "cpu"
 
 
-@pytest.mark.parametrize("warp_backend", ["numba", "dali"])
-def test_the_graph_for_a_cpu_is_all_on_the_cpu(warp_backend):
-    assert {device for _, device in operators(built(center=True, on_gpu=False, warp_backend=warp_backend))} == {"cpu"}
+@every_placement
+def test_decoding_is_where_it_was_asked_for(placement):
+    found = {name: device for name, device in operators(built(center=False, placement=placement)) if "decoders" in name}
+    whole, on_cpu = placement.decoding.on == "gpu-full", placement.decoding.on == "cpu"
+    assert found == {"decoders__Image" if whole else "decoders__ImageSlice": "cpu" if on_cpu else "mixed"}
+
+
+@every_placement
+def test_nothing_comes_back_from_the_gpu(placement):
+    """A CPU operator that waits for the GPU keeps the next batch from being read."""
+    nodes = built(center=True, placement=placement)._ops
+    back = [i.name for node in nodes for i in node.inputs if i.device == "cpu" and i.source._op.device != "cpu"]
+    assert back == []
+
+
+@pytest.mark.parametrize("warp", WARPS)
+def test_the_graph_for_a_cpu_is_all_on_the_cpu(warp):
+    placement = Placement(Decoding("cpu"), warp)
+    assert {device for _, device in operators(built(center=True, on_gpu=False, placement=placement))} == {"cpu"}
+
+
+@pytest.mark.parametrize("on", ["gpu", "gpu-full"])
+def test_numba_makes_no_views_of_images_in_gpu_memory(on):
+    with pytest.raises(ValueError, match="host memory"):
+        Placement(Decoding(on), "numba")

@@ -1,0 +1,200 @@
+"""Every placement that can run here against one reference in float64: how far views are off, whether choices agree.
+
+    python -m benchmarks.placements [--json_file FILE] [--side 224] [--images 24]
+
+Each runs in a process of its own, so that one that crashes is a line in the table. Without a GPU, our Triton kernels
+run in Triton's interpreter.
+
+The reference decodes with PIL, resizes (as torch's antialiased bilinear does), changes colours and warps in float64; it
+rounds to 8 bits where all backends do: after the resize, after the colours. B images, V views of each, S side.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import fire
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from benchmarks.jpegs import write_photograph
+from fast_spatial import model as models
+from fast_spatial.attack import losses_of, worst_view
+from fast_spatial.environment import environment
+from fast_spatial.files import write_json
+from fast_spatial.model import Classifier
+from fast_spatial.scoring import Passes, Scorer
+from kernels.colour import write_colour_matrix
+from kernels.sampling import (
+    BOX_H,
+    BOX_W,
+    BOX_X,
+    BOX_Y,
+    COLOUR_WIDTH,
+    CROP_X,
+    CROP_Y,
+    GEOMETRY_WIDTH,
+    HEADER_WIDTH,
+    INDEX,
+    KEY,
+    RESIZED_H,
+    RESIZED_W,
+    SIDE,
+    TRAINING,
+    augmentation_settings,
+    draw_image,
+    pack_key,
+    view_limits,
+)
+from kernels.warp import warp_reference
+from pipelines.dataset import ImageIndex, read_index
+from pipelines.loader import Loader
+from pipelines.placement import RUNGS, WARPS, Decoding, Placement
+
+ROOT = Path(__file__).resolve().parents[1]
+LIMITS = view_limits(10, untouched_first=True, degrees=30.0, translate=3 / 28)
+SETTINGS = {
+    "training": augmentation_settings(center=False, flip_prob=0.5, jitter=(0.1, 0.1, 0.1), lighting_std=0.05),
+    "evaluation": augmentation_settings(center=True),
+}
+CLASSES = 10
+TIMEOUT_SEC = 300
+
+
+def main(json_file: str = "", side: int = 224, images: int = 24) -> None:
+    """Print the table, and write it to `json_file` if there is one."""
+    on_gpu = torch.cuda.is_available()
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(images):
+            write_photograph(Path(folder) / "train" / f"class_{number % 2}" / f"{number:03}.jpg", number)
+        rows = [_in_child(placement, folder, side, on_gpu=on_gpu) for placement in placements(on_gpu=on_gpu)]
+    print(table(rows))
+    if json_file:
+        write_json(Path(json_file), {**environment(), "side": side, "images": images, "placements": rows})
+
+
+def placements(*, on_gpu: bool) -> list[Placement]:
+    """All that a machine has the hardware for."""
+    rungs = RUNGS if on_gpu else [rung for rung in RUNGS if rung.on == "cpu"]
+    return [Placement(rung, warp) for rung in rungs for warp in WARPS if warp != "numba" or rung.on == "cpu"]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """A line per placement and way of cropping, for people."""
+    lines = [f"{'decoded on':<42}{'views by':<9}{'crops of':<12}{'largest':>8}{'mean':>8}{'same choice':>13}"]
+    for row in rows:
+        head = f"{row['decoding']:<42}{row['warp']:<9}"
+        if "failed" in row:
+            lines.append(f"{head}failed: {row['failed']}")
+        for name in SETTINGS if "failed" not in row else ():
+            found = row[name]
+            lines.append(
+                f"{head}{name:<12}{found['max']:>8.2f}{found['mean']:>8.3f}{found['same_choice_pct']:>11.1f} %"
+            )
+    return "\n".join([*lines, "differences are of 255, from a reference in float64"])
+
+
+def _in_child(placement: Placement, folder: str, side: int, *, on_gpu: bool) -> dict[str, Any]:
+    decoding = placement.decoding
+    words = [decoding.on, str(decoding.hw_decoder_load), placement.warp, folder, str(side)]
+    interpreted = {"TRITON_INTERPRET": "1"} if placement.warp == "triton" and not on_gpu else {}
+    row: dict[str, Any] = {"decoding": str(decoding), "warp": placement.warp}
+    try:
+        ended = subprocess.run(
+            [sys.executable, "-c", f"from benchmarks.placements import measure; measure(*{words!r})"],
+            cwd=ROOT,
+            env={**os.environ, **interpreted},
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_SEC,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return {**row, "failed": f"no answer within {TIMEOUT_SEC} seconds"}
+    if ended.returncode:
+        last = (ended.stderr.strip() or f"exit status {ended.returncode}").splitlines()[-1]
+        return {**row, "failed": last[:300], "exit_status": ended.returncode}
+    return {**row, **json.loads(ended.stdout.splitlines()[-1])}
+
+
+def measure(on: str, hw_decoder_load: str, warp: str, folder: str, side: str) -> None:
+    """In the child: print a placement's differences, as JSON."""
+    placement = Placement(Decoding(on, float(hw_decoder_load)), warp)
+    images = read_index(Path(folder), "train")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    passes = Passes(Scorer(Classifier(models.build("resnet18", CLASSES)), torch.float32), 16)
+    print(
+        json.dumps({name: _against_reference(images, name, int(side), placement, device, passes) for name in SETTINGS})
+    )
+
+
+def _against_reference(
+    images: ImageIndex, name: str, side: int, placement: Placement, device: torch.device, passes: Passes
+) -> dict[str, float]:
+    loader = Loader(
+        images,
+        limits=LIMITS,
+        settings=SETTINGS[name],
+        side=side,
+        global_batch_size=min(8, len(images)),
+        key=pack_key(TRAINING, 0),
+        train=True,
+        device=device,
+        placement=placement,
+    )
+    largest, means, same = 0.0, [], []
+    for batch in loader.epoch(0):
+        views_BVSSC = batch.views.cpu()
+        expected_BVSSC = torch.stack(
+            [reference(images, position, SETTINGS[name], side) for position in batch.index.tolist()]
+        )
+        difference = (views_BVSSC - expected_BVSSC).abs()
+        largest = max(largest, difference.max().item())
+        means.append(difference.mean().item())
+        # Labels that the network does not know, so that views compete by more than the untouched one's lead.
+        labels_B = batch.index % CLASSES
+        chosen, wanted = (
+            worst_view(losses_of(passes(views), labels_B))
+            for views in (views_BVSSC, expected_BVSSC.round().to(torch.uint8))
+        )
+        same += (chosen == wanted).tolist()
+    return {
+        "max": round(largest, 3),
+        "mean": round(sum(means) / len(means), 4),
+        "same_choice_pct": round(100 * sum(same) / len(same), 1),
+    }
+
+
+def reference(images: ImageIndex, position: int, settings: NDArray[np.float64], side: int) -> Tensor:
+    """An image's views in the first epoch, float64 [V, S, S, 3] of 255, before the last rounding."""
+    pixels = np.asarray(Image.open(images.path(position)).convert("RGB"))
+    header = np.zeros(HEADER_WIDTH, np.int64)
+    header[KEY], header[INDEX], header[SIDE] = pack_key(TRAINING, 0), position, side
+    geometry, numbers = np.zeros(GEOMETRY_WIDTH, np.int32), np.zeros(COLOUR_WIDTH, np.float32)
+    matrices_V23 = np.zeros((len(LIMITS), 2, 3), np.float32)
+    draw_image(geometry, numbers, matrices_V23, header, np.array(pixels.shape), LIMITS, settings)
+    top, left, height, width = geometry[[BOX_Y, BOX_X, BOX_H, BOX_W]]
+    box = torch.from_numpy(pixels[top : top + height, left : left + width].astype(np.float64)).permute(2, 0, 1)
+    size = [int(geometry[RESIZED_H]), int(geometry[RESIZED_W])]
+    resized = interpolate(box[None], size=size, mode="bilinear", antialias=True)[0].permute(1, 2, 0)
+    y, x = int(geometry[CROP_Y]), int(geometry[CROP_X])
+    crop_SSC = resized[y : y + side, x : x + side].add(0.5).floor().clamp(0, 255)
+    colour_34 = np.zeros((3, 4), np.float64)
+    write_colour_matrix(colour_34, numbers, crop_SSC.mean(dim=(0, 1)).numpy())
+    matrices_1V23 = torch.from_numpy(matrices_V23.astype(np.float64))[None]
+    return warp_reference(crop_SSC[None], matrices_1V23, torch.from_numpy(colour_34)[None])[0]
+
+
+if __name__ == "__main__":
+    fire.Fire(main)

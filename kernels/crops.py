@@ -1,0 +1,44 @@
+"""Crops, from which Triton makes views when they are wanted: B images, V views of each, S side, C = 3 channels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Crops:
+    """A batch before its views are made, all of it on the device that makes them.
+
+    Nothing here waits for the device. Without a GPU, the kernels run in Triton's interpreter (TRITON_INTERPRET=1).
+
+    Attributes:
+        images: uint8 [B, S, S, 3], the colours as they were decoded.
+        matrices: float32 [B, V, 2, 3], target-to-source pixels (see `kernels.spatial`).
+        numbers: float32 [B, COLOUR_WIDTH], each image's colour numbers (see `kernels.sampling`).
+
+    """
+
+    images: Tensor
+    matrices: Tensor
+    numbers: Tensor
+
+    def views(self) -> Tensor:
+        """Views, uint8 [B, V, S, S, 3]."""
+        from kernels import warp_cuda
+
+        return warp_cuda.warp(self.images, self.matrices, self._colours())
+
+    def normalized(self, scale_C: Tensor, shift_C: Tensor, dtype: torch.dtype) -> Tensor:
+        """Views as a network takes them: [B * V, 3, S, S] channels_last, value * scale + shift."""
+        from kernels import warp_cuda
+
+        return warp_cuda.warp_normalized(self.images, self.matrices, self._colours(), scale_C, shift_C, dtype)
+
+    def _colours(self) -> Tensor:
+        """Each image's colour matrix, float32 [B, 3, 4]."""
+        from kernels import warp_cuda
+
+        return warp_cuda.colour_matrices(self.images, self.numbers)
