@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.record import OURS, first_line
 from fast_spatial.config import SYNTHETIC, BenchConfig
 from fast_spatial.data import data_folder
 from kernels.limits import SpatialLimits
@@ -63,6 +66,18 @@ class Findings:
     def none(cls) -> Findings:
         """Nothing yet."""
         return cls([], {}, {}, {})
+
+    def attempt(self, name: str, work: Callable[[Findings], None]) -> None:
+        """Let a part add what it finds; if it fails, that is what was found, and what others found stays."""
+        try:
+            work(self)
+        except ModuleNotFoundError as error:
+            if error.name and error.name.split(".")[0] in OURS:
+                raise
+            self.skipped[name] = f"it needs {error.name}, which is not installed"
+        except Exception as error:  # a package that is broken here, a device that fails: the others go on
+            traceback.print_exc()
+            self.skipped[name] = f"it failed: {first_line(error)}"
 
     def add(self, other: Findings) -> None:
         """Take in another group's findings."""

@@ -7,7 +7,9 @@ file takes about 110 kB, as ImageNet's do on average, since decoding costs bits.
 from __future__ import annotations
 
 import io
-from concurrent.futures import ThreadPoolExecutor
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -26,19 +28,50 @@ _DONE = "complete"
 def synthetic_images() -> Path:
     """The folder, `train/` and `val/` with the same 8 classes; made in the cache folder the first time."""
     folder = cache_folder() / "synthetic-v1"
+    make_images(folder, CLASSES, PER_CLASS)
+    return folder
+
+
+def make_images(folder: Path, classes: int, per_class: dict[str, int], links: int = 0) -> None:
+    """Make a folder of images on all cores, unless it is complete.
+
+    Args:
+        folder: where `train/` and `val/` are to be.
+        classes: folders in each.
+        per_class: images in a class, by split.
+        links: symbolic links to each training image besides, so that epochs last; as files in memory, they cost what
+            files cost.
+
+    """
     if (folder / _DONE).is_file():
-        return folder
+        return
     names = [
         folder / split / f"class_{label}" / f"{number:03}.jpg"
-        for split, count in PER_CLASS.items()
-        for label in range(CLASSES)
+        for split, count in per_class.items()
+        for label in range(classes)
         for number in range(count)
     ]
     print(f"making {len(names)} synthetic JPEG files in {folder}", flush=True)
-    with ThreadPoolExecutor(usable_cpus()) as pool:
-        list(pool.map(write_photograph, names, range(len(names))))
+    # Processes, since threads would wait for each other; plain ones, which import nothing but this.
+    count = min(usable_cpus(), len(names))
+    shares = [[(str(name), seed) for seed, name in enumerate(names)][first::count] for first in range(count)]
+    root = Path(__file__).resolve().parent.parent
+    command = [sys.executable, "-m", "benchmarks.jpegs"]
+    workers = [subprocess.Popen(command, cwd=root, stdin=subprocess.PIPE, text=True) for _ in shares]
+    for worker, share in zip(workers, shares):
+        assert worker.stdin is not None
+        json.dump(share, worker.stdin)
+        worker.stdin.close()
+    statuses = [worker.wait() for worker in workers]
+    if any(statuses):
+        raise RuntimeError(f"making images in {folder} failed; the message is above")
+    for name in names:
+        if name.parent.parent.name == "train":
+            for copy in range(links):
+                link = name.with_name(f"{name.stem}_{copy:03}.jpg")
+                link.unlink(missing_ok=True)
+                link.symlink_to(name.name)
     (folder / _DONE).touch()
-    return folder
 
 
 def photograph(seed: int) -> NDArray[np.uint8]:
@@ -77,3 +110,8 @@ def _encode(image: Image.Image, quality: int) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()
+
+
+if __name__ == "__main__":
+    for name, seed in json.load(sys.stdin):
+        write_photograph(Path(name), seed)

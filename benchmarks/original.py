@@ -24,6 +24,7 @@ from torchvision import transforms
 from fast_spatial.model import Classifier
 from kernels.limits import SpatialLimits
 
+PREFETCH = 1  # batches that each worker holds ready
 GRID_CHUNK = 200  # views in a forward pass of the grid
 # PCA of ImageNet's colours, of colours in [0, 1].
 _EIGENVALUES = (0.2175, 0.0188, 0.0045)
@@ -167,6 +168,7 @@ def loader(
             # An epoch without an end: on few images, workers would wait for one another at the end of every one.
             sampler=RandomSampler(images, replacement=True, num_samples=1 << 30),
             num_workers=workers,
+            prefetch_factor=PREFETCH,
             drop_last=True,
             multiprocessing_context="spawn",  # a fork of a process that has threads may crash
         )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from nvidia.dali import fn, pipeline_def, types
 
 from benchmarks import original
@@ -20,10 +21,16 @@ from benchmarks.jobs import Findings, Job
 from benchmarks.rounds import Contender, compare, rates_of, spread
 from fast_spatial.config import MODES
 from fast_spatial.placing import choose_placement
+from kernels.limits import SpatialLimits
 from kernels.sampling import TRAINING, augmentation_settings, pack_key, view_limits
 from pipelines.dataset import ImageIndex, read_index
 from pipelines.loader import Loader
+from pipelines.placement import Placement
 
+# A batch of 11 views takes 0.4 GB in the workers' shared memory.
+TORCHVISION_BATCH = 64
+# Batches that DALI may have ready: they do not count.
+READY = 6
 SETTLE_SEC = 0.5  # for threads and workers of the contender before to come to rest
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -56,9 +63,11 @@ def run(job: Job) -> Findings:
     return found
 
 
-def _steady(job: Job, name: str, batches: Generator[Any, None, None]) -> Contender:
-    """A contender that consumes batches, of which some may be ready before the clock starts; closes them at the end."""
-    ready, images = _in_flight(job), _batch(job)
+def _steady(name: str, batches: Generator[Any, None, None], *, images: int, ready: int) -> Contender:
+    """A contender that consumes batches of so many images, of which some may be ready before the clock starts.
+
+    It closes them at the end.
+    """
 
     def begin() -> None:
         time.sleep(SETTLE_SEC)
@@ -77,14 +86,20 @@ def _batch(job: Job) -> int:
     return 256 if job.device.type == "cuda" else 32
 
 
-def _in_flight(job: Job) -> int:
-    """Batches that a contender may have ready: they do not count."""
-    return max(6, 2 * job.threads + 2)
-
-
-def _ours(job: Job, index: ImageIndex, mode: str) -> Contender:
-    limits, warps = job.limits, MODES[mode].warps
-    loader = Loader(
+def make_loader(
+    index: ImageIndex,
+    mode: str,
+    *,
+    limits: SpatialLimits,
+    side: int,
+    batch: int,
+    threads: int,
+    device: torch.device,
+    placement: Placement,
+) -> Loader:
+    """A loader as a training in such a mode has it."""
+    warps = MODES[mode].warps
+    return Loader(
         index,
         limits=view_limits(
             10 if warps is None else warps,
@@ -100,30 +115,45 @@ def _ours(job: Job, index: ImageIndex, mode: str) -> Contender:
             jitter=(0.1, 0.1, 0.1),
             lighting_std=0.05,
         ),
-        side=job.config.side,
-        global_batch_size=_batch(job),
+        side=side,
+        global_batch_size=batch,
         key=pack_key(TRAINING, 0),
         train=True,
+        threads=threads,
+        device=device,
+        placement=placement,
+    )
+
+
+def _ours(job: Job, index: ImageIndex, mode: str) -> Contender:
+    loader = make_loader(
+        index,
+        mode,
+        limits=job.limits,
+        side=job.config.side,
+        batch=_batch(job),
         threads=job.threads,
         device=job.device,
         placement=choose_placement("auto", "auto", on_gpu=job.device.type == "cuda", exact=False),
     )
     batches = (batch for epoch in itertools.count() for batch in loader.epoch(epoch))
-    return _steady(job, f"fast_spatial {mode}, {job.threads} threads", batches)
+    return _steady(f"fast_spatial {mode}, {job.threads} threads", batches, images=_batch(job), ready=READY)
 
 
 def _torchvision(job: Job, warps: int, workers: int, *, in_workers: bool) -> Contender:
+    images = min(_batch(job), TORCHVISION_BATCH)
     batches = original.loader(
         job.images,
         side=job.config.side,
-        batch=_batch(job),
+        batch=images,
         workers=workers,
         warps=warps,
         limits=job.limits,
         in_workers=in_workers,
     )
     where = "" if not warps else f", grid_sample in the {'workers' if in_workers else 'main process'}"
-    return _steady(job, f"torchvision and PIL, {workers} workers{where}", batches)
+    ready = original.PREFETCH * workers + 2
+    return _steady(f"torchvision and PIL, {workers} workers{where}", batches, images=images, ready=ready)
 
 
 def _decoding(job: Job, index: ImageIndex, hw_decoder_load: float = 0.65) -> Contender:
@@ -139,7 +169,7 @@ def _decoding(job: Job, index: ImageIndex, hw_decoder_load: float = 0.65) -> Con
         return fn.decoders.image(encoded, output_type=types.RGB, adjust_orientation=False, **decoder)
 
     built = graph(batch_size=batch, num_threads=job.threads, device_id=0 if on_gpu else None, exec_dynamic=True)
-    return _steady(job, "decode", (built.run() for _ in itertools.count()))
+    return _steady("decode", (built.run() for _ in itertools.count()), images=batch, ready=READY)
 
 
 def _reading(job: Job, index: ImageIndex) -> Contender:
@@ -166,7 +196,7 @@ class _Ffcv:
         words = [python, str(ROOT / "benchmarks" / "ffcv_jpg.py"), str(job.images), str(job.config.side)]
         words += [str(_batch(job)), str(job.threads)]
         self._process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self._ready = _in_flight(job)
+        self._ready = 2 * job.threads + 2
         self.about = self.ask("about")
 
     def ask(self, word: str) -> dict[str, Any]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import goals, ran
 from fast_spatial.reporting.document import aligned
 from fast_spatial.reporting.report import grid_note, published_table, results_table, row_name
 
@@ -90,6 +91,21 @@ def foresight(content: dict[str, Any]) -> str:
     )
 
 
+def gpus(results: Sequence[dict[str, Any]]) -> str:
+    """The closing tables of `benchmarks/gpu.sh`, of every card."""
+    if not results:
+        return "(No result file of a GPU yet.)"
+    tables = []
+    for result in results:
+        lines = [["", "result", "ceiling", "goal", ""]]
+        for row in goals.rows(result):
+            name = row.verdict.partition(": ")
+            lines.append([row.what, row.result, row.ceiling, row.goal, name[0] if row.met is not None else ""])
+        about = result["environment"]
+        tables.append(f"{aligned(lines)}\n\n(On {about['hardware']}, {ran.versions(about)}: `benchmarks/gpu.sh OUT`.)")
+    return "\n\n".join(tables)
+
+
 def number(value: float) -> str:
     """Three digits are enough."""
     return f"{float(f'{value:.3g}'):,.0f}" if value >= 100 else f"{value:.3g}"
@@ -105,12 +121,35 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 
 
+# Of all result files of GPUs, `gpu-CARD.json`, be they none.
+OF_GPUS: dict[str, Callable[[Sequence[dict[str, Any]]], str]] = {"gpus": gpus, "gpus-ran": ran.what_ran}
+
+
+def gpu_results() -> list[dict[str, Any]]:
+    """The result files of GPUs.
+
+    Raises:
+        ValueError: if one is a trial on a CPU.
+
+    """
+    found = []
+    for path in sorted(RESULTS.glob("gpu-*.json")):
+        found.append(json.loads(path.read_text(encoding="utf-8")))
+        if found[-1]["dry"]:
+            raise ValueError(f"{path}: a trial on a CPU shows nothing about GPUs; remove it")
+    return found
+
+
 def fill(text: str) -> str:
     """The text with every table between `<!-- results: NAME -->` and `<!-- end -->` made anew."""
 
     def table(match: re.Match[str]) -> str:
-        content = json.loads((RESULTS / f"{match[1]}.json").read_text(encoding="utf-8"))
-        return f"<!-- results: {match[1]} -->\n{TABLES[match[1]](content)}\n<!-- end -->"
+        name = match[1]
+        if name in OF_GPUS:
+            made = OF_GPUS[name](gpu_results())
+        else:
+            made = TABLES[name](json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")))
+        return f"<!-- results: {name} -->\n{made}\n<!-- end -->"
 
     return re.sub(r"<!-- results: ([\w-]+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
 

@@ -30,9 +30,9 @@ def run(job: Job) -> Findings:
     params = np.random.default_rng(0).uniform(-1, 1, (BATCH, VIEWS, 3))
     params *= (limits.degrees, limits.translate, limits.translate)
     rows = matrices(params, side)
-    _against_opencv(job, images[0], rows[0], found)
-    _against_torch(job, images, params, rows, found)
-    _against_dali(job, images, rows, found)
+    found.attempt("warp.opencv", lambda found: _against_opencv(job, images[0], rows[0], found))
+    found.attempt("warp.grid_sample", lambda found: _against_torch(job, images, params, rows, found))
+    found.attempt("warp.dali_cpu", lambda found: _against_dali(job, images, rows, found))
     return found
 
 
@@ -108,11 +108,7 @@ def _against_torch(
 
 
 def _against_dali(job: Job, images: np.ndarray[Any, Any], rows: np.ndarray[Any, Any], found: Findings) -> None:
-    try:
-        from nvidia.dali import fn, pipeline_def, types
-    except ImportError:
-        found.skipped["warp.dali_cpu"] = "it needs nvidia.dali, which is not installed"
-        return
+    from nvidia.dali import fn, pipeline_def, types
 
     def pipeline(as_frames: bool) -> Contender:
         @pipeline_def

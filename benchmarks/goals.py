@@ -1,0 +1,141 @@
+"""What the figures of `benchmarks/gpu.sh` are held against: result, ceiling, goal on one H100, verdict.
+
+Needs Python alone; works on the dictionary that OUT/gpu.json holds.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A line of the table.
+
+    Attributes:
+        what: in words.
+        stages: where to look, in turn.
+        pattern: of the measurement's name, whole.
+        figure: the name of the number.
+        unit: of the number.
+        goal: to reach, on one H100 of 80 GB; None: none.
+        at_most: whether smaller is better.
+        ceiling: the name of the number beside it that bounds it.
+
+    """
+
+    what: str
+    stages: tuple[str, ...]
+    pattern: str
+    figure: str
+    unit: str
+    goal: float | None = None
+    at_most: bool = False
+    ceiling: str = ""
+
+
+class Row(NamedTuple):
+    """A goal and what was found: words for people, `value` and `met` for programs (None where there is none)."""
+
+    what: str
+    result: str
+    ceiling: str
+    goal: str
+    verdict: str
+    value: float | None
+    met: bool | None
+
+
+_MEMORY = ("eager", "compiled", "large")
+_FILES = ("train", "train_compiled", "placements")
+_TRAIN = ("images_per_sec", "images/s")
+_SCORE = ("views_per_sec", "views/s")
+_TO_TRAIN, _TO_SCORE = "ceiling_images_per_sec", "ceiling_views_per_sec"
+GOALS = (
+    Goal("fill, written", ("machine",), "fill", "written_gb_per_sec", "GB/s"),
+    Goal("copy, read and written", ("machine",), "copy", "read_and_written_gb_per_sec", "GB/s"),
+    Goal("matrix product, bfloat16", ("machine",), "matmul_bfloat16", "tflops", "TFLOP/s"),
+    Goal("standard, in memory", _MEMORY, r"train_standard_.*", *_TRAIN, 12_000, ceiling=_TO_TRAIN),
+    Goal("worst10, in memory", _MEMORY, r"train_worst10_.*", *_TRAIN, ceiling=_TO_TRAIN),
+    Goal("score, 224 px", _MEMORY, r"score_(224|32)px_.*", *_SCORE, 60_000, ceiling=_TO_SCORE),
+    Goal("score, beyond 2^31 elements", ("large",), r"score_.*", *_SCORE, ceiling=_TO_SCORE),
+    Goal("Triton warp, of a fill", ("eager",), "triton_warp", "share_of_fill_pct", "%", 45),
+    Goal("Triton normalize, of a fill", ("eager",), "triton_normalize", "share_of_fill_pct", "%"),
+    Goal("DALI's views, a batch", ("eager",), "dali_views", "ms", "ms", 10, at_most=True),
+    Goal("convolution and ReLU in one", ("eager",), r"conv_relu_64_64_.*", "times_faster", "x"),
+    Goal("loader alone, standard", ("loader",), r"loader_standard_.*", *_TRAIN),
+    Goal("loader alone, worst10", ("loader",), r"loader_worst10_.*", *_TRAIN),
+    Goal("standard, from files", _FILES, r"train_standard.*", *_TRAIN, 8_000),
+    Goal("worst10, from files", _FILES, r"train_worst10.*", *_TRAIN, 3_500),
+    Goal("worst10's wait for data", ("train",), "train_worst10", "data_wait_pct", "%", 3, at_most=True),
+    Goal("grid, bfloat16", ("grid",), r"grid_bfloat16_.*", *_SCORE, 50_000, ceiling=_TO_SCORE),
+    Goal("grid, tf32", ("grid",), r"grid_tf32_.*", *_SCORE, ceiling=_TO_SCORE),
+    Goal("grid, float32", ("grid",), r"grid_float32_.*", *_SCORE, 10_000, ceiling=_TO_SCORE),
+)
+
+
+def measurements(result: dict[str, Any], stages: tuple[str, ...], pattern: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, figures) of what was measured in some stages, by name."""
+    for stage in stages:
+        for name, figures in result["stages"].get(stage, {}).get("measured", {}).items():
+            if re.fullmatch(pattern, name):
+                yield name, figures
+
+
+def rows(result: dict[str, Any]) -> list[Row]:
+    """Every goal with the best that was measured for it."""
+    return [_row(goal, result) for goal in GOALS]
+
+
+def _row(goal: Goal, result: dict[str, Any]) -> Row:
+    aim = "" if goal.goal is None else f"{'at most ' if goal.at_most else ''}{_number(goal.goal)}"
+    found = [
+        (figures[goal.figure], name, figures)
+        for name, figures in measurements(result, goal.stages, goal.pattern)
+        if goal.figure in figures
+    ]
+    if not found:
+        return Row(goal.what, "-", "", aim, _why_not(goal, result), None, None)
+    value, name, figures = (min if goal.at_most else max)(found, key=lambda item: item[0])
+    ceiling = _number(figures[goal.ceiling]) if goal.ceiling in figures else ""
+    label = f"{_number(value)} {goal.unit}"
+    if goal.goal is None:
+        return Row(goal.what, label, ceiling, aim, name, value, None)
+    met = value <= goal.goal if goal.at_most else value >= goal.goal
+    share = 100 * value / goal.goal
+    verdict = "met" if met else f"missed ({share:.0f} % of it)"
+    return Row(goal.what, label, ceiling, aim, f"{verdict}: {name}", value, met)
+
+
+def _why_not(goal: Goal, result: dict[str, Any]) -> str:
+    """Why there is no number: of the measurement, or of its stage."""
+    for name, figures in measurements(result, goal.stages, goal.pattern):
+        for kind in ("error", "skipped"):
+            if kind in figures:
+                return f"{kind}: {name}: {figures[kind]}"[:100]
+        if "out_of_memory" in figures:
+            return f"out of memory: {name}"
+    states = [
+        f"{stage}: {about['state']}" for stage in goal.stages if (about := result["stages"].get(stage)) is not None
+    ]
+    return "; ".join(states) or "not run"
+
+
+def table(result: dict[str, Any]) -> list[str]:
+    """The lines that a run ends with: goals first, then how every stage ended."""
+    lines = [("", "result", "ceiling", "goal", "verdict")]
+    lines += [row[:5] for row in rows(result)]
+    widths = [max(len(line[column]) for line in lines) for column in range(4)]
+    shown = [
+        "  ".join([f"{line[0]:<{widths[0]}}", *(f"{line[n]:>{widths[n]}}" for n in (1, 2, 3)), line[4]])
+        for line in lines
+    ]
+    ended = [f"{name} {about['state']}" for name, about in result["stages"].items()]
+    return [*(line.rstrip() for line in shown), "stages: " + "; ".join(ended)]
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
