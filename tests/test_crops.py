@@ -67,8 +67,8 @@ loader = Loader(
     read_index(export_digits(), "train"),
     limits=view_limits(warps, untouched_first=warps > 1, degrees=30, translate=3 / 28),
     settings=augmentation_settings(center=False, flip_prob=0.5, jitter=(0.1, 0.1, 0.1), lighting_std=0.05),
-    side=24,
-    global_batch_size=12,
+    side=16,
+    global_batch_size=8,
     key=pack_key(TRAINING, 0),
     train=True,
     placement=Placement(Decoding("cpu"), "triton"),
@@ -77,7 +77,7 @@ torch.manual_seed(0)
 first = Classifier(
     nn.Sequential(
         nn.Conv2d(3, 8, 3, stride=2, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(128, 4),
+        nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(72, 4),
     )
 )
 steps = [
@@ -85,8 +85,8 @@ steps = [
     for model in (first, copy.deepcopy(first))
 ]
 chosen = set()
-for batch in itertools.islice(loader.epoch(0), 4):
-    assert isinstance(batch.made, Crops) and batch.side == 24
+for batch in itertools.islice(loader.epoch(0), 3):
+    assert isinstance(batch.made, Crops) and batch.side == 16
     labels = batch.labels % 4
     ours = steps[0](Batch(batch.made, labels, batch.index))
     theirs = steps[1](Batch(batch.views, labels, batch.index))
@@ -121,7 +121,7 @@ def test_views_of_crops_are_the_reference():
 
 @pytest.mark.parametrize(
     ("warps", "options"),
-    [(10, {}), (10, {"score_chunk": 50, "accumulate": 2}), (10, {"score_side": 16}), (1, {})],
+    [(10, {}), (10, {"score_chunk": 33, "accumulate": 2}), (10, {"score_side": 8}), (1, {})],
     ids=["judged", "in parts", "judged smaller", "one view"],
 )
 def test_a_step_on_crops_is_the_step_on_their_views(warps, options):
