@@ -85,7 +85,7 @@ steps = [
     for model in (first, copy.deepcopy(first))
 ]
 chosen = set()
-for batch in itertools.islice(loader.epoch(0), 3):
+for batch in itertools.islice(loader.epoch(0), 2):
     assert isinstance(batch.made, Crops) and batch.side == 16
     labels = batch.labels % 4
     ours = steps[0](Batch(batch.made, labels, batch.index))
@@ -121,7 +121,7 @@ def test_views_of_crops_are_the_reference():
 
 @pytest.mark.parametrize(
     ("warps", "options"),
-    [(10, {}), (10, {"score_chunk": 33, "accumulate": 2}), (10, {"score_side": 8}), (1, {})],
+    [(6, {}), (6, {"score_chunk": 20, "accumulate": 2}), (6, {"score_side": 8}), (1, {})],
     ids=["judged", "in parts", "judged smaller", "one view"],
 )
 def test_a_step_on_crops_is_the_step_on_their_views(warps, options):

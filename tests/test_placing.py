@@ -15,6 +15,7 @@ from fast_spatial.distributed import World
 from fast_spatial.placing import choose_placement, placement_of
 from fast_spatial.preflight import check_launch
 from fast_spatial.reproduce import ReproduceConfig
+from kernels.crops import Crops
 from kernels.sampling import TRAINING, augmentation_settings, pack_key, view_limits
 from pipelines.dataset import read_index
 from pipelines.digits import export_digits
@@ -149,5 +150,6 @@ def test_draws_do_not_hang_on_the_placement(warp):
     usual = next(loader().epoch(0))
     batch = next(loader(placement=Placement(Decoding("cpu"), warp)).epoch(0))
     assert torch.equal(batch.index, usual.index) and torch.equal(batch.labels, usual.labels)
-    untouched = (batch.views[:, 0] if warp == "dali" else batch.made.images).numpy().astype(np.int64)
+    made = batch.made.images if isinstance(batch.made, Crops) else batch.made[:, 0]
+    untouched = made.numpy().astype(np.int64)
     assert np.abs(untouched - usual.views[:, 0].numpy()).max() <= (2 if warp == "dali" else 0)
