@@ -61,10 +61,11 @@ from kernels import warp_cuda
 SIGNATURES = {
     warp_cuda._pack_kernel: ({"words": "*i32", "images": "*u8", "colours": "*fp32"}, ["side"], {"CHANGED": True}),
     warp_cuda._warp_kernel: (
-        {"words": "*i32", "matrices": "*fp32", "scale": "*fp32", "shift": "*fp32"},
+        {"pixels": "*u8", "matrices": "*fp32", "scale": "*fp32", "shift": "*fp32"},
         ["views", "side"],
-        {"TILE_Y": 8, "TILE_X": 64},
+        {"TILE_Y": 16, "TILE_X": 64},
     ),
+    warp_cuda._matrix_kernel: ({"colours": "*fp32", "images": "*u8", "numbers": "*fp32"}, ["pixels"], {}),
     warp_cuda._normalize_kernel: ({"views": "*u8", "scale": "*fp32", "shift": "*fp32"}, ["count"], {}),
 }
 for architecture in (75, 80, 90, 100):
