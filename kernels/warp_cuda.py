@@ -180,7 +180,9 @@ def warp_normalized(
         _pack_kernel[(B, triton.cdiv(width * width, _BLOCK))](
             words_BWW, images_BSSC.contiguous(), colours, S, colour_B34 is not None, _BLOCK
         )
-        _warp_kernel[(B * V, tiles)](out_NSSC, words_BWW.view(torch.uint8), matrices, scale_C, shift_C, V, S, _TILE_Y, _TILE_X)
+        _warp_kernel[(B * V, tiles)](
+            out_NSSC, words_BWW.view(torch.uint8), matrices, scale_C, shift_C, V, S, _TILE_Y, _TILE_X
+        )
     return out_NSSC.permute(0, 3, 1, 2)
 
 
