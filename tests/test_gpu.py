@@ -108,7 +108,9 @@ def test_more_views_than_one_activation_may_hold_are_judged_as_in_small_passes(d
 def nccl_group_of_one():
     import torch.distributed as dist
 
-    dist.init_process_group("cpu:gloo,cuda:nccl", world_size=1, rank=0, store=torch._C._distributed_c10d.HashStore(), device_id=CUDA)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl", world_size=1, rank=0, store=torch._C._distributed_c10d.HashStore(), device_id=CUDA
+    )
     yield
     distributed.stop()
 
