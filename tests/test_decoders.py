@@ -27,7 +27,14 @@ from pipelines.probe import Choice, Trial
 
 ALONE = World(0, 0, 1, torch.device("cpu"))
 GPU = World(0, 0, 1, torch.device("cuda"))
-TINY = {"epochs": 1, "max_train_images": 32, "global_batch_size": 16, "views": 2, "milestones": (1,), "lr": 0.01}
+TINY: dict[str, Any] = {
+    "epochs": 1,
+    "max_train_images": 32,
+    "global_batch_size": 16,
+    "views": 2,
+    "milestones": (1,),
+    "lr": 0.01,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +63,7 @@ def config_of(out: Path, **values: Any) -> TrainConfig:
 
 def test_a_training_may_use_the_engine_and_verdicts_may_not(asked, tmp_path, capfd):
     training, evaluation = config_of(tmp_path), EvaluateConfig(checkpoint="best.pt", data="digits")
-    calibration = CalibrateConfig(trainings=[to_json(config_of(tmp_path, decode="gpu-full"))])
+    calibration = CalibrateConfig(trainings=(to_json(config_of(tmp_path, decode="gpu-full")),))
     for config in (training, config_of(tmp_path, deterministic=True), evaluation, calibration):
         world = find_decoding(config, GPU)
         assert world.decoding is not None
@@ -90,7 +97,7 @@ def agree(rank: int, port: int, out: str) -> None:
     """A process of two, of which the second found less than the first."""
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     own = (Choice(RUNGS[0], "probed"), Choice(RUNGS[2], "not GPU, regions: it hangs"))[rank]
-    with mock.patch.object(decoders, "choose", lambda *_, **__: own):
+    with mock.patch.object(decoders, "choose", return_value=own):
         world = find_decoding(config_of(Path(out)), World(rank, rank, 2, torch.device("cpu")))
     assert world.decoding is not None
     (Path(out) / f"{rank}.json").write_text(json.dumps(world.decoding.to_json()))
