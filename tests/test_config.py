@@ -62,6 +62,8 @@ ANOTHER_RUN = {
     "deterministic": True,
 }
 SAME_RUN = {
+    "decode": "cpu",
+    "warp": "dali",
     "data": "elsewhere",
     "recipe": "e16",
     "out": "elsewhere",

@@ -14,6 +14,7 @@ from fast_spatial.evaluate import evaluate
 from fast_spatial.model import Classifier
 from fast_spatial.scoring import Passes, Scorer
 from fast_spatial.step import TrainStep
+from kernels.crops import Crops
 from kernels.limits import SpatialLimits
 from kernels.sampling import TRAINING, augmentation_settings, pack_key, view_limits
 from kernels.spatial import matrices
@@ -21,6 +22,7 @@ from kernels.warp import warp, warp_normalized, warp_reference
 from pipelines.dataset import read_index
 from pipelines.digits import export_digits
 from pipelines.loader import Batch, Loader
+from pipelines.placement import Decoding, Placement
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 CUDA = torch.device("cuda", 0)
@@ -153,12 +155,20 @@ def test_nccl_collectives_of_one_give_back_what_they_got(nccl_group_of_one):
 
 
 @pytest.mark.parametrize("center", [False, True])
-def test_the_gpu_stream_has_the_draws_of_the_cpu_and_nearly_its_pixels(center):
+@pytest.mark.parametrize(
+    "placement",
+    [
+        *[Placement(Decoding(on), warp) for on in ("gpu", "gpu-full", "cpu") for warp in ("dali", "triton")],
+        Placement(Decoding("cpu"), "numba"),
+    ],
+    ids=lambda p: f"{p.decoding.on}, {p.warp}",
+)
+def test_the_gpu_stream_has_the_draws_of_the_cpu_and_nearly_its_pixels(placement, center):
     pytest.importorskip("nvidia.dali")
     pytest.importorskip("sklearn")
     index = read_index(export_digits(), "train").random_subset(64)
     batches = []
-    for device in (torch.device("cpu"), CUDA):
+    for device, placed in ((torch.device("cpu"), None), (CUDA, placement)):
         loader = Loader(
             index,
             limits=view_limits(3, untouched_first=True, degrees=LIMITS.degrees, translate=LIMITS.translate),
@@ -168,6 +178,7 @@ def test_the_gpu_stream_has_the_draws_of_the_cpu_and_nearly_its_pixels(center):
             key=pack_key(TRAINING, 0),
             train=True,
             device=device,
+            placement=placed,
         )
         batches.append([*loader.epoch(0), *loader.epoch(1)])
     for cpu, gpu in zip(*batches):
@@ -195,6 +206,26 @@ def test_steps_lower_the_loss_in_every_dtype(dtype, accumulate):
     with torch.no_grad():
         exact = model.eval()(flat.permute(0, 3, 1, 2).float() / 255)
     assert (Scorer(model, dtype)(flat) - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("views", [1, 11])
+def test_steps_on_crops_are_the_steps_on_their_views(dtype, views):
+    torch.manual_seed(0)
+    models_of = [Classifier(models.build("resnet18", 10)).to(CUDA)]
+    models_of.append(copy.deepcopy(models_of[0]))
+    steps = [TrainStep(m, torch.optim.SGD(m.parameters(), lr=0.02), dtype=dtype, scored=views > 1) for m in models_of]
+    params = np.random.default_rng(0).uniform(-1, 1, (16, views, 3)) * [30, 0.1, 0.1]
+    crops = Crops(
+        torch.randint(0, 256, (16, 64, 64, 3), dtype=torch.uint8, device=CUDA),
+        torch.from_numpy(matrices(params, 64)).to(CUDA),
+        torch.tensor([1.1, 0.9, 1.05, 3.0, -2.0, 1.0], device=CUDA).repeat(16, 1),
+    )
+    labels, index = torch.arange(16, device=CUDA) % 10, torch.arange(16)
+    ours = steps[0](Batch(crops, labels, index))
+    theirs = steps[1](Batch(crops.views(), labels, index))
+    assert torch.equal(ours.choice, theirs.choice)
+    torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-3, atol=1e-3)
 
 
 def test_a_model_is_judged_on_the_gpu_as_on_the_cpu():

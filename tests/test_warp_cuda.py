@@ -65,6 +65,7 @@ SIGNATURES = {
         ["views", "side"],
         {"TILE_Y": 8, "TILE_X": 64},
     ),
+    warp_cuda._matrix_kernel: ({"colours": "*fp32", "images": "*u8", "numbers": "*fp32"}, ["pixels"], {}),
     warp_cuda._normalize_kernel: ({"views": "*u8", "scale": "*fp32", "shift": "*fp32"}, ["count"], {}),
 }
 for architecture in (75, 80, 90, 100):
