@@ -342,6 +342,19 @@ def _nvjpeg() -> Any:
     return None
 
 
+def check_decoding() -> Finding:
+    """Which decoding gives right pixels here; what was found before is remembered, as for trainings."""
+    from pipelines.placement import HW_DECODER_LOAD
+    from pipelines.probe import choose
+
+    choice = choose("auto", on_gpu=bool(_capabilities()), hw_decoder_load=HW_DECODER_LOAD)
+    about = f"{choice.decoding} ({choice.why})"
+    if not any(trial.fault for trial in choice.trials):
+        return Finding("ok", about)
+    again = "nothing to do: --decode auto takes it; another version of DALI, nvImageCodec or the driver is tried anew"
+    return Finding("warning", about, again)
+
+
 def check_compiler() -> Finding:
     """What Triton compiles its launchers with on GPUs: a C compiler and Python's headers."""
     from fast_spatial.preflight import has_compiler

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pipelines.placement import Decoding
+from pipelines.probe import Choice
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class World:
         local_rank: the rank on its node.
         world_size: the number of processes.
         device: where it computes.
-        decoding: the fastest way to decode that was found to work on the device; None: nobody looked.
+        decoding: how all processes decode where nothing else is asked for, and why; None: nobody looked.
 
     """
 
@@ -33,7 +33,7 @@ class World:
     local_rank: int
     world_size: int
     device: torch.device
-    decoding: Decoding | None = None
+    decoding: Choice | None = None
 
 
 def start(stall_minutes: float) -> World:

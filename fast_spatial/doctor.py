@@ -44,6 +44,7 @@ CHECKS = {
     "GPUs": Check(checks.check_gpus, needed=True),
     "bfloat16": Check(checks.check_bfloat16, needed=False),
     "JPEG decoder": Check(checks.check_jpeg_decoder, needed=False),
+    "decoding": Check(checks.check_decoding, needed=False),
     "NCCL": Check(checks.check_nccl, needed=False),
     "compiler": Check(checks.check_compiler, needed=False),
     "apex": Check(checks.check_apex, needed=False),

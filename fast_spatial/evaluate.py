@@ -45,6 +45,7 @@ from kernels.spatial import GRID_VIEWS
 from kernels.warp import warp
 from pipelines.dataset import ImageIndex
 from pipelines.loader import Batch
+from pipelines.probe import Choice
 
 # An image's part in gathering and writing: 50,000 took 1.6 s on one core.
 _WRITING_SEC = 5e-5
@@ -263,7 +264,7 @@ def evaluate_checkpoint(config: EvaluateConfig, world: World, until: float | Non
         )
         say(summary_table(summary))
         if config.json:
-            write_report(Path(config.json), config, summary, found, images)
+            write_report(Path(config.json), config, summary, found, images, world.decoding)
     distributed.barrier()
 
 
@@ -295,7 +296,12 @@ def summary_table(summary: Summary) -> str:
 
 
 def write_report(
-    path: Path, config: EvaluateConfig, summary: Summary, found: list[ImageVerdict], images: ImageIndex
+    path: Path,
+    config: EvaluateConfig,
+    summary: Summary,
+    found: list[ImageVerdict],
+    images: ImageIndex,
+    decoding: Choice | None = None,
 ) -> None:
     """Write the summary and every image's verdicts, atomically."""
     rows = []
@@ -308,6 +314,7 @@ def write_report(
         "summary": dataclasses.asdict(summary),
         "config": to_json(config),
         "near_ties": near_ties,
+        "decoding": None if decoding is None else decoding.to_json(),
         "images": rows,
     }
     write_json(path, content)

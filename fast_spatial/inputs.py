@@ -13,6 +13,7 @@ from fast_spatial.config import EvaluateConfig
 from fast_spatial.data import load_split
 from fast_spatial.distributed import World
 from fast_spatial.model import Classifier
+from fast_spatial.runlog import say
 from kernels.limits import SpatialLimits
 from kernels.sampling import EVALUATION, augmentation_settings, pack_key, view_limits
 from pipelines.dataset import ImageIndex
@@ -104,6 +105,7 @@ def evaluation_loader(
         threads=threads or None,
         device=world.device,
         placement=placement,
+        on_gpu_failure=say,
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection
 from fast_spatial.config import MODES, TrainConfig
 from fast_spatial.distributed import World
 from fast_spatial.placing import placement_of
+from fast_spatial.runlog import say
 from kernels.sampling import TRAINING, augmentation_settings, pack_key
 from pipelines.dataset import ImageIndex
 from pipelines.loader import Loader
@@ -21,6 +22,7 @@ def training_loader(
     global_batch_size: int = 0,
     on_bad_images: Callable[[dict[int, str], Collection[int]], None] | None = None,
     bad_images: Collection[int] = (),
+    on_gpu_failure: Callable[[str], None] = say,
 ) -> Loader:
     """This process's batches of a training.
 
@@ -32,6 +34,7 @@ def training_loader(
         global_batch_size: another one than the training's; 0: the training's.
         on_bad_images: as `Loader` takes it.
         bad_images: as `Loader` takes it.
+        on_gpu_failure: as `Loader` takes it.
 
     """
     return Loader(
@@ -57,4 +60,5 @@ def training_loader(
         placement=placement_of(config, world, exact=config.deterministic),
         on_bad_images=on_bad_images,
         bad_images=bad_images,
+        on_gpu_failure=on_gpu_failure,
     )

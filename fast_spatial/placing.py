@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 def placement_of(config: LaunchOptions, world: World, *, exact: bool) -> Placement:
     """Where a task's stages run on this process's device; `exact` as `choose_placement` takes it."""
     on_gpu = world.device.type == "cuda"
-    return choose_placement(config.decode, config.warp, on_gpu=on_gpu, exact=exact, decoding=world.decoding)
+    found = world.decoding.decoding if world.decoding else None
+    return choose_placement(config.decode, config.warp, on_gpu=on_gpu, exact=exact, decoding=found)
 
 
 def choose_placement(

@@ -25,6 +25,7 @@ from fast_spatial.schedule import Segment
 
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
 CONFIG = "config.json"
+ENVIRONMENT = "environment.jsonl"
 
 
 class Saver:
@@ -193,9 +194,10 @@ def record_environment(out: Path, config: TrainConfig, world: World, done: int) 
         "command": os.environ.get(COMMAND_VARIABLE),
         "world_size": world.world_size,
         "config": to_json(config),
+        "decoding": world.decoding.to_json() if world.decoding else None,
         **environment(),
     }
-    with open(out / "environment.jsonl", "a", encoding="utf-8") as file:
+    with open(out / ENVIRONMENT, "a", encoding="utf-8") as file:
         file.write(json.dumps(about) + "\n")
 
 

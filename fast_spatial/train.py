@@ -16,6 +16,7 @@ from fast_spatial.averaging import WeightAverage
 from fast_spatial.bad_images import BadImages
 from fast_spatial.config import TrainConfig, identity, to_json
 from fast_spatial.data import load_split
+from fast_spatial.decoders import previous_decoding
 from fast_spatial.device import dtype_of, seed_everything, seed_step
 from fast_spatial.distributed import Ballot, World
 from fast_spatial.files import write_json
@@ -27,6 +28,7 @@ from fast_spatial.runlog import Bar, RunLog, say
 from fast_spatial.saving import (
     BEST,
     CONFIG,
+    ENVIRONMENT,
     LAST,
     PREVIOUS,
     Interval,
@@ -90,6 +92,11 @@ def _train(
     bad_images = BadImages(
         out, world.rank, train_images, skip=config.on_bad_image == "skip", at_most=config.max_bad_images
     )
+
+    def failed_on_gpu(what: str) -> None:
+        say(what)
+        runlog.note("decoding", done, steps_before=done, what=what)
+
     loader = training_loader(
         config,
         train_images,
@@ -97,6 +104,7 @@ def _train(
         side=lambda epoch, number: side_at(config, timeline.progress(epoch * steps_per_epoch + number)),
         on_bad_images=bad_images.met,
         bad_images=bad_images.positions(),
+        on_gpu_failure=failed_on_gpu,
     )
     validate = Validation(config, world, val_images, judge, compiled=compiled)
 
@@ -145,6 +153,9 @@ def _train(
         runlog.begin(elapsed_sec=saved["elapsed_sec"], size=saved["log_size"], step=done)
     if world.rank == 0:
         write_json(out / CONFIG, to_json(config))
+        decoded_by = previous_decoding(out / ENVIRONMENT) if saved is not None else None
+        if world.decoding is not None and decoded_by not in (None, world.decoding.decoding):
+            say(f"decoding was: {decoded_by}, until step {done}; from there on it is: {world.decoding.decoding}")
         record_environment(out, config, world, done)
         for path in damaged:
             say(f"{path} is damaged: continuing from {PREVIOUS}, which was saved before")

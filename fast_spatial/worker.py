@@ -19,6 +19,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from fast_spatial import distributed
 from fast_spatial.calibration import calibrate
 from fast_spatial.config import CalibrateConfig, EvaluateConfig, LandscapeConfig, TrainConfig, from_json
+from fast_spatial.decoders import find_decoding
 from fast_spatial.evaluate import evaluate_checkpoint
 from fast_spatial.landscape import landscape
 from fast_spatial.pacing import Pace
@@ -40,6 +41,7 @@ def run(task: str, values: dict[str, Any], limit: Any = None) -> None:
     world = distributed.start(config.stall_minutes)
     logging.basicConfig(level=logging.WARNING if world.rank else logging.INFO, format="%(message)s")
     distributed.progress(config.stall_minutes)
+    world = find_decoding(config, world)
     if isinstance(limit, dict):
         limit = Pace.from_json(limit)
     function(config, world, limit)

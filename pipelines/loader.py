@@ -6,10 +6,11 @@ its own position as a ticket, so the Loader can jump anywhere by dropping what w
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -23,7 +24,7 @@ from kernels.cpus import cpus_per_process
 from kernels.crops import Crops
 from kernels.sampling import CENTER, EPOCH, HEADER_WIDTH, INDEX, KEY, LABEL, SIDE, TICKET, epoch_order
 from pipelines.dataset import ImageIndex, check_divides, printable
-from pipelines.placement import Placement, usual_placement
+from pipelines.placement import Decoding, Placement, usual_placement
 
 # DALI's queue, of which one batch is in use: as many batches as these bytes hold, but two to four. With a queue of one,
 # nothing would be loaded while a batch is in use.
@@ -31,6 +32,10 @@ _QUEUE_BYTES = 1 << 30
 _LEAST_QUEUED, _MOST_QUEUED = 2, 4
 _READ_AHEAD_BATCHES = 4
 _NONE = np.empty(0, np.int64)
+# Files are judged on the CPU.
+ON_HOST = usual_placement(on_gpu=False)
+# So many batches of good files a GPU may fail to decode before it is not asked any more.
+MOST_GPU_FAILURES = 10
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,8 @@ class Loader:
             of which no part can be. If it returns, they are replaced, each by the next good image of the split; the
             default raises.
         bad_images: positions of images of which no part can be decoded, to replace from the start.
+        on_gpu_failure: told, in a line, when a GPU fails to decode files that the CPU decodes; the batch is decoded
+            there. The default logs a warning.
 
     A damaged image is replaced where the part that is drawn of it cannot be decoded, which depends on (key, epoch,
     position) alone, so the stream stays a pure function, whenever the damage is found.
@@ -113,6 +120,7 @@ class Loader:
         placement: Placement | None = None,
         on_bad_images: Callable[[dict[int, str], Collection[int]], None] | None = None,
         bad_images: Collection[int] = (),
+        on_gpu_failure: Callable[[str], None] | None = None,
     ) -> None:
         check_divides(global_batch_size, world_size)
         if train and len(images) < global_batch_size:
@@ -134,6 +142,8 @@ class Loader:
         self._in_flight: list[int] = []
         self._views = len(limits)
         self._on_bad_images = on_bad_images or self._refuse
+        self._on_gpu_failure = on_gpu_failure or logging.getLogger(__name__).warning
+        self._failures = 0
         self._bad_images = np.array(sorted(bad_images), np.int64)
         self._damaged: dict[int, NDArray[np.int64]] = {}  # by epoch
         self._check_some_are_good()
@@ -157,10 +167,7 @@ class Loader:
             view_graph,
             views=len(limits),
             center=bool(settings[CENTER]),
-            placement=self._placement,
-            on_gpu=on_gpu,
             num_threads=threads,
-            device_id=self._device_id,
             exec_dynamic=True,
         )
         self._ahead = int(np.clip(_QUEUE_BYTES // batch_bytes, _LEAST_QUEUED, _MOST_QUEUED))
@@ -182,24 +189,35 @@ class Loader:
         """Views or crops, and headers, of one batch; those in flight before it are dropped."""
         while True:
             try:
-                made, header = self._outputs()
+                made, header = self._outputs(self._pipeline)
             except RuntimeError as error:
-                self._without_bad_images(error)
                 self._next_ticket = ticket
-                continue
+                if self._without_bad_images():
+                    continue
+                made, header = self._decoded_on_cpu(ticket, error)
             self._delivered = int(header[0, TICKET])
             self._in_flight.remove(self._delivered)
             if self._delivered == ticket:
                 return made, header
 
     def _start(self) -> Any:
-        return self._build(self._source, batch_size=self._batch_size, prefetch_queue_depth=self._ahead)
+        return self._pipeline_of(self._source, self._batch_size, self._placement, ahead=self._ahead)
 
-    def _outputs(self) -> tuple[Tensor | Crops, Tensor]:
+    def _pipeline_of(self, source: Callable[[Any], Any], size: int, placement: Placement, *, ahead: int) -> Any:
+        return self._build(
+            source,
+            batch_size=size,
+            placement=placement,
+            on_gpu=self._device_id is not None,
+            device_id=self._device_id,
+            prefetch_queue_depth=ahead,
+        )
+
+    def _outputs(self, pipeline: Any) -> tuple[Tensor | Crops, Tensor]:
         if self._device.type == "cuda":
-            outputs = self._pipeline.run(torch.cuda.current_stream(self._device))
+            outputs = pipeline.run(torch.cuda.current_stream(self._device))
         else:
-            outputs = self._pipeline.run()
+            outputs = pipeline.run()
         # DLPack does not take pinned memory, which is where DALI might keep what is also read by a GPU.
         header = torch.from_numpy(np.array(outputs[-1].as_tensor()))
         B, side = len(header), int(header[0, SIDE])
@@ -227,9 +245,39 @@ class Loader:
         feed_ndarray(output, copy, cuda_stream=torch.cuda.current_stream(self._device))
         return copy
 
-    def _without_bad_images(self, error: RuntimeError) -> None:
-        """A new pipeline without the images in flight that cannot be decoded; DALI's is dead, and names no file."""
+    def _decoded_on_cpu(self, ticket: int, error: RuntimeError) -> tuple[Tensor | Crops, Tensor]:
+        """A batch that a GPU failed to decode though its files are good; decoded on the CPU, and a new pipeline begun.
+
+        A GPU that fails again and again is not asked any more.
+        """
+        from pipelines.decoding import reason_of
+
+        if self._placement.decoding.on == "cpu":
+            raise error
+        on_cpu = replace(self._placement, decoding=Decoding("cpu"))
+        arrays = self._arrays(ticket, on_cpu)
+        try:
+            made, header = self._outputs(self._pipeline_of(lambda _: arrays, len(arrays[0]), on_cpu, ahead=1))
+        except RuntimeError:  # it is not about decoding
+            raise error from None
+        self._failures += 1
+        last = self._failures == MOST_GPU_FAILURES
+        if last:
+            self._placement = on_cpu
+        until = f"this was the {self._failures}th time, so from now on all are" if last else "this batch is"
+        self._on_gpu_failure(f"the GPU failed to decode good files ({reason_of(error)}): {until} decoded on the CPU")
+        self._in_flight[:] = [ticket]
+        self._next_ticket = ticket + 1
+        self._pipeline = self._start()
+        return made, header
+
+    def _without_bad_images(self) -> bool:
+        """Whether images in flight cannot be decoded; if so, a new pipeline without them.
+
+        DALI's is dead, and names no file. A file is bad if its part cannot be decoded on the CPU, whatever a GPU says.
+        """
         from pipelines.decoding import decode_files
+        from pipelines.graph import has_first_pixel
 
         found: dict[int, list[int]] = {}  # epochs, by position
         for ticket in self._in_flight:
@@ -237,10 +285,10 @@ class Loader:
             for row in self._bad_rows(ticket, range(len(positions))):
                 found.setdefault(int(positions[row]), []).append(epoch)
         if not found:
-            raise error
+            return False
         reasons = dict(decode_files([self.images.path(position) for position in found]))
         bad = {p: reasons[self.images.path(p)] or "a part of it cannot be decoded" for p in found}
-        hopeless = [p for p in found if not self._has_first_pixel(p)]
+        hopeless = [p for p in found if not has_first_pixel(self.images.paths[p], ON_HOST.decoding, device_id=None)]
         self._on_bad_images(bad, hopeless)
         self._bad_images = np.union1d(self._bad_images, np.array(hopeless, np.int64))
         for position, epochs in found.items():
@@ -249,17 +297,14 @@ class Loader:
         self._check_some_are_good()
         self._in_flight.clear()
         self._pipeline = self._start()
-
-    def _has_first_pixel(self, position: int) -> bool:
-        from pipelines.graph import has_first_pixel
-
-        return has_first_pixel(self.images.paths[position], self._placement.decoding, device_id=self._device_id)
+        return True
 
     def _bad_rows(self, ticket: int, rows: range) -> list[int]:
-        """The rows of a batch that cannot be decoded: tried together, then in halves."""
-        arrays = tuple(array[rows.start : rows.stop] for array in self._arrays(ticket))
+        """The rows of a batch that cannot be decoded: tried together, then in halves; in host memory alone."""
+        arrays = tuple(array[rows.start : rows.stop] for array in self._arrays(ticket, ON_HOST))
+        on_host = {"placement": ON_HOST, "on_gpu": False, "device_id": None}
         try:
-            self._build(lambda _: arrays, batch_size=len(rows), prefetch_queue_depth=1).run()
+            self._build(lambda _: arrays, batch_size=len(rows), prefetch_queue_depth=1, **on_host).run()
         except RuntimeError:
             middle = (rows.start + rows.stop) // 2
             halves = (range(rows.start, middle), range(middle, rows.stop))
@@ -303,16 +348,16 @@ class Loader:
         self._next_ticket += 1
         self._in_flight.append(ticket)
         self._readers.submit(_read_ahead, self.images.paths, self._positions(ticket + _READ_AHEAD_BATCHES)[1])
-        return self._arrays(ticket)
+        return self._arrays(ticket, self._placement)
 
-    def _arrays(self, ticket: int) -> tuple[NDArray[Any], ...]:
+    def _arrays(self, ticket: int, placement: Placement) -> tuple[NDArray[Any], ...]:
         """What the graph is fed for one batch."""
         epoch, positions = self._positions(ticket)
         side = self._side_at(*divmod(ticket, self.steps_per_epoch))
         headers = np.zeros((len(positions), HEADER_WIDTH), np.int64)
         headers[:, LABEL], headers[:, INDEX] = self.images.labels[positions], positions
         headers[:, KEY], headers[:, EPOCH], headers[:, SIDE], headers[:, TICKET] = self._key, epoch, side, ticket
-        canvas = [np.zeros((len(positions), side), np.uint8)] if self._placement.resizes_on_host else []
+        canvas = [np.zeros((len(positions), side), np.uint8)] if placement.resizes_on_host else []
         constants = (array[: len(positions)] for array in self._constants)
         return self.images.paths[positions], headers, *constants, *canvas
 

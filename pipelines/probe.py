@@ -46,7 +46,7 @@ _PACKAGES = ("torch", *(f"nvidia-{name}-cu{kind}" for name in ("dali", "nvimgcod
 _PACKAGES += ("nvidia-dali-cuda120", "nvidia-dali-cuda130")
 _SOURCES = ("decoding.py", "placement.py", "probe.py", "probe_child.py", "specimens.py")
 _STDERR_CHARS = 4000
-_REASON_CHARS = 160
+_REASON_CHARS = 240
 
 # The command of a child that tries a rung for so many seconds.
 Command = Callable[[Decoding, float], Sequence[str]]

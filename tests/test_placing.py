@@ -21,6 +21,7 @@ from pipelines.dataset import read_index
 from pipelines.digits import export_digits
 from pipelines.loader import Loader
 from pipelines.placement import HW_DECODER_LOAD, Decoding, Placement, usual_placement
+from pipelines.probe import Choice
 
 FASTEST = Decoding("gpu", HW_DECODER_LOAD)
 
@@ -102,7 +103,7 @@ def test_other_values_are_refused(wrong):
 
 
 def test_a_process_places_its_stages_by_what_was_found_on_its_device():
-    world = World(0, 0, 1, torch.device("cuda", 0), decoding=Decoding("gpu-full"))
+    world = World(0, 0, 1, torch.device("cuda", 0), decoding=Choice(Decoding("gpu-full"), "probed"))
     assert placement_of(LaunchOptions(), world, exact=True) == Placement(Decoding("gpu-full"), "dali")
     alone = World(0, 0, 1, torch.device("cpu"))
     assert placement_of(LaunchOptions(), alone, exact=True) == usual_placement(on_gpu=False)

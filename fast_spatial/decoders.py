@@ -1,0 +1,57 @@
+"""Which decoding the processes of a task use: found before the first batch, the same for all, and recorded."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fast_spatial import distributed
+from fast_spatial.config import CalibrateConfig, TrainConfig, from_json
+from fast_spatial.distributed import World
+from fast_spatial.runlog import say
+from pipelines.placement import HW_DECODER_LOAD, RUNGS, Decoding
+from pipelines.probe import Choice, choose
+
+# What trying all rungs may take, with some to spare; the other processes of a machine wait for the one that tries.
+_PROBE_MINUTES = 5.0
+
+
+def find_decoding(config: Any, world: World) -> World:
+    """The processes, with the decoding that all of them use: the lowest rung that any of them found.
+
+    Args:
+        config: a task's: of a training, an evaluation, a landscape or a calibration.
+        world: the processes.
+
+    """
+    if isinstance(config, CalibrateConfig):
+        config = from_json(TrainConfig, config.trainings[0])
+    exact = not isinstance(config, TrainConfig) or config.deterministic
+    distributed.progress(config.stall_minutes + _PROBE_MINUTES)
+    own = choose(
+        "cpu" if config.warp == "numba" else config.decode,
+        on_gpu=world.device.type == "cuda",
+        hw_decoder_load=0.0 if exact else HW_DECODER_LOAD,
+    )
+    found: list[Choice] = distributed.gather(own)
+    rank = max(range(len(found)), key=lambda rank: RUNGS.index(found[rank].decoding), default=0)  # on rank 0
+    rung = distributed.of_first(RUNGS.index(found[rank].decoding) if found else 0, world.device)
+    chosen = own
+    if RUNGS[rung] != own.decoding:
+        why = f"as process {rank} found: {found[rank].why}" if found else "as another process found"
+        chosen = Choice(RUNGS[rung], why, own.trials)
+    if world.rank == 0 and world.device.type == "cuda":
+        say(chosen.message)
+    distributed.progress(config.stall_minutes)
+    return replace(world, decoding=chosen)
+
+
+def previous_decoding(environments: Path) -> Decoding | None:
+    """What the part of a run before this one used, by its `environment.jsonl`; None if that cannot be told."""
+    try:
+        *_, last = environments.read_text(encoding="utf-8").splitlines()
+        return Decoding(**json.loads(last)["decoding"]["decoding"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -1,0 +1,180 @@
+"""All processes of a task use one decoding, the lowest rung that any of them found; it is said and recorded."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
+
+from fast_spatial import checks, decoders, distributed, loading, worker
+from fast_spatial.config import CalibrateConfig, EvaluateConfig, TrainConfig, to_json
+from fast_spatial.decoders import find_decoding, previous_decoding
+from fast_spatial.distributed import World
+from fast_spatial.placing import placement_of
+from fast_spatial.train import train
+from pipelines import probe
+from pipelines.loader import Loader
+from pipelines.placement import RUNGS, Decoding
+from pipelines.probe import Choice, Trial
+
+ALONE = World(0, 0, 1, torch.device("cpu"))
+GPU = World(0, 0, 1, torch.device("cuda"))
+TINY: dict[str, Any] = {
+    "epochs": 1,
+    "max_train_images": 32,
+    "global_batch_size": 16,
+    "views": 2,
+    "milestones": (1,),
+    "lr": 0.01,
+}
+
+
+@pytest.fixture(autouse=True)
+def _stand_down() -> Iterator[None]:
+    yield
+    distributed.stop()
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[tuple[str, dict[str, Any]]]:
+    """What decodings were asked for; the answer is the second rung."""
+    found: list[tuple[str, dict[str, Any]]] = []
+
+    def choose(wanted: str, **about: Any) -> Choice:
+        found.append((wanted, about))
+        trial = Trial(RUNGS[0], "it crashed (SIGSEGV)", None, None, 0, 3.0)
+        return Choice(RUNGS[1], "not GPU, regions, 65% by the JPEG engine: it crashed (SIGSEGV)", (trial,))
+
+    monkeypatch.setattr(decoders, "choose", choose)
+    return found
+
+
+def config_of(out: Path, **values: Any) -> TrainConfig:
+    return TrainConfig(data="digits", mode="standard", out=str(out), arch="resnet18", side=32, **TINY, **values)
+
+
+def test_a_training_may_use_the_engine_and_verdicts_may_not(asked, tmp_path, capfd):
+    training, evaluation = config_of(tmp_path), EvaluateConfig(checkpoint="best.pt", data="digits")
+    calibration = CalibrateConfig(trainings=(to_json(config_of(tmp_path, decode="gpu-full")),))
+    for config in (training, config_of(tmp_path, deterministic=True), evaluation, calibration):
+        world = find_decoding(config, GPU)
+        assert world.decoding is not None
+        assert world.decoding.decoding == RUNGS[1]
+    loads = [about["hw_decoder_load"] for _, about in asked]
+    assert loads == [0.65, 0.0, 0.0, 0.65]
+    assert [wanted for wanted, _ in asked] == ["auto", "auto", "auto", "gpu-full"]
+    assert all(about["on_gpu"] for _, about in asked)
+    said = capfd.readouterr().out.splitlines()
+    assert said == [f"decoding: {RUNGS[1]} (not GPU, regions, 65% by the JPEG engine: it crashed (SIGSEGV))"] * 4
+
+
+def test_what_was_found_is_used(asked, tmp_path):
+    config = config_of(tmp_path)
+    world = find_decoding(config, GPU)
+    assert placement_of(config, world, exact=False).decoding == RUNGS[1]
+
+
+def test_numba_views_are_decoded_on_the_cpu_without_a_probe(asked, tmp_path):
+    find_decoding(config_of(tmp_path, warp="numba"), GPU)
+    assert [wanted for wanted, _ in asked] == ["cpu"]
+
+
+def test_on_a_cpu_nothing_is_said(tmp_path, capfd):
+    world = find_decoding(config_of(tmp_path), ALONE)
+    assert world.decoding == Choice(Decoding("cpu"), "no GPU in use")
+    assert capfd.readouterr().out == ""
+
+
+def agree(rank: int, port: int, out: str) -> None:
+    """A process of two, of which the second found less than the first."""
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    own = (Choice(RUNGS[0], "probed"), Choice(RUNGS[2], "not GPU, regions: it hangs"))[rank]
+    with mock.patch.object(decoders, "choose", return_value=own):
+        world = find_decoding(config_of(Path(out)), World(rank, rank, 2, torch.device("cpu")))
+    assert world.decoding is not None
+    (Path(out) / f"{rank}.json").write_text(json.dumps(world.decoding.to_json()))
+    distributed.stop()
+
+
+def test_all_processes_take_the_lowest_rung(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    spawn(agree, (port, str(tmp_path)), nprocs=2)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first["decoding"] == second["decoding"] == {"on": "gpu-full", "hw_decoder_load": 0.0}
+    assert first["why"] == "as process 1 found: not GPU, regions: it hangs"
+    assert second["why"] == "not GPU, regions: it hangs"
+
+
+def test_a_run_records_its_decoding_and_says_when_it_changes(tmp_path, capfd):
+    worker.run("train", to_json(config_of(tmp_path)))
+    assert "decoding was" not in capfd.readouterr().out
+    environments = tmp_path / "environment.jsonl"
+    record = json.loads(environments.read_text())
+    assert record["decoding"] == {
+        "decoding": {"on": "cpu", "hw_decoder_load": 0.0},
+        "why": "no GPU in use",
+        "trials": [],
+    }
+    assert previous_decoding(environments) == Decoding("cpu")
+    record["decoding"]["decoding"] = {"on": "gpu", "hw_decoder_load": 0.65}
+    environments.write_text(json.dumps(record) + "\n")
+    worker.run("train", to_json(config_of(tmp_path)))
+    said = capfd.readouterr().out
+    assert f"decoding was: {RUNGS[0]}, until step 2; from there on it is: CPU" in said
+    last = json.loads(environments.read_text().splitlines()[-1])
+    assert last["steps_before"] == 2
+    assert last["decoding"]["decoding"]["on"] == "cpu"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]\n", '{"decoding": null}\n', '{"decoding": {"decoding": {"by": 1}}}\n'])
+def test_what_cannot_be_told_is_not(text, tmp_path):
+    path = tmp_path / "environment.jsonl"
+    assert previous_decoding(path) is None
+    path.write_text(text)
+    assert previous_decoding(path) is None
+
+
+def test_a_gpu_that_fails_is_in_the_log(tmp_path, monkeypatch, capfd):
+    class Failing(Loader):
+        def __init__(self, *words: Any, on_gpu_failure: Any, **options: Any) -> None:
+            super().__init__(*words, on_gpu_failure=on_gpu_failure, **options)
+            self._tell = on_gpu_failure
+
+        def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Any]:
+            for number, batch in enumerate(super().epoch(epoch, start_step)):
+                if number == 1:
+                    self._tell("the GPU failed")
+                yield batch
+
+    monkeypatch.setattr(loading, "Loader", Failing)
+    train(config_of(tmp_path), ALONE)
+    events = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    (event,) = [event for event in events if event["event"] == "decoding"]
+    assert (event["steps_before"], event["what"]) == (1, "the GPU failed")
+    assert "the GPU failed" in capfd.readouterr().out
+
+
+def test_the_doctor_says_what_is_right_and_what_is_not(monkeypatch):
+    found = Choice(RUNGS[0], "probed: at most 0.40/255", (Trial(RUNGS[0], "", 0.4, 0.0, 9, 1.0),))
+    monkeypatch.setattr(probe, "choose", lambda *_, **__: found)
+    assert checks.check_decoding() == ("ok", f"{RUNGS[0]} (probed: at most 0.40/255)", "")
+    failed = Trial(RUNGS[0], "it crashed", None, None, 0, 1.0)
+    monkeypatch.setattr(probe, "choose", lambda *_, **__: Choice(RUNGS[3], "not that", (failed,)))
+    state, about, fix = checks.check_decoding()
+    assert (state, about) == ("warning", "CPU (not that)")
+    assert fix.startswith("nothing to do")
+
+
+def test_the_doctor_without_a_gpu():
+    if not torch.cuda.is_available():
+        assert checks.check_decoding().found == "CPU (no GPU in use)"
