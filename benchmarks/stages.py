@@ -33,18 +33,41 @@ from benchmarks.jpegs import make_images
 from benchmarks.record import Record, first_line
 from fast_spatial.environment import environment
 from kernels.cpus import usable_cpus
+from pipelines.placement import Decoding, Placement
 
 ROOT = Path(__file__).resolve().parent.parent
+PROBE_SEC = 30  # that the probe of one rung may take
 TEST_SEC = 60  # that one GPU test may take
-# The decodings whose loaders are timed: where, and the share of the GPU's JPEG engine.
-LOADERS = (("gpu", 0.65), ("gpu", 0.0), ("gpu", 0.9), ("gpu-full", 0.0), ("cpu", 0.0))
+# The loaders that are timed: where files are decoded, the share of the GPU's JPEG engine, and what makes the views.
+LOADERS = (
+    ("gpu", 0.65, "dali"),
+    ("cpu", 0.0, "numba"),
+    ("gpu", 0.0, "dali"),
+    ("gpu", 0.9, "dali"),
+    ("gpu", 0.65, "triton"),
+    ("cpu", 0.0, "dali"),
+    ("cpu", 0.0, "triton"),
+    ("gpu-full", 0.0, "dali"),
+)
 PLACEMENTS = tuple((decode, warp) for warp in ("dali", "triton") for decode in ("gpu", "gpu-full", "cpu"))
 PLACEMENTS += (("cpu", "numba"),)
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How large the images on the disk and the runs are."""
+    """How large the images on the disk and the runs are.
+
+    Attributes:
+        rates: of what is measured in memory.
+        classes, per_class: of the synthetic images; `links` to each training image make epochs long.
+        batch: images of a step.
+        profile: steps in the trace.
+        placed_images: of an epoch, to compare placements; 0: all.
+        loader_sec: that a loader is timed.
+        reproduce_sec: the budget of the reproduction.
+        digits: flags of the run that is continued.
+
+    """
 
     rates: rates.Sizes
     classes: int
@@ -52,13 +75,36 @@ class Scale:
     links: int
     batch: int
     profile: int
+    placed_images: int
     loader_sec: float
     reproduce_sec: float
     digits: dict[str, str]
 
 
-FULL = Scale(rates.GPU, 8, {"train": 64, "val": 8}, 29, 256, 5, 1.5, 120.0, {"mode": "worst10"})
-DRY = Scale(rates.DRY, 2, {"train": 6, "val": 1}, 7, 4, 2, 0.01, 60.0, {"mode": "standard", "max-train-images": "256"})
+FULL = Scale(
+    rates.GPU,
+    classes=8,
+    per_class={"train": 64, "val": 8},
+    links=29,
+    batch=256,
+    profile=5,
+    placed_images=0,
+    loader_sec=1.5,
+    reproduce_sec=120.0,
+    digits={"mode": "worst10"},
+)
+DRY = Scale(
+    rates.DRY,
+    classes=2,
+    per_class={"train": 6, "val": 1},
+    links=7,
+    batch=4,
+    profile=2,
+    placed_images=8,
+    loader_sec=0.01,
+    reproduce_sec=60.0,
+    digits={"mode": "standard", "max-train-images": "256"},
+)
 
 
 @dataclass(frozen=True)
@@ -168,7 +214,7 @@ def doctor(stage: Stage) -> None:
 
 def decoder(stage: Stage) -> None:
     """The probe of GPU decoding, with every rung: a rung that is wrong here is a finding."""
-    words = [sys.executable, "-m", "pipelines.probe", "--all"]
+    words = [sys.executable, "-m", "pipelines.probe", "--all", f"--timeout={PROBE_SEC}"]
     numbers = itertools.count()
     with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -295,11 +341,11 @@ def prepare(stage: Stage) -> None:
 def loader(stage: Stage) -> None:
     """The loader alone: images per second by decoding."""
     prepare_images(stage)
-    for (on, share), mode in itertools.product(LOADERS, ("standard", "worst10")):
+    for (on, share, warp), mode in itertools.product(LOADERS, ("standard", "worst10")):
         if stage.dry and on != "cpu":
             continue
-        name = f"loader_{mode}_{on}" + (f"_engine_{share:g}" if on == "gpu" else "")
-        stage.record.measure(name, partial(_loader, stage, mode, on, share))
+        name = f"loader_{mode}_{on}" + (f"_engine_{share:g}" if on == "gpu" else "") + f"_{warp}"
+        stage.record.measure(name, partial(_loader, stage, mode, Placement(Decoding(on, share), warp)))
 
 
 def prepare_images(stage: Stage) -> None:
@@ -307,12 +353,10 @@ def prepare_images(stage: Stage) -> None:
     make_images(stage.images, stage.scale.classes, stage.scale.per_class, stage.scale.links)
 
 
-def _loader(stage: Stage, mode: str, on: str, share: float) -> dict[str, Any]:
+def _loader(stage: Stage, mode: str, placement: Placement) -> dict[str, Any]:
     from benchmarks.pipeline import make_loader
     from pipelines.dataset import read_index
-    from pipelines.placement import Decoding, Placement
 
-    placement = Placement(Decoding(on, share), "numba" if on == "cpu" else "dali")
     made = make_loader(
         read_index(stage.images, "train"),
         mode,
@@ -320,7 +364,7 @@ def _loader(stage: Stage, mode: str, on: str, share: float) -> dict[str, Any]:
         side=stage.scale.rates.side,
         batch=stage.scale.batch,
         threads=usable_cpus(),
-        device=torch.device("cpu") if on == "cpu" else stage.device,
+        device=stage.device,
         placement=placement,
     )
     batches = (batch for epoch in itertools.count() for batch in made.epoch(epoch))
@@ -330,7 +374,7 @@ def _loader(stage: Stage, mode: str, on: str, share: float) -> dict[str, Any]:
     bench.wait()
     start = time.perf_counter()
     while time.perf_counter() - start < stage.scale.loader_sec:
-        images += len(next(batches).labels)
+        images += len(next(batches).labels)  # by Triton, views would be made when they are asked for
     bench.wait()
     return {"images_per_sec": round(images / (time.perf_counter() - start), 1), "threads": usable_cpus()}
 
@@ -355,7 +399,8 @@ def placements(stage: Stage) -> None:
     for mode, (decode, warp) in itertools.product(("worst10", "standard"), PLACEMENTS):
         if stage.dry and decode != "cpu":
             continue
-        work = partial(_train, stage, mode, decode=decode, warp=warp, in_process="true")
+        flags = {"decode": decode, "warp": warp, "in_process": "true", "max_train_images": stage.scale.placed_images}
+        work = partial(_train, stage, mode, **flags)
         stage.record.measure(f"train_{mode}_decode_{decode}_warp_{warp}", work)
 
 
