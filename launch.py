@@ -291,7 +291,7 @@ def _signals_to_handle() -> list[str]:
 def _shutdown_options() -> list[str]:
     """The seconds between a signal and SIGKILL: a step, another until all processes know, and a checkpoint must fit in.
 
-    torchrun takes them since torch 2.12; before, it grants 30 s.
+    torch 2.11 does not take them, and grants 30 s.
     """
     from torch.distributed.run import get_args_parser
 

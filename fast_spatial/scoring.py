@@ -69,7 +69,7 @@ class Passes:
         return self._run(B * V, side, lambda part: self.judge.inputs(self._shrink(views_NSSC[part]))).view(B, V, -1)
 
     def prepared(self, inputs_N: Tensor, views: int) -> Tensor:
-        """Logits float32 [B, V, K] of what the judge's network takes, [B * V, ...], views of an image together."""
+        """Logits float32 [B, V, K] of what the judge's network takes, [B * V, 3, S, S], views of an image together."""
         logits_NK = self._run(len(inputs_N), inputs_N.shape[2], lambda part: inputs_N[part])
         return logits_NK.view(len(inputs_N) // views, views, -1)
 

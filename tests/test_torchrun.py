@@ -13,7 +13,8 @@ from fast_spatial.config import TrainConfig
 
 @pytest.mark.parametrize("known", [True, False])
 def test_the_time_to_shut_down_is_named_where_torchrun_knows_it(monkeypatch, known):
-    real, asked = run.get_args_parser(), []
+    real = run.get_args_parser()
+    asked: list[str] = []
 
     def parser():
         made = argparse.ArgumentParser(add_help=False, conflict_handler="resolve")
@@ -25,7 +26,7 @@ def test_the_time_to_shut_down_is_named_where_torchrun_knows_it(monkeypatch, kno
         return made
 
     monkeypatch.setattr(run, "get_args_parser", parser)
-    monkeypatch.setattr(run, "main", lambda words: asked.extend(words))
+    monkeypatch.setattr(run, "main", asked.extend)
     monkeypatch.setattr(launch, "_set_environment", lambda: None)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
