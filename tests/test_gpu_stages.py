@@ -183,7 +183,11 @@ def test_goals_are_met_or_missed_by_the_best_that_was_measured():
         compiled={
             "train_standard_224px_batch_256_compiled": {"images_per_sec": 12500, "ceiling_images_per_sec": 36000}
         },
-        train={"train_worst10": {"images_per_sec": 3000, "data_wait_pct": 0.5}},
+        loader={"loader_standard_gpu": {"images_per_sec": 7000}, "loader_standard_cpu": {"images_per_sec": 7500}},
+        train={
+            "train_worst10": {"images_per_sec": 3000, "data_wait_pct": 0.5},
+            "train_standard": {"images_per_sec": 7000, "data_wait_pct": 40},
+        },
     )
     whole["stages"]["grid"] = {"state": "not run: time", "measured": {}}
     rows = answer(
@@ -199,6 +203,12 @@ def test_goals_are_met_or_missed_by_the_best_that_was_measured():
     ]
     assert rows["DALI's views, a batch"][:4] == ["12.5 ms", "", "at most 10", "missed (125 % of it): dali_views"]
     assert rows["Triton warp, of a fill"][3] == "error: triton_warp: RuntimeError: no"
+    assert rows["standard, from files"][:4] == [
+        "7,000 images/s",
+        "7,500",
+        "8,000",
+        "missed (88 % of it): train_standard",
+    ]
     assert rows["worst10, from files"][3:] == ["missed (86 % of it): train_worst10", 3000, False]
     assert rows["worst10's wait for data"][3:] == ["met: train_worst10", 0.5, True]
     assert rows["grid, bfloat16"][3:] == ["grid: not run: time", None, None]
