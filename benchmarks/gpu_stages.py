@@ -60,6 +60,7 @@ STAGES = {
     "eager": Stage(130, 20),
     "large": Stage(40, 10),
     "tests": Stage(100, 20, ("pytest",), waits=True),
+    "stream": Stage(45, 10, ("pytest", "nvidia.dali", "sklearn"), waits=True),
     "nccl": Stage(45, 10, ("pytest",)),
     "loader": Stage(100, 20, ("nvidia.dali",), waits=True),
     "train": Stage(120, 30, _RUNS, waits=True),
@@ -183,7 +184,7 @@ def outcome(status: int, measured: dict[str, dict[str, Any]]) -> tuple[str, str]
     return "ok", "; ".join([*notes, *skipped])
 
 
-def end(process: subprocess.Popen[bytes]) -> None:
+def end(process: subprocess.Popen[Any]) -> None:
     """End a process and all that it started, sessions of their own included."""
     family = [process.pid, *descendants(process.pid)]
     born = {pid: _stat(pid)[1] for pid in family}

@@ -18,6 +18,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -29,6 +30,7 @@ from typing import Any
 import torch
 
 from benchmarks import rates
+from benchmarks.gpu_stages import DRY_FACTOR, end
 from benchmarks.jpegs import make_images
 from benchmarks.record import Record, first_line
 from fast_spatial.environment import environment
@@ -37,17 +39,20 @@ from pipelines.placement import Decoding, Placement
 
 ROOT = Path(__file__).resolve().parent.parent
 PROBE_SEC = 30  # that the probe of one rung may take
+RUN_SEC = 150.0  # that a command of launch.py may take
+LOADER_SEC = 40.0  # that the loaders of one placement may take
 TEST_SEC = 60  # that one GPU test may take
+MODES = ("standard", "worst10")
 # The loaders that are timed: where files are decoded, the share of the GPU's JPEG engine, and what makes the views.
 LOADERS = (
     ("gpu", 0.65, "dali"),
     ("cpu", 0.0, "numba"),
     ("gpu", 0.0, "dali"),
-    ("gpu", 0.9, "dali"),
     ("gpu", 0.65, "triton"),
-    ("cpu", 0.0, "dali"),
     ("cpu", 0.0, "triton"),
+    ("gpu", 0.9, "dali"),
     ("gpu-full", 0.0, "dali"),
+    ("cpu", 0.0, "dali"),
 )
 PLACEMENTS = tuple((decode, warp) for warp in ("dali", "triton") for decode in ("gpu", "gpu-full", "cpu"))
 PLACEMENTS += (("cpu", "numba"),)
@@ -115,12 +120,14 @@ class Stage:
         out: the folder of results.
         dry: whether it is a trial on a CPU.
         record: where measurements go.
+        words: what else its command line says.
 
     """
 
     out: Path
     dry: bool
     record: Record
+    words: Sequence[str] = ()
 
     @property
     def scale(self) -> Scale:
@@ -154,19 +161,25 @@ class Stage:
 
         """
         words = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
-        return run([sys.executable, str(ROOT / "launch.py"), command, *words], expected)
+        limit = RUN_SEC * (DRY_FACTOR if self.dry else 1)
+        return run([sys.executable, str(ROOT / "launch.py"), command, *words], expected, limit)
 
 
-def run(words: Sequence[str], expected: int | None = 0) -> float:
-    """Run a program, its words among ours; the seconds it took."""
+def run(words: Sequence[str], expected: int | None = 0, limit: float = RUN_SEC) -> float:
+    """Run a program for so many seconds at most, its words among ours; the seconds it took."""
     print("$", *words, flush=True)
     start = time.monotonic()
     with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        watch = threading.Timer(limit, end, [process])
+        watch.start()
         assert process.stdout is not None
         lines = [""]
         for line in process.stdout:
             print(line, end="", flush=True)
             lines = [*lines[-20:], line.strip()]
+        watch.cancel()
+    if time.monotonic() - start >= limit:
+        raise RuntimeError(f"no end within {limit:.0f} s")
     if expected is not None and process.returncode != expected:
         said = [line for line in lines if re.search(r"Error|launch\.py: ", line)] or [line for line in lines if line]
         raise RuntimeError(f"exit status {process.returncode}: {said[-1] if said else 'it said nothing'}")
@@ -339,13 +352,31 @@ def prepare(stage: Stage) -> None:
 
 
 def loader(stage: Stage) -> None:
-    """The loader alone: images per second by decoding."""
+    """The loader alone by placement, each in a process of its own: a decoder may crash, or hang."""
     prepare_images(stage)
-    for (on, share, warp), mode in itertools.product(LOADERS, ("standard", "worst10")):
+    for on, share, warp in LOADERS:
         if stage.dry and on != "cpu":
             continue
-        name = f"loader_{mode}_{on}" + (f"_engine_{share:g}" if on == "gpu" else "") + f"_{warp}"
-        stage.record.measure(name, partial(_loader, stage, mode, Placement(Decoding(on, share), warp)))
+        name = on + (f"_engine_{share:g}" if on == "gpu" else "") + f"_{warp}"
+        found = stage.out / "one_loader.json"
+        found.unlink(missing_ok=True)
+        words = ["one_loader", str(stage.out), on, str(share), warp, *(["--dry"] if stage.dry else [])]
+        fault = ""
+        try:
+            run([sys.executable, "-m", "benchmarks.stages", *words], 0, LOADER_SEC * (DRY_FACTOR if stage.dry else 1))
+        except RuntimeError as error:
+            fault = str(error)
+        measured = json.loads(found.read_text(encoding="utf-8"))["measured"] if found.is_file() else {}
+        found.unlink(missing_ok=True)
+        for mode in MODES:
+            stage.record.put(f"loader_{mode}_{name}", measured.get(mode, {"error": fault}))
+
+
+def one_loader(stage: Stage) -> None:
+    """What one of these processes does."""
+    on, share, warp = stage.words
+    for mode in MODES:
+        stage.record.measure(mode, partial(_loader, stage, mode, Placement(Decoding(on, float(share)), warp)))
 
 
 def prepare_images(stage: Stage) -> None:
@@ -544,9 +575,11 @@ WORKS: dict[str, Callable[[Stage], None]] = {
     "decoder": decoder,
     "eager": eager,
     "large": large,
-    "tests": partial(gpu_tests, which="not compiled and not memory and not activation and not nccl"),
+    "tests": partial(gpu_tests, which="not compiled and not memory and not activation and not nccl and not stream"),
+    "stream": partial(gpu_tests, which="stream"),
     "nccl": partial(gpu_tests, which="nccl and not True"),
     "loader": loader,
+    "one_loader": one_loader,
     "train": train,
     "compiled": compiled,
     "grid": grid,
@@ -562,7 +595,7 @@ WORKS: dict[str, Callable[[Stage], None]] = {
 def main(name: str, out: str, *flags: str) -> int:
     """Run a stage in this process: 1 if a part of it failed."""
     record = Record(Path(out) / f"{name}.json")
-    stage = Stage(Path(out), "--dry" in flags, record)
+    stage = Stage(Path(out), "--dry" in flags, record, [word for word in flags if word != "--dry"])
     torch.backends.cudnn.benchmark = True
     torch.set_num_threads(usable_cpus())
     record.path.unlink(missing_ok=True)  # type: ignore[union-attr]

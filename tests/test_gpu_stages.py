@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "benchmarks" / "gpu.sh"
-NEED_DALI = ("decoder", "loader", "train", "resume", "train_compiled", "reproduce", "placements")
+NEED_DALI = ("decoder", "stream", "loader", "train", "resume", "train_compiled", "reproduce", "placements")
 HIDDEN = """
 import sys
 
@@ -317,7 +317,7 @@ def test_every_stage_runs_dry_and_none_fails(dry):
     states = {name: about["state"] for name, about in whole["stages"].items()}
     assert set(states.values()) == {"ok"}, done.stdout
     assert set(NEED_DALI) < set(states)
-    assert len(states) == 18
+    assert len(states) == 19
     measured = {name: about["measured"] for name, about in whole["stages"].items()}
     assert measured["resume"]["resume"]["epochs"] > measured["resume"]["resume"]["stopped_after_epochs"] > 0
     assert measured["train"]["train_worst10"]["profile"]["largest"][0]["ms"] > 0
