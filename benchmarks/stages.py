@@ -39,6 +39,7 @@ from pipelines.placement import Decoding, Placement
 
 ROOT = Path(__file__).resolve().parent.parent
 PROBE_SEC = 30  # that the probe of one rung may take
+REPRODUCE_SEC = 120.0  # the budget of the reproduction
 RUN_SEC = 150.0  # that a command of launch.py may take
 LOADER_SEC = 40.0  # that the loaders of one placement may take
 TEST_SEC = 60  # that one GPU test may take
@@ -69,7 +70,7 @@ class Scale:
         profile: steps in the trace.
         placed_images: of an epoch, to compare placements; 0: all.
         loader_sec: that a loader is timed.
-        reproduce_sec: the budget of the reproduction.
+        reproduced: the row of the reproduction.
         digits: flags of the run that is continued.
 
     """
@@ -82,7 +83,7 @@ class Scale:
     profile: int
     placed_images: int
     loader_sec: float
-    reproduce_sec: float
+    reproduced: str
     digits: dict[str, str]
 
 
@@ -95,7 +96,7 @@ FULL = Scale(
     profile=5,
     placed_images=0,
     loader_sec=1.5,
-    reproduce_sec=120.0,
+    reproduced="worst10:30",
     digits={"mode": "worst10"},
 )
 DRY = Scale(
@@ -107,7 +108,7 @@ DRY = Scale(
     profile=2,
     placed_images=8,
     loader_sec=0.01,
-    reproduce_sec=60.0,
+    reproduced="standard",
     digits={"mode": "standard", "max-train-images": "256"},
 )
 
@@ -551,7 +552,7 @@ def _resume(stage: Stage) -> dict[str, Any]:
 
 def reproduce(stage: Stage) -> None:
     """A row of the digits within two minutes, planning, judging and report included."""
-    out, budget = stage.scratch("reproduce"), stage.scale.reproduce_sec
+    out, budget = stage.scratch("reproduce"), REPRODUCE_SEC
 
     def work() -> dict[str, Any]:
         flags = {"compile": "false"} if stage.dry else {}
