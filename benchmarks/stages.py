@@ -464,7 +464,10 @@ def _train(stage: Stage, mode: str, **flags: Any) -> dict[str, Any]:
     if "energy_kwh" in last:
         found["energy_kwh"] = last["energy_kwh"]
     lines = (out / "environment.jsonl").read_text(encoding="utf-8").splitlines()
-    found |= {key: value for key, value in json.loads(lines[-1]).items() if key in ("decoding", "placement", "warp")}
+    if decoding := json.loads(lines[-1]).get("decoding"):
+        found["decoding"] = {name: decoding[name] for name in ("decoding", "why")}
+    if failures := records(out, "decoding"):  # of the GPU, in the middle of it
+        found["decoding_failures"] = [failure["what"] for failure in failures]
     if (out / "profile.json").is_file():
         found["profile"] = costs(out / "profile.json")
     shutil.rmtree(out)
