@@ -158,16 +158,17 @@ def run_stage(session: Session, name: str, stage: Stage) -> None:
     begun = time.monotonic()
     limit = min(stage.seconds * (DRY_FACTOR if session.dry else 1), session.left)
     process = session.start(name)
+    why = "this program was stopped"
     try:
         process.wait(limit)
     except subprocess.TimeoutExpired:
-        end(process)
-        session.close(name, "cut off", f"it took longer than {limit:.0f} s", time.monotonic() - begun)
-        return
+        why = f"it took longer than {limit:.0f} s"
     finally:
         if process.poll() is None:
             end(process)
-    session.close(name, *outcome(process.returncode, session.measured(name)), time.monotonic() - begun)
+            session.close(name, "cut off", why, time.monotonic() - begun)
+        else:
+            session.close(name, *outcome(process.returncode, session.measured(name)), time.monotonic() - begun)
 
 
 def outcome(status: int, measured: dict[str, dict[str, Any]]) -> tuple[str, str]:

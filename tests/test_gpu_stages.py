@@ -116,6 +116,28 @@ print(json.dumps([json.loads((out / f"{name}.json").read_text()) for name in ("h
     assert [about["state"] for about in found] == ["cut off", "ok"]
 
 
+def test_what_a_stopped_go_had_measured_is_kept(tmp_path):
+    code = """
+import os, signal, threading
+gpu_stages.has_gpu = lambda session: "a GPU"
+gpu_stages.STAGES = {"last": Stage(20, 0), "hangs": Stage(20, 0), "late": Stage(20, 0)}
+def stop():
+    while "a" not in Session(out, False, 9, {}).measured("hangs"):
+        time.sleep(0.1)
+    os.kill(os.getpid(), signal.SIGTERM)
+threading.Thread(target=stop).start()
+try:
+    gpu_stages.main([str(out)])
+except SystemExit as stopped:
+    print(stopped.code)
+"""
+    assert answer(STAGES + code, str(tmp_path)) == 143
+    stages = json.loads((tmp_path / "gpu.json").read_text())["stages"]
+    states = {name: (about["state"], about["why"]) for name, about in stages.items() if name != "prepare"}
+    assert states == {"last": ("ok", "all well"), "hangs": ("cut off", "this program was stopped")}
+    assert stages["hangs"]["measured"] == {"a": {"ms": 5}}
+
+
 def test_only_goes_on_with_what_the_folder_holds(tmp_path):
     (tmp_path / "gpu.json").write_text(
         json.dumps({"dry": False, "stages": {"grid": {"state": "ok", "measured": {}}}, "goals": []})
