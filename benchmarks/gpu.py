@@ -14,6 +14,7 @@ def run(job: Job) -> Findings:
     rates.ceilings(bench)
     rates.networks(bench, compiled=False)
     rates.warps(bench)
+    rates.dali_views(bench)
     rates.networks(bench, compiled=True)
     found.facts |= record.found
     found.add(processes.run(job))

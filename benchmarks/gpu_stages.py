@@ -60,6 +60,7 @@ STAGES = {
     "eager": Stage(130, 20),
     "large": Stage(40, 10),
     "tests": Stage(100, 20, ("pytest",), waits=True),
+    "stream": Stage(45, 10, ("pytest", "nvidia.dali", "sklearn"), waits=True),
     "nccl": Stage(45, 10, ("pytest",)),
     "loader": Stage(100, 20, ("nvidia.dali",), waits=True),
     "train": Stage(120, 30, _RUNS, waits=True),
@@ -157,16 +158,17 @@ def run_stage(session: Session, name: str, stage: Stage) -> None:
     begun = time.monotonic()
     limit = min(stage.seconds * (DRY_FACTOR if session.dry else 1), session.left)
     process = session.start(name)
+    why = "this program was stopped"
     try:
         process.wait(limit)
     except subprocess.TimeoutExpired:
-        end(process)
-        session.close(name, "cut off", f"it took longer than {limit:.0f} s", time.monotonic() - begun)
-        return
+        why = f"it took longer than {limit:.0f} s"
     finally:
         if process.poll() is None:
             end(process)
-    session.close(name, *outcome(process.returncode, session.measured(name)), time.monotonic() - begun)
+            session.close(name, "cut off", why, time.monotonic() - begun)
+        else:
+            session.close(name, *outcome(process.returncode, session.measured(name)), time.monotonic() - begun)
 
 
 def outcome(status: int, measured: dict[str, dict[str, Any]]) -> tuple[str, str]:
@@ -183,7 +185,7 @@ def outcome(status: int, measured: dict[str, dict[str, Any]]) -> tuple[str, str]
     return "ok", "; ".join([*notes, *skipped])
 
 
-def end(process: subprocess.Popen[bytes]) -> None:
+def end(process: subprocess.Popen[Any]) -> None:
     """End a process and all that it started, sessions of their own included."""
     family = [process.pid, *descendants(process.pid)]
     born = {pid: _stat(pid)[1] for pid in family}

@@ -31,7 +31,7 @@ PARTS = (
     Part("the probe of decoders (`pipelines/probe.py`)", ("decoder",), "decoder", "note"),
     Part("decoding on the GPU (`pipelines/graph.py`)", ("loader",), r"loader_.*_gpu.*", "images_per_sec"),
     Part("DALI's views (`dali_views` in `pipelines/ops.py`)", ("eager",), "dali_views", "ms"),
-    Part("the stream's pixels against the CPU's (`pipelines/loader.py`)", ("tests",), r"test_the_gpu_stream_.*"),
+    Part("the stream's pixels against the CPU's (`pipelines/loader.py`)", ("stream",), r"test_the_gpu_stream_.*"),
     Part("the Triton kernels (`kernels/warp_cuda.py`)", ("eager",), r"triton_.*", "ms"),
     Part("their results against the reference", ("tests",), r"test_the_gpu_warp_is_the_reference.*"),
     Part("training in half precision (`fast_spatial/step.py`)", ("eager",), r"train_.*", "images_per_sec"),

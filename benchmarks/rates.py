@@ -330,7 +330,7 @@ def drawn_matrices(count: int, views: int, side: int) -> torch.Tensor:
 
 
 def warps(bench: Bench) -> None:
-    """The Triton kernels beside a fill of the same tensor, and the views of DALI's operators."""
+    """The Triton kernels beside a fill of the same tensor."""
     B, V, S, device = bench.sizes.crops, CANDIDATES, bench.side, bench.device
     dtype = dtype_of("auto", device)
     images, rows = pictures(B, S).to(device), drawn_matrices(B, V, S).to(device)
@@ -360,18 +360,23 @@ def warps(bench: Bench) -> None:
 
     bench.record.measure("triton_warp", warp)
     bench.record.measure("triton_normalize", normalize)
-    bench.record.measure("dali_views", partial(_dali_views, bench, images, rows), needs="nvidia.dali")
 
 
-def _dali_views(bench: Bench, images_BSSC: torch.Tensor, rows_BV23: torch.Tensor) -> dict[str, Any]:
+def dali_views(bench: Bench) -> None:
     """Colours, mean and warps by DALI's operators, of crops that are in the device's memory."""
+    bench.record.measure("dali_views", partial(_dali_views, bench), needs="nvidia.dali")
+
+
+def _dali_views(bench: Bench) -> dict[str, Any]:
     from nvidia.dali import fn, pipeline_def
 
     from pipelines.ops import dali_views
 
     on_gpu = bench.device.type == "cuda"
-    crops: Any = images_BSSC if on_gpu else images_BSSC.numpy()
-    rows, colours = rows_BV23.cpu().numpy(), np.ones((len(images_BSSC), COLOUR_WIDTH), np.float32)
+    images = pictures(bench.sizes.crops, bench.side)
+    crops: Any = images.to(bench.device) if on_gpu else images.numpy()
+    rows = drawn_matrices(len(images), CANDIDATES, bench.side).numpy()
+    colours = np.ones((len(images), COLOUR_WIDTH), np.float32)
 
     def seconds(with_views: bool) -> float:
         @pipeline_def

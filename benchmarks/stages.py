@@ -9,6 +9,7 @@ there is a GPU: the lines that are run are the same.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import itertools
 import json
@@ -18,6 +19,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -29,22 +31,50 @@ from typing import Any
 import torch
 
 from benchmarks import rates
+from benchmarks.gpu_stages import DRY_FACTOR, end
 from benchmarks.jpegs import make_images
 from benchmarks.record import Record, first_line
 from fast_spatial.environment import environment
 from kernels.cpus import usable_cpus
+from pipelines.placement import Decoding, Placement
 
 ROOT = Path(__file__).resolve().parent.parent
+PROBE_SEC = 30  # that the probe of one rung may take
+REPRODUCE_SEC = 120.0  # the budget of the reproduction
+RUN_SEC = 150.0  # that a command of launch.py may take
+LOADER_SEC = 40.0  # that the loaders of one placement may take
 TEST_SEC = 60  # that one GPU test may take
-# The decodings whose loaders are timed: where, and the share of the GPU's JPEG engine.
-LOADERS = (("gpu", 0.65), ("gpu", 0.0), ("gpu", 0.9), ("gpu-full", 0.0), ("cpu", 0.0))
+MODES = ("standard", "worst10")
+# The loaders that are timed: where files are decoded, the share of the GPU's JPEG engine, and what makes the views.
+LOADERS = (
+    ("gpu", 0.65, "dali"),
+    ("cpu", 0.0, "numba"),
+    ("gpu", 0.0, "dali"),
+    ("gpu", 0.65, "triton"),
+    ("cpu", 0.0, "triton"),
+    ("gpu", 0.9, "dali"),
+    ("gpu-full", 0.0, "dali"),
+    ("cpu", 0.0, "dali"),
+)
 PLACEMENTS = tuple((decode, warp) for warp in ("dali", "triton") for decode in ("gpu", "gpu-full", "cpu"))
 PLACEMENTS += (("cpu", "numba"),)
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How large the images on the disk and the runs are."""
+    """How large the images on the disk and the runs are.
+
+    Attributes:
+        rates: of what is measured in memory.
+        classes, per_class: of the synthetic images; `links` to each training image make epochs long.
+        batch: images of a step.
+        profile: steps in the trace.
+        placed_images: of an epoch, to compare placements; 0: all.
+        loader_sec: that a loader is timed.
+        reproduced: the row of the reproduction.
+        digits: flags of the run that is continued.
+
+    """
 
     rates: rates.Sizes
     classes: int
@@ -52,13 +82,36 @@ class Scale:
     links: int
     batch: int
     profile: int
+    placed_images: int
     loader_sec: float
-    reproduce_sec: float
+    reproduced: str
     digits: dict[str, str]
 
 
-FULL = Scale(rates.GPU, 8, {"train": 64, "val": 8}, 29, 256, 5, 1.5, 120.0, {"mode": "worst10"})
-DRY = Scale(rates.DRY, 2, {"train": 6, "val": 1}, 7, 4, 2, 0.01, 60.0, {"mode": "standard", "max-train-images": "256"})
+FULL = Scale(
+    rates.GPU,
+    classes=8,
+    per_class={"train": 64, "val": 8},
+    links=29,
+    batch=256,
+    profile=5,
+    placed_images=0,
+    loader_sec=1.5,
+    reproduced="worst10:30",
+    digits={"mode": "worst10"},
+)
+DRY = Scale(
+    rates.DRY,
+    classes=2,
+    per_class={"train": 6, "val": 1},
+    links=7,
+    batch=4,
+    profile=2,
+    placed_images=8,
+    loader_sec=0.01,
+    reproduced="standard",
+    digits={"mode": "standard", "max-train-images": "256"},
+)
 
 
 @dataclass(frozen=True)
@@ -69,12 +122,14 @@ class Stage:
         out: the folder of results.
         dry: whether it is a trial on a CPU.
         record: where measurements go.
+        words: what else its command line says.
 
     """
 
     out: Path
     dry: bool
     record: Record
+    words: Sequence[str] = ()
 
     @property
     def scale(self) -> Scale:
@@ -108,19 +163,25 @@ class Stage:
 
         """
         words = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
-        return run([sys.executable, str(ROOT / "launch.py"), command, *words], expected)
+        limit = RUN_SEC * (DRY_FACTOR if self.dry else 1)
+        return run([sys.executable, str(ROOT / "launch.py"), command, *words], expected, limit)
 
 
-def run(words: Sequence[str], expected: int | None = 0) -> float:
-    """Run a program, its words among ours; the seconds it took."""
+def run(words: Sequence[str], expected: int | None = 0, limit: float = RUN_SEC) -> float:
+    """Run a program for so many seconds at most, its words among ours; the seconds it took."""
     print("$", *words, flush=True)
     start = time.monotonic()
     with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        watch = threading.Timer(limit, end, [process])
+        watch.start()
         assert process.stdout is not None
         lines = [""]
         for line in process.stdout:
             print(line, end="", flush=True)
             lines = [*lines[-20:], line.strip()]
+        watch.cancel()
+    if time.monotonic() - start >= limit:
+        raise RuntimeError(f"no end within {limit:.0f} s")
     if expected is not None and process.returncode != expected:
         said = [line for line in lines if re.search(r"Error|launch\.py: ", line)] or [line for line in lines if line]
         raise RuntimeError(f"exit status {process.returncode}: {said[-1] if said else 'it said nothing'}")
@@ -168,12 +229,14 @@ def doctor(stage: Stage) -> None:
 
 def decoder(stage: Stage) -> None:
     """The probe of GPU decoding, with every rung: a rung that is wrong here is a finding."""
-    words = [sys.executable, "-m", "pipelines.probe", "--all"]
+    words = [sys.executable, "-m", "pipelines.probe", "--all", f"--timeout={PROBE_SEC}"]
     numbers = itertools.count()
     with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
             print(line, end="", flush=True)
+            if not line.startswith("{"):
+                continue
             said = json.loads(line)
             if "rung" in said:
                 stage.record.put(f"rung_{next(numbers)}", said)
@@ -194,6 +257,7 @@ def eager(stage: Stage) -> None:
     rates.networks(bench, compiled=False)
     rates.warps(bench)
     rates.fused_convolutions(bench)
+    rates.dali_views(bench)  # at the end: a library that may bring the process down
 
 
 def large(stage: Stage) -> None:
@@ -271,35 +335,43 @@ def prepare(stage: Stage) -> None:
         return {"seconds": round(time.monotonic() - start, 1)}
 
     def kernels() -> dict[str, Any]:
-        import numpy as np
-
         from kernels.warp import warp
 
         start = time.monotonic()
         warp(rates.pictures(1, 32), rates.drawn_matrices(1, 2, 32))
-        warmed = time.monotonic() - start
-        from pipelines import ops
-
-        for operator in (ops._draw_operator, ops._views_operator, ops._colour_operator):
-            operator()
-        return {
-            "warp_seconds": round(warmed, 1),
-            "seconds": round(time.monotonic() - start, 1),
-            "numpy": np.__version__,
-        }
+        importlib.import_module("pipelines.ops")  # compiles its operators
+        return {"seconds": round(time.monotonic() - start, 1)}
 
     stage.record.measure("numba", kernels, needs="nvidia.dali")
     stage.record.measure("images", files)
 
 
 def loader(stage: Stage) -> None:
-    """The loader alone: images per second by decoding."""
+    """The loader alone by placement, each in a process of its own: a decoder may crash, or hang."""
     prepare_images(stage)
-    for (on, share), mode in itertools.product(LOADERS, ("standard", "worst10")):
+    for on, share, warp in LOADERS:
         if stage.dry and on != "cpu":
             continue
-        name = f"loader_{mode}_{on}" + (f"_engine_{share:g}" if on == "gpu" else "")
-        stage.record.measure(name, partial(_loader, stage, mode, on, share))
+        name = on + (f"_engine_{share:g}" if on == "gpu" else "") + f"_{warp}"
+        found = stage.out / "one_loader.json"
+        found.unlink(missing_ok=True)
+        words = ["one_loader", str(stage.out), on, str(share), warp, *(["--dry"] if stage.dry else [])]
+        fault = ""
+        try:
+            run([sys.executable, "-m", "benchmarks.stages", *words], 0, LOADER_SEC * (DRY_FACTOR if stage.dry else 1))
+        except RuntimeError as error:
+            fault = str(error)
+        measured = json.loads(found.read_text(encoding="utf-8"))["measured"] if found.is_file() else {}
+        found.unlink(missing_ok=True)
+        for mode in MODES:
+            stage.record.put(f"loader_{mode}_{name}", measured.get(mode, {"error": fault}))
+
+
+def one_loader(stage: Stage) -> None:
+    """What one of these processes does."""
+    on, share, warp = stage.words
+    for mode in MODES:
+        stage.record.measure(mode, partial(_loader, stage, mode, Placement(Decoding(on, float(share)), warp)))
 
 
 def prepare_images(stage: Stage) -> None:
@@ -307,12 +379,10 @@ def prepare_images(stage: Stage) -> None:
     make_images(stage.images, stage.scale.classes, stage.scale.per_class, stage.scale.links)
 
 
-def _loader(stage: Stage, mode: str, on: str, share: float) -> dict[str, Any]:
+def _loader(stage: Stage, mode: str, placement: Placement) -> dict[str, Any]:
     from benchmarks.pipeline import make_loader
     from pipelines.dataset import read_index
-    from pipelines.placement import Decoding, Placement
 
-    placement = Placement(Decoding(on, share), "numba" if on == "cpu" else "dali")
     made = make_loader(
         read_index(stage.images, "train"),
         mode,
@@ -320,7 +390,7 @@ def _loader(stage: Stage, mode: str, on: str, share: float) -> dict[str, Any]:
         side=stage.scale.rates.side,
         batch=stage.scale.batch,
         threads=usable_cpus(),
-        device=torch.device("cpu") if on == "cpu" else stage.device,
+        device=stage.device,
         placement=placement,
     )
     batches = (batch for epoch in itertools.count() for batch in made.epoch(epoch))
@@ -330,7 +400,7 @@ def _loader(stage: Stage, mode: str, on: str, share: float) -> dict[str, Any]:
     bench.wait()
     start = time.perf_counter()
     while time.perf_counter() - start < stage.scale.loader_sec:
-        images += len(next(batches).labels)
+        images += len(next(batches).labels)  # by Triton, views would be made when they are asked for
     bench.wait()
     return {"images_per_sec": round(images / (time.perf_counter() - start), 1), "threads": usable_cpus()}
 
@@ -355,7 +425,8 @@ def placements(stage: Stage) -> None:
     for mode, (decode, warp) in itertools.product(("worst10", "standard"), PLACEMENTS):
         if stage.dry and decode != "cpu":
             continue
-        work = partial(_train, stage, mode, decode=decode, warp=warp, in_process="true")
+        flags = {"decode": decode, "warp": warp, "in_process": "true", "max_train_images": stage.scale.placed_images}
+        work = partial(_train, stage, mode, **flags)
         stage.record.measure(f"train_{mode}_decode_{decode}_warp_{warp}", work)
 
 
@@ -387,7 +458,10 @@ def _train(stage: Stage, mode: str, **flags: Any) -> dict[str, Any]:
     if "energy_kwh" in last:
         found["energy_kwh"] = last["energy_kwh"]
     lines = (out / "environment.jsonl").read_text(encoding="utf-8").splitlines()
-    found |= {key: value for key, value in json.loads(lines[-1]).items() if key in ("decoding", "placement", "warp")}
+    if decoding := json.loads(lines[-1]).get("decoding"):
+        found["decoding"] = {name: decoding[name] for name in ("decoding", "why")}
+    if failures := records(out, "decoding"):  # of the GPU, in the middle of it
+        found["decoding_failures"] = [failure["what"] for failure in failures]
     if (out / "profile.json").is_file():
         found["profile"] = costs(out / "profile.json")
     shutil.rmtree(out)
@@ -475,7 +549,7 @@ def _resume(stage: Stage) -> dict[str, Any]:
 
 def reproduce(stage: Stage) -> None:
     """A row of the digits within two minutes, planning, judging and report included."""
-    out, budget = stage.scratch("reproduce"), stage.scale.reproduce_sec
+    out, budget = stage.scratch("reproduce"), REPRODUCE_SEC
 
     def work() -> dict[str, Any]:
         flags = {"compile": "false"} if stage.dry else {}
@@ -499,9 +573,11 @@ WORKS: dict[str, Callable[[Stage], None]] = {
     "decoder": decoder,
     "eager": eager,
     "large": large,
-    "tests": partial(gpu_tests, which="not compiled and not memory and not activation and not nccl"),
+    "tests": partial(gpu_tests, which="not compiled and not memory and not activation and not nccl and not stream"),
+    "stream": partial(gpu_tests, which="stream"),
     "nccl": partial(gpu_tests, which="nccl and not True"),
     "loader": loader,
+    "one_loader": one_loader,
     "train": train,
     "compiled": compiled,
     "grid": grid,
@@ -517,7 +593,7 @@ WORKS: dict[str, Callable[[Stage], None]] = {
 def main(name: str, out: str, *flags: str) -> int:
     """Run a stage in this process: 1 if a part of it failed."""
     record = Record(Path(out) / f"{name}.json")
-    stage = Stage(Path(out), "--dry" in flags, record)
+    stage = Stage(Path(out), "--dry" in flags, record, [word for word in flags if word != "--dry"])
     torch.backends.cudnn.benchmark = True
     torch.set_num_threads(usable_cpus())
     record.path.unlink(missing_ok=True)  # type: ignore[union-attr]

@@ -80,3 +80,38 @@ if __name__ == "__main__":
 """)
     code = f"import sys, runpy; sys.path.insert(0, {str(ROOT)!r}); runpy.run_path({str(script)!r}, run_name='__main__')"
     assert said(code).splitlines()[-2:] == ["(4, 1, 3, 64, 64)", "[0, 0]"]
+
+
+def test_a_group_that_fails_is_told_and_what_others_found_is_kept_after_each():
+    kept = said("""
+import json, types
+from benchmarks import bench
+from benchmarks.jobs import Findings
+from fast_spatial.config import BenchConfig
+
+def group(name):
+    def run(job):
+        if name == "pipeline":
+            raise OSError("libnvjpeg.so is broken")
+        if name == "score":
+            raise ModuleNotFoundError("No module named 'sklearn'", name="sklearn")
+        return Findings([], {}, {name: {"rate": 3}}, {})
+    return types.SimpleNamespace(run=run)
+
+bench.importlib.import_module = lambda name: group(name.removeprefix("benchmarks."))
+seen = []
+result = bench.run(BenchConfig(), lambda now: seen.append([sorted(now["facts"]), dict(now["skipped"])]))
+print(json.dumps([seen, result["facts"]]))
+""")
+    seen, facts = json.loads(kept.splitlines()[-1])
+    gpu = ["gpu"] if "gpu" in facts else []
+    assert list(facts) == [*gpu, "warp", "step", "grid"]
+    broken = {"pipeline": "it failed: OSError: libnvjpeg.so is broken"}
+    lacks = {"score": "it needs sklearn, which is not installed"}
+    assert seen[len(gpu) :] == [
+        [[*gpu, "warp"], {}],
+        [[*gpu, "warp"], broken],
+        [[*gpu, "warp"], broken | lacks],
+        [[*gpu, "step", "warp"], broken | lacks],
+        [[*gpu, "grid", "step", "warp"], broken | lacks],
+    ]
