@@ -53,13 +53,13 @@ PARTS = (
 
 
 def state(part: Part, result: dict[str, Any]) -> str:
-    """How a part did: "ran", "failed" or "untried"."""
+    """How a part did: "ran", "ran in part", "failed" or "untried"."""
     found = [figures for _, figures in measurements(result, part.stages, part.pattern)]
-    if any("error" in figures or figures.get("outcome") == "failed" for figures in found):
-        return "failed"
-    if any(part.figure in figures if part.figure else figures.get("outcome") == "passed" for figures in found):
-        return "ran"
-    return "untried"
+    wrong = any("error" in figures or figures.get("outcome") == "failed" for figures in found)
+    right = any(part.figure in figures if part.figure else figures.get("outcome") == "passed" for figures in found)
+    if right:
+        return "ran in part" if wrong else "ran"
+    return "failed" if wrong else "untried"
 
 
 def what_ran(results: Sequence[dict[str, Any]]) -> str:
@@ -70,7 +70,7 @@ def what_ran(results: Sequence[dict[str, Any]]) -> str:
     paragraphs = []
     for result in results:
         about = result["environment"]
-        named = {"ran": "Ran", "failed": "**Failed**"}
+        named = {"ran": "Ran", "ran in part": "Ran in part, and failed in part,", "failed": "**Failed**"}
         for kind, word in named.items():
             parts = [part.what for part in PARTS if state(part, result) == kind]
             if parts:

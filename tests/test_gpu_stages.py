@@ -245,9 +245,11 @@ def test_what_ran_is_what_result_files_show():
         eager={"triton_warp": {"ms": 0.7}, "dali_views": {"error": "RuntimeError: no"}},
         tests={"test_steps_lower_the_loss_in_every_dtype[1-dtype0]": {"outcome": "passed"}},
         compiled={"train": {"out_of_memory": True}},
+        loader={"loader_standard_gpu_dali": {"images_per_sec": 9}, "loader_worst10_gpu_dali": {"error": "it crashed"}},
     )
     text = answer(code, json.dumps([whole]))
-    ran, failed, untried = text.split("\n\n")[1::2]
+    ran, partly, failed, untried = text.split("\n\n")[1::2]
+    assert partly == "- decoding on the GPU (`pipelines/graph.py`)"
     assert text.startswith("Ran on NVIDIA Test with torch 2.11.0:")
     assert ran.splitlines() == [
         "- the Triton kernels (`kernels/warp_cuda.py`)",
