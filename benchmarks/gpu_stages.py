@@ -62,7 +62,7 @@ STAGES = {
     "tests": Stage(100, 20, ("pytest",), waits=True),
     "stream": Stage(45, 10, ("pytest", "nvidia.dali", "sklearn"), waits=True),
     "nccl": Stage(45, 10, ("pytest",)),
-    "loader": Stage(100, 20, ("nvidia.dali",), waits=True),
+    "loader": Stage(80, 20, ("nvidia.dali",), waits=True),
     "train": Stage(120, 30, _RUNS, waits=True),
     "compiled": Stage(150, 40),
     "grid": Stage(60, 15),

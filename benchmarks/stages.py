@@ -56,8 +56,16 @@ LOADERS = (
     ("gpu-full", 0.0, "dali"),
     ("cpu", 0.0, "dali"),
 )
-PLACEMENTS = tuple((decode, warp) for warp in ("dali", "triton") for decode in ("gpu", "gpu-full", "cpu"))
-PLACEMENTS += (("cpu", "numba"),)
+# The most telling first: the default is measured by the trainings.
+PLACEMENTS = (
+    ("gpu", "triton"),
+    ("cpu", "triton"),
+    ("cpu", "numba"),
+    ("cpu", "dali"),
+    ("gpu", "dali"),
+    ("gpu-full", "triton"),
+    ("gpu-full", "dali"),
+)
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ from fast_spatial.environment import (
 )
 from kernels.cache import cache_folder
 from kernels.cpus import usable_cpus
+from pipelines.nvjpeg import installed_libraries
 
 PYTHON = (3, 11)
 # The oldest driver for each CUDA.
@@ -331,10 +332,7 @@ def jpeg_engines() -> int | None:
 
 
 def _nvjpeg() -> Any:
-    spec = importlib.util.find_spec("nvidia")
-    folders = [Path(folder) for folder in (spec and spec.submodule_search_locations) or ()]
-    names = [str(path) for folder in folders for path in sorted(folder.glob("*/lib/libnvjpeg.so.*"))]
-    for name in [*names, "libnvjpeg.so.13", "libnvjpeg.so.12"]:
+    for name in [*map(str, installed_libraries()), "libnvjpeg.so.13", "libnvjpeg.so.12"]:
         try:
             return ctypes.CDLL(name)
         except OSError:

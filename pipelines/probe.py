@@ -45,6 +45,8 @@ _PASSING = ("no answer within", "out of memory")
 _PACKAGES = ("torch", *(f"nvidia-{name}-cu{kind}" for name in ("dali", "nvimgcodec") for kind in ("12", "13")))
 _PACKAGES += ("nvidia-dali-cuda120", "nvidia-dali-cuda130")
 _SOURCES = ("decoding.py", "placement.py", "probe.py", "probe_child.py", "specimens.py")
+# nvImageCodec says so of every image, and then has the CPU decode it.
+_UNTRUSTED = "may produce wrong results"
 _STDERR_CHARS = 4000
 _REASON_CHARS = 240
 
@@ -252,6 +254,8 @@ def _judge(rung: Decoding, status: int, said: str, complaints: str, timeout_sec:
     lines = [line.strip() for line in complaints.splitlines() if line.strip()]
     hint = f": {_short(lines[-1])}" if lines else ""
     answer = _answer(said)
+    if _UNTRUSTED in said + complaints:
+        return Trial(rung, "nvImageCodec warns of wrong regions with this nvJPEG (13.2 is needed)", None, None, 0, 0.0)
     if status == -signal.SIGALRM:
         return Trial(rung, f"no answer within {timeout_sec:g} s", None, None, 0, 0.0)
     if status < 0:

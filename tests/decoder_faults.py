@@ -125,6 +125,7 @@ PROGRAMS: dict[str, Callable[[], object]] = {
     "prints garbage": lambda: print("3 of 7 images\nall well"),
     "prints a list": lambda: print("[1, 2]"),
     "prints nothing": lambda: None,
+    "warns of regions": lambda: print(f"[WARNING] it may produce wrong results on image edge\n{json.dumps(RIGHT)}"),
     "prints no numbers": lambda: print(json.dumps({**RIGHT, "worst_mean": float("nan")})),
     "compares nothing": lambda: print(json.dumps({**RIGHT, "images": 0})),
     "prints bad numbers": lambda: print(json.dumps({**RIGHT, "worst_far_share": 0.02})),

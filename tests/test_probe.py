@@ -47,6 +47,7 @@ DETECTED = {
     "prints garbage": r"its answer cannot be understood",
     "prints a list": r"its answer cannot be understood",
     "prints nothing": r"its answer cannot be understood",
+    "warns of regions": r"nvImageCodec warns of wrong regions with this nvJPEG \(13\.2 is needed\)",
     "prints no numbers": r"its answer cannot be understood",
     "compares nothing": r"its answer cannot be understood",
     "prints bad numbers": r"wrong pixels: mean difference 0.40/255 \(at most 2\), 2.00% of pixels beyond 16/255 .+",
