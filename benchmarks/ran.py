@@ -33,7 +33,11 @@ PARTS = (
     Part("DALI's views (`dali_views` in `pipelines/ops.py`)", ("eager",), "dali_views", "ms"),
     Part("the stream's pixels against the CPU's (`pipelines/loader.py`)", ("stream",), r"test_the_gpu_stream_.*"),
     Part("the Triton kernels (`kernels/warp_cuda.py`)", ("eager",), r"triton_.*", "ms"),
-    Part("their results against the reference", ("tests",), r"test_the_gpu_warp_is_the_reference.*"),
+    Part(
+        "their results against the reference",
+        ("tests", "stream"),
+        r"test_the_gpu_warp_is_the_reference.*|test_views_are_normalized_.*|test_the_gpu_stream_.*triton.*",
+    ),
     Part("training in half precision (`fast_spatial/step.py`)", ("eager",), r"train_.*", "images_per_sec"),
     Part("judging in half precision (`fast_spatial/scoring.py`)", ("eager",), r"score_.*", "views_per_sec"),
     Part("`GradScaler` and every arithmetic of a step", ("tests",), r"test_steps_lower_the_loss_in_every_dtype.*"),
