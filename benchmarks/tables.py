@@ -103,7 +103,34 @@ def gpus(results: Sequence[dict[str, Any]]) -> str:
             lines.append([row.what, row.result, row.ceiling, row.goal, name[0] if row.met is not None else ""])
         about = result["environment"]
         tables.append(f"{aligned(lines)}\n\n(On {about['hardware']}, {ran.versions(about)}: `benchmarks/gpu.sh OUT`.)")
+        if placed := placements(result):
+            tables.append(
+                f"Images per second on the same machine, by where images are decoded and views made:\n\n{placed}"
+            )
     return "\n\n".join(tables)
+
+
+_PLACED = r"(?P<on>[a-z-]+)(_engine_(?P<share>[.0-9]+))?(_warp)?_(?P<warp>[a-z]+)"
+# Of what, in which stage, by which names.
+_PLACEMENTS = (
+    ("loader alone", "loader", rf"loader_(?P<mode>[a-z0-9]+)_{_PLACED}"),
+    ("training", "placements", rf"train_(?P<mode>[a-z0-9]+)_decode_{_PLACED}"),
+)
+
+
+def placements(result: dict[str, Any]) -> str:
+    """Images per second of loaders and trainings, by where images are decoded and views made; "" if none."""
+    rates: dict[str, dict[str, str]] = {}
+    for what, stage, pattern in _PLACEMENTS:
+        for name, figures in goals.measurements(result, (stage,), pattern):
+            about = re.fullmatch(pattern, name)
+            if about and "images_per_sec" in figures:
+                engine = f", {float(about['share']):.0%} by the JPEG engine" if about["share"] else ""
+                row = rates.setdefault(f"`--decode {about['on']} --warp {about['warp']}`{engine}", {})
+                row[f"{about['mode']}, {what}"] = number(figures["images_per_sec"])
+    columns = list(dict.fromkeys(column for row in rates.values() for column in row))
+    lines = [[label, *(row.get(column, "") for column in columns)] for label, row in rates.items()]
+    return aligned([["", *columns], *lines]) if lines else ""
 
 
 def number(value: float) -> str:

@@ -180,7 +180,7 @@ print(json.dumps([lives(process.pid), lives(pid)]))
 def test_wrong_words_and_no_gpu_end_in_one_clear_error(tmp_path):
     unknown = script("--only", "grid,nonsense", str(tmp_path), sys.executable)
     assert unknown.returncode == 2
-    assert "--only nonsense: choose among machine, doctor," in unknown.stderr
+    assert "--only nonsense: choose among machine, decoder," in unknown.stderr
     out = tmp_path / "out"
     none = script(str(out), sys.executable, CUDA_VISIBLE_DEVICES="")
     assert none.returncode == 1
@@ -258,6 +258,27 @@ def test_what_ran_is_what_result_files_show():
     assert failed == "- DALI's views (`dali_views` in `pipelines/ops.py`)"
     assert "- `torch.compile` of both networks" in untried.splitlines()
     assert "- apex (`fast_spatial/optim.py`)" in untried.splitlines()
+
+
+def test_rates_are_told_by_placement():
+    found = result(
+        loader={
+            "loader_standard_gpu_engine_0.65_dali": {"images_per_sec": 14079.7},
+            "loader_worst10_cpu_numba": {"images_per_sec": 3450.9},
+            "loader_worst10_gpu-full_engine_0_triton": {"error": "it crashed"},
+        },
+        placements={"train_worst10_decode_gpu-full_warp_triton": {"images_per_sec": 3000}},
+    )
+    code = "import json, sys; from benchmarks.tables import placements; "
+    code += "print(json.dumps([placements(json.loads(word)) for word in sys.argv[1:]]))"
+    table, nothing = answer(code, json.dumps(found), json.dumps(result(loader={})))
+    assert nothing == ""
+    assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if "---" not in line] == [
+        ["", "standard, loader alone", "worst10, loader alone", "worst10, training"],
+        ["`--decode gpu --warp dali`, 65% by the JPEG engine", "14,100", "", ""],
+        ["`--decode cpu --warp numba`", "", "3,450", ""],
+        ["`--decode gpu-full --warp triton`", "", "", "3,000"],
+    ]
 
 
 def test_a_trial_on_a_cpu_is_no_result_of_a_gpu(tmp_path):
