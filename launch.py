@@ -143,7 +143,7 @@ def check(raw: dict[str, str]) -> None:
     preflight.check_check(config)
     from fast_spatial.check import check_data
 
-    raise SystemExit(check_data(config, on_gpu=preflight.gpu_count() > 0))
+    raise SystemExit(check_data(config))
 
 
 def recipes(raw: dict[str, str]) -> None:

@@ -255,13 +255,32 @@ def missing_packages(session: Session, names: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def has_gpu(session: Session) -> str:
-    """The name of GPU 0 as torch sees it; "" if there is none."""
-    code = "import torch; print(torch.cuda.get_device_name(0) if torch.cuda.is_available() else '')"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=session.environment, cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    return (done.stdout.strip().splitlines() or [""])[-1]
+def obstacle(session: Session) -> str:
+    """Why nothing can be measured with this Python, and what to do; "" if something can."""
+    code = "import torch; print(torch.cuda.is_available())"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=session.environment,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=IMPORT_SEC,
+        )
+    except subprocess.TimeoutExpired:
+        return (
+            f"torch in {sys.executable} does not say within {IMPORT_SEC:.0f} s whether there is a GPU: nothing was run"
+        )
+    if done.returncode:
+        why = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        return (
+            f"torch cannot be imported by {sys.executable} ({why}): nothing was run; name the Python of your "
+            f"environment: benchmarks/gpu.sh OUT PYTHON"
+        )
+    if session.dry or done.stdout.strip().endswith("True"):
+        return ""
+    return f"no GPU is visible to torch in {sys.executable}: nothing was run; try it on the CPU with --dry"
 
 
 def go(session: Session, names: list[str]) -> None:
@@ -304,15 +323,24 @@ def _prepared(session: Session, process: subprocess.Popen[bytes], begun: float) 
     session.close("prepare", *outcome(process.returncode, session.measured("prepare")), time.monotonic() - begun)
 
 
+def _positive(text: str) -> float:
+    """A number of seconds above 0."""
+    if not float(text) > 0:
+        raise ValueError
+    return float(text)
+
+
 def parse(words: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="benchmarks/gpu.sh", description="All GPU checks and measurements, in minutes."
+        prog="benchmarks/gpu.sh",
+        usage="%(prog)s [--dry] [--seconds SECONDS] [--only STAGE,...] OUT [PYTHON]",
+        description="All GPU checks and measurements, in minutes, with PYTHON: .venv/bin/python if there is one.",
     )
     parser.add_argument("out", metavar="OUT", help="folder of the results")
     parser.add_argument("--dry", action="store_true", help="every stage on the CPU, with tiny sizes")
     parser.add_argument(
-        "--seconds", type=float, help=f"for all of it; default {SECONDS:.0f}, with --dry {DRY_SECONDS:.0f}"
+        "--seconds", type=_positive, help=f"for all of it; default {SECONDS:.0f}, with --dry {DRY_SECONDS:.0f}"
     )
     parser.add_argument("--only", default="", metavar="STAGE,...", help=f"these stages alone, of {', '.join(STAGES)}")
     asked = parser.parse_args(words)
@@ -344,11 +372,11 @@ def main(words: list[str]) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     asked = parse(words)
     session = opened(asked)
-    if not session.dry and not has_gpu(session):
-        print(
-            f"no GPU is visible to torch in {sys.executable}: nothing was run; try it on the CPU with --dry",
-            file=sys.stderr,
-        )
+    if why := obstacle(session):
+        print(why, file=sys.stderr)
+        return 1
+    if session.out.is_file():
+        print(f"OUT {session.out}: it is a file; name a folder", file=sys.stderr)
         return 1
     session.out.mkdir(parents=True, exist_ok=True)
     names = [name for name in STAGES if not asked.only or name in asked.only]

@@ -34,7 +34,7 @@ PARTS = (
     Part("the stream's pixels against the CPU's (`pipelines/loader.py`)", ("stream",), r"test_the_gpu_stream_.*"),
     Part("the Triton kernels (`kernels/warp_cuda.py`)", ("eager",), r"triton_.*", "ms"),
     Part(
-        "their results against the reference",
+        "the Triton kernels' results against the reference",
         ("tests", "stream"),
         r"test_the_gpu_warp_is_the_reference.*|test_views_are_normalized_.*|test_the_gpu_stream_.*triton.*",
     ),

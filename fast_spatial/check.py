@@ -28,7 +28,6 @@ from pipelines.decoding import Report, inspect_files
 _HEADINGS = {KILLS: "Ends a run", CHANGES: "Changes a result", NOTE: "Harmless"}
 # A part of the memory's name, as the decoder is: what other rules found is not remembered.
 _RULES = 1
-_GPU_PROCESSES = 4
 _SHOWN = 3
 _WRITE_EVERY_SEC = 1.0
 
@@ -109,12 +108,12 @@ class Memory:
         self._written = time.monotonic()
 
 
-def check_data(config: CheckConfig, *, on_gpu: bool) -> int:
+def check_data(config: CheckConfig) -> int:
     """Check a folder, print and write what was found; returns the exit status: 1, or 0 if all is harmless."""
     start = time.monotonic()
     data = data_folder(config.data).absolute()
-    processes = config.workers or (min(_GPU_PROCESSES, usable_cpus()) if on_gpu else usable_cpus())
-    decoder = f"dali-{nvidia.dali.__version__}-{'gpu' if on_gpu else 'cpu'}"
+    processes = config.workers or usable_cpus()
+    decoder = f"dali-{nvidia.dali.__version__}-cpu"
     findings = Findings(data)
     splits = {split: survey(data, split) for split in sorted(config.splits, reverse=True)}  # val first
     about_folders = [found for split in splits.values() for found in split.findings]
@@ -128,7 +127,7 @@ def check_data(config: CheckConfig, *, on_gpu: bool) -> int:
     memory_file = cache_folder() / f"check-{_RULES}-{decoder}.sqlite"
     try:
         with closing(Memory(memory_file)) as memory:
-            reports = _reports(data, splits, on_gpu=on_gpu, processes=processes, remembered=memory.find)
+            reports = _reports(data, splits, processes=processes, remembered=memory.find)
             with closing(reports):
                 for report in Bar(reports, total=images, images_per_batch=1, title="check", show=True):
                     memory.add(report)

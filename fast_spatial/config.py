@@ -89,15 +89,15 @@ class LaunchOptions:
     workers: int = option(0, "decoding threads per process; 0: this process's share of the CPUs", identity=False)
     decode: str = option(
         "auto",
-        "where JPEG files are decoded: drawn regions on the GPU, whole images there (gpu-full), or regions on the CPU; "
-        "auto: on the GPU if there is one. Pixels differ slightly",
+        "where JPEG files are decoded; gpu: the region that a crop needs; gpu-full: whole images; cpu: the region, on "
+        "CPUs; auto: the first that is right when tried on this GPU. Naming one skips the trial",
         choices=("auto", *DECODERS),
         identity=False,
     )
     warp: str = option(
         "auto",
-        "what makes views: DALI's operators, our Triton kernels, or our CPU kernels (numba); "
-        "auto: dali on GPUs, numba on CPUs. Pixels differ slightly",
+        "what makes the rotated views: DALI's operators, our Triton kernels on a GPU, or our CPU kernels (numba), for "
+        "images decoded on CPUs; auto: dali on GPUs, numba on CPUs",
         choices=("auto", *WARPS),
         identity=False,
     )

@@ -38,7 +38,9 @@ def choose_placement(
 
     """
     if not on_gpu and decode.startswith("gpu"):
-        raise ValueError(f"--decode {decode}: no GPU is visible\nlaunch.py doctor says more; or add --decode cpu")
+        raise ValueError(
+            f"--decode {decode}: no GPU is visible\nlaunch.py doctor says more; or replace it by --decode cpu"
+        )
     if warp == "triton":
         _check_triton(on_gpu=on_gpu)
     if warp == "numba" and decode.startswith("gpu"):
@@ -61,6 +63,4 @@ def _check_triton(*, on_gpu: bool) -> None:
     if importlib.util.find_spec("triton") is None:
         raise ValueError("--warp triton: the package triton is not installed\ninstall it, or leave --warp away")
     if not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(
-            "--warp triton: no GPU is visible\nleave --warp away; or set TRITON_INTERPRET=1, which is for tests: slow"
-        )
+        raise ValueError("--warp triton: no GPU is visible\nlaunch.py doctor says more; or leave --warp away")

@@ -35,12 +35,14 @@ def _matrix_kernel(colours, images, numbers, pixels, BLOCK: tl.constexpr):  # ty
     image = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     reds, greens, blues = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32)
-    for start in range(0, pixels, BLOCK):
+    start = 0
+    while start < pixels:  # no range: the interpreter of Triton 3.6 cannot count to an argument with NumPy 2.5
         inside = start + lane < pixels
         at = images + image * pixels * 3 + (start + lane) * 3
         reds += tl.load(at, mask=inside, other=0).to(tl.int32)
         greens += tl.load(at + 1, mask=inside, other=0).to(tl.int32)
         blues += tl.load(at + 2, mask=inside, other=0).to(tl.int32)
+        start += BLOCK
     red, green, blue = tl.sum(reds.to(tl.int64)), tl.sum(greens.to(tl.int64)), tl.sum(blues.to(tl.int64))
     mean_grey = (_GREY_R * red.to(tl.float64) + _GREY_G * green.to(tl.float64) + _GREY_B * blue.to(tl.float64)) / pixels
     drawn = numbers + image * _WIDTH

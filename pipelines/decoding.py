@@ -1,11 +1,13 @@
-"""Decoding files in child processes, as training does, so that a file that breaks the decoder is a verdict.
+"""Decoding files on CPUs in child processes, so that a file that breaks the decoder is a verdict.
+
+A GPU decoder may fail on a good file, so it has no say: training decodes on CPUs what a GPU fails on.
 
 A file that DALI cannot decode ends its pipeline for good, with an error that does not name it; a worse one may crash
 the process, or keep it busy for ever. Here, every child decodes batches; a batch that fails is taken apart, file by
 file, on a pipeline built anew, which takes 2 ms; a child that dies is replaced, and its batch asked for file by file.
 Children inherit nothing but the environment, and end with their parent.
 
-    python -m pipelines.decoding DESCRIPTOR cpu|gpu THREADS TIMEOUT_SEC
+    python -m pipelines.decoding DESCRIPTOR THREADS TIMEOUT_SEC
 """
 
 from __future__ import annotations
@@ -96,13 +98,12 @@ def decode_box(encoded: Any, start: Any, shape: Any, decoding: Decoding) -> Any:
 
 
 def decode_files(
-    paths: Iterable[str], *, on_gpu: bool = False, processes: int = 1, timeout_sec: float = TIMEOUT_SEC
+    paths: Iterable[str], *, processes: int = 1, timeout_sec: float = TIMEOUT_SEC
 ) -> Generator[tuple[str, str | None], None, None]:
     """Whether files can be decoded: (path, None), or (path, in words why not), each path once, in any order.
 
     Args:
         paths: the files; taken as they are needed.
-        on_gpu: decode on the first visible GPU.
         processes: child processes; they end when the iterator does, or is closed.
         timeout_sec: a file that takes longer counts as one that the decoder does not come to an end with.
 
@@ -110,21 +111,20 @@ def decode_files(
         RuntimeError: if the decoder does not even start.
 
     """
-    for report in inspect_files(paths, on_gpu=on_gpu, processes=processes, timeout_sec=timeout_sec):
+    for report in inspect_files(paths, processes=processes, timeout_sec=timeout_sec):
         yield report.path, report.problem
 
 
 def inspect_files(
     paths: Iterable[str],
     *,
-    on_gpu: bool = False,
     processes: int = 1,
     timeout_sec: float = TIMEOUT_SEC,
     remembered: Callable[[str], Report | None] = lambda path: None,
 ) -> Generator[Report, None, None]:
     """Everything there is to say about files, as `decode_files`; those that are `remembered` are not opened."""
     threads = max(1, usable_cpus() // processes)
-    words = ["gpu" if on_gpu else "cpu", str(threads), str(timeout_sec)]
+    words = [str(threads), str(timeout_sec)]
     queue = iter(paths)
     alone: list[str] = []  # large ones, and those of batches that a child died of
     idle: list[_Child] = []
@@ -240,17 +240,17 @@ def _shape_graph() -> Any:
 
 
 @pipeline_def
-def image_graph(decoding: Decoding) -> Any:
-    """Whole images, with training's operator: uint8 [H, W, 3], of `encoded` files and their `size`, int32 [2]."""
+def image_graph() -> Any:
+    """Whole images, by training's operator on CPUs: uint8 [H, W, 3], of `encoded` files and their `size`, int32 [2]."""
     encoded, size = fn.external_source(name="encoded"), fn.external_source(name="size")
-    return decode_box(encoded, np.zeros(2, np.int32), size, decoding)
+    return decode_box(encoded, np.zeros(2, np.int32), size, Decoding("cpu"))
 
 
 class _Decoder:
     """Decodes whole images with training's operator, and says what is wrong with those that it cannot."""
 
-    def __init__(self, *, on_gpu: bool, threads: int) -> None:
-        self._on_gpu, self._threads = on_gpu, threads
+    def __init__(self, *, threads: int) -> None:
+        self._threads = threads
         self._stderr = os.memfd_create("complaints")
         for descriptor in (1, 2):
             os.dup2(self._stderr, descriptor)
@@ -297,17 +297,17 @@ class _Decoder:
         return Finding("damaged", complaint) if complaint else None
 
     def _build(self) -> None:
-        """New pipelines, proven on a sample: a GPU that a file left unusable ends the process."""
+        """New pipelines, proven on a sample."""
         options = {
             "batch_size": FILES_PER_BATCH,
             "num_threads": self._threads,
-            "device_id": 0 if self._on_gpu else None,
+            "device_id": None,
             "prefetch_queue_depth": 1,
             "exec_async": False,
             "exec_pipelined": False,
         }
         self._shapes: Any = _shape_graph(**options)
-        self._images: Any = image_graph(Decoding("gpu" if self._on_gpu else "cpu"), **options)
+        self._images: Any = image_graph(**options)
         self._decode([self._sample], self._peek([self._sample]))
         self._complaint()
 
@@ -361,15 +361,14 @@ def _report(path: str, content: Content, decoded: Finding | None) -> Report:
     return Report(path, findings, digest, len(content.data), content.mtime_ns)
 
 
-def _serve(descriptor: int, device: str, threads: int, timeout_sec: float) -> None:
+def _serve(descriptor: int, threads: int, timeout_sec: float) -> None:
     """Answer batches of paths until the parent is gone."""
     signal.setitimer(signal.ITIMER_REAL, _START_SEC)
     with suppress(OSError):  # where memory runs out, the kernel is to end this process rather than any other
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
-    if device == "cpu":  # a GPU's driver maps far more than it uses
-        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
     connection = Connection(descriptor)
-    decoder = _Decoder(on_gpu=device == "gpu", threads=threads)
+    decoder = _Decoder(threads=threads)
     connection.send_bytes(b'"started"')
     with suppress(EOFError, ConnectionError):
         while True:
@@ -383,4 +382,4 @@ def _serve(descriptor: int, device: str, threads: int, timeout_sec: float) -> No
 
 
 if __name__ == "__main__":
-    _serve(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), float(sys.argv[4]))
+    _serve(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))

@@ -68,7 +68,7 @@ def write(path: Path, content: bytes) -> None:
 def found_in(data: Path, **options) -> dict[str, list[str]]:
     """Path to the kinds of finding of a check, of which the exit status and the report must tell the same."""
     report = data.parent / "report.json"
-    status = check_data(CheckConfig(data=str(data), json=str(report), **{"workers": 1, **options}), on_gpu=False)
+    status = check_data(CheckConfig(data=str(data), json=str(report), **{"workers": 1, **options}))
     content = json.loads(report.read_text())
     assert status == any(finding["severity"] != NOTE for finding in content["findings"])
     found: dict[str, list[str]] = {}
@@ -410,7 +410,7 @@ def test_ctrl_c_ends_it_at_once_and_it_continues(tmp_path, cache, capsys):
     assert not any(Path(f"/proc/{child}").exists() for child in children)
     kept = remembered_in(cache)
     assert 0 < kept < 600
-    assert check_data(CheckConfig(data=str(tmp_path / "data"), splits=("val",)), on_gpu=False) == 0
+    assert check_data(CheckConfig(data=str(tmp_path / "data"), splits=("val",))) == 0
     assert f"{kept} of them remembered" in capsys.readouterr().out
 
 

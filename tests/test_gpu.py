@@ -11,6 +11,7 @@ import torch
 from fast_spatial import distributed
 from fast_spatial import model as models
 from fast_spatial.evaluate import evaluate
+from fast_spatial.fused import ConvReLU, _Zeros
 from fast_spatial.model import Classifier
 from fast_spatial.scoring import Passes, Scorer
 from fast_spatial.step import TrainStep
@@ -240,3 +241,28 @@ def test_a_model_is_judged_on_the_gpu_as_on_the_cpu():
     # Warped pixels that are rounded to the other side may decide one image.
     for name in ("random_top1_pct", "worst10_top1_pct", "grid_top1_pct"):
         assert abs(getattr(on_gpu, name) - getattr(on_cpu, name)) <= 100 / len(images) + 0.01, name
+
+
+@pytest.mark.parametrize("shape", [(3, 64, 7, 2, 224), (64, 64, 3, 1, 56), (64, 128, 3, 2, 56), (512, 512, 3, 1, 7)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("chosen", [False, True])
+def test_fused_convolutions_read_nothing_that_nobody_wrote(monkeypatch, shape, dtype, chosen):
+    """Memory that comes back from the allocator is full of what is not a number."""
+    channels, made, kernel, stride, side = shape
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", chosen)
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(channels, made, kernel, stride, kernel // 2).to(CUDA, dtype)
+    x = torch.randn(64, channels, side, side, device=CUDA, dtype=dtype).to(memory_format=torch.channels_last)
+    bias = conv.bias
+    assert bias is not None
+    conv.weight.data = conv.weight.data.to(memory_format=torch.channels_last)
+    fused = ConvReLU(conv, _Zeros())
+    with torch.no_grad():
+        convolved = torch.nn.functional.conv2d(x.float(), conv.weight.float(), bias.float(), stride, kernel // 2)
+        for shortcut in (None, torch.randn_like(convolved).to(dtype)):
+            right = (convolved if shortcut is None else convolved + shortcut.float()).relu()
+            poison = [torch.full_like(right, float("nan"), dtype=dtype) for _ in range(4)]
+            del poison
+            found = fused(x, shortcut).float()
+            assert found.isfinite().all()
+            assert (found - right).abs().max() < 0.02 * right.abs().max()

@@ -119,7 +119,7 @@ print(json.dumps([json.loads((out / f"{name}.json").read_text()) for name in ("h
 def test_what_a_stopped_go_had_measured_is_kept(tmp_path):
     code = """
 import os, signal, threading
-gpu_stages.has_gpu = lambda session: "a GPU"
+gpu_stages.obstacle = lambda session: ""
 gpu_stages.STAGES = {"last": Stage(20, 0), "hangs": Stage(20, 0), "late": Stage(20, 0)}
 def stop():
     while "a" not in Session(out, False, 9, {}).measured("hangs"):
