@@ -208,7 +208,7 @@ def end(process: subprocess.Popen[Any]) -> None:
             process.poll() is None or any(born[pid] and _stat(pid)[1] == born[pid] for pid in family[1:])
         ):
             time.sleep(0.05)
-    process.wait()
+    process.poll()  # a driver may hold it for ever
 
 
 def descendants(pid: int) -> Iterator[int]:
@@ -256,12 +256,23 @@ def missing_packages(session: Session, names: Iterable[str]) -> dict[str, str]:
 
 
 def has_gpu(session: Session) -> str:
-    """The name of GPU 0 as torch sees it; "" if there is none."""
+    """The name of GPU 0 as torch sees it; "" if there is none, or torch does not say."""
     code = "import torch; print(torch.cuda.get_device_name(0) if torch.cuda.is_available() else '')"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=session.environment, cwd=ROOT, capture_output=True, text=True, check=False
+    child = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=session.environment,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
     )
-    return (done.stdout.strip().splitlines() or [""])[-1]
+    try:
+        said, _ = child.communicate(timeout=IMPORT_SEC)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        print(f"torch does not say within {IMPORT_SEC:.0f} s whether there is a GPU", file=sys.stderr)
+        return ""
+    return (said.strip().splitlines() or [""])[-1]
 
 
 def go(session: Session, names: list[str]) -> None:
