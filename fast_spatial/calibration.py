@@ -88,8 +88,8 @@ def calibrate(config: CalibrateConfig, world: World, until: float) -> None:
 
     Written are, as JSON: `trainings`, a record for each (`images_per_sec` by side, `validation_images_per_sec`), the
     `views_per_sec` of verdicts in float32, how many `images`, `val_images` and `classes` there are, the fewest
-    `val_images_of_a_class`, `gpus`, the seconds that measuring took (`busy_sec`), and those that were left then until
-    `until`, a `time.monotonic()` of rank 0's machine (`left_sec`).
+    `val_images_of_a_class`, `gpus`, the seconds that measuring and trying decoders took (`busy_sec`), and those that
+    were left then until `until`, a `time.monotonic()` of rank 0's machine (`left_sec`).
     """
     trainings = [from_json(TrainConfig, values) for values in config.trainings]
     first = trainings[0]
@@ -119,7 +119,7 @@ def calibrate(config: CalibrateConfig, world: World, until: float) -> None:
             "classes": len(images.classes),
             "val_images_of_a_class": int(val_images.class_counts().min()),
             "gpus": world.world_size if world.device.type == "cuda" else 0,
-            "busy_sec": time.monotonic() - start,
+            "busy_sec": time.monotonic() - start + world.probe_sec,
             "left_sec": until - time.monotonic(),
         }
         write_json(Path(config.json), content)

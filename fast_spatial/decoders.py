@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ _PROBE_MINUTES = 5.0
 def find_decoding(config: Any, world: World) -> World:
     """The processes, with the decoding that all of them use: the lowest rung that any of them found.
 
+    A training may use the JPEG engine, and its evaluations may not: what they use is tried, too.
+
     Args:
         config: a task's: of a training, an evaluation, a landscape or a calibration.
         world: the processes.
@@ -30,22 +34,29 @@ def find_decoding(config: Any, world: World) -> World:
         config = from_json(TrainConfig, config.trainings[0])
     exact = not isinstance(config, TrainConfig) or config.deterministic
     distributed.progress(config.stall_minutes + _PROBE_MINUTES)
-    own = choose(
-        "cpu" if config.warp == "numba" else config.decode,
-        on_gpu=world.device.type == "cuda",
-        hw_decoder_load=0.0 if exact else HW_DECODER_LOAD,
-    )
+    begun = time.monotonic()
+    find = partial(choose, "cpu" if config.warp == "numba" else config.decode, on_gpu=world.device.type == "cuda")
+    own = find(hw_decoder_load=0.0 if exact else HW_DECODER_LOAD)
+    own_exact = find(hw_decoder_load=0.0) if own.decoding.hw_decoder_load else own
+    probe_sec = time.monotonic() - begun
+    chosen, chosen_exact = _lowest(own, world), _lowest(own_exact, world)
+    if world.rank == 0 and world.device.type == "cuda":
+        say(chosen.message)
+        if chosen_exact.decoding.on != chosen.decoding.on:
+            say(f"for evaluations, {chosen_exact.message}")
+    distributed.progress(config.stall_minutes)
+    return replace(world, decoding=chosen, exact_decoding=chosen_exact, probe_sec=probe_sec)
+
+
+def _lowest(own: Choice, world: World) -> Choice:
+    """What all processes use, of what each of them found."""
     found: list[Choice] = distributed.gather(own)
     rank = max(range(len(found)), key=lambda rank: RUNGS.index(found[rank].decoding), default=0)  # on rank 0
     rung = distributed.of_first(RUNGS.index(found[rank].decoding) if found else 0, world.device)
-    chosen = own
-    if RUNGS[rung] != own.decoding:
-        why = f"as process {rank} found: {found[rank].why}" if found else "as another process found"
-        chosen = Choice(RUNGS[rung], why, own.trials)
-    if world.rank == 0 and world.device.type == "cuda":
-        say(chosen.message)
-    distributed.progress(config.stall_minutes)
-    return replace(world, decoding=chosen)
+    if RUNGS[rung] == own.decoding:
+        return own
+    why = f"as process {rank} found: {found[rank].why}" if found else "as another process found"
+    return Choice(RUNGS[rung], why, own.trials)
 
 
 def previous_decoding(environments: Path) -> Decoding | None:

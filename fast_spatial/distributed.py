@@ -26,6 +26,8 @@ class World:
         world_size: the number of processes.
         device: where it computes.
         decoding: how all processes decode where nothing else is asked for, and why; None: nobody looked.
+        exact_decoding: the same where pixels may not depend on load and chance: without the GPU's JPEG engine.
+        probe_sec: that this process looked, or waited for another one that did.
 
     """
 
@@ -34,6 +36,8 @@ class World:
     world_size: int
     device: torch.device
     decoding: Choice | None = None
+    exact_decoding: Choice | None = None
+    probe_sec: float = 0.0
 
 
 def start(stall_minutes: float) -> World:

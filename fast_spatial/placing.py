@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 def placement_of(config: LaunchOptions, world: World, *, exact: bool) -> Placement:
     """Where a task's stages run on this process's device; `exact` as `choose_placement` takes it."""
     on_gpu = world.device.type == "cuda"
-    found = world.decoding.decoding if world.decoding else None
-    return choose_placement(config.decode, config.warp, on_gpu=on_gpu, exact=exact, decoding=found)
+    found = (world.exact_decoding if exact else None) or world.decoding
+    decoding = found.decoding if found else None
+    return choose_placement(config.decode, config.warp, on_gpu=on_gpu, exact=exact, decoding=decoding)
 
 
 def choose_placement(

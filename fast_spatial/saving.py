@@ -195,6 +195,7 @@ def record_environment(out: Path, config: TrainConfig, world: World, done: int) 
         "world_size": world.world_size,
         "config": to_json(config),
         "decoding": world.decoding.to_json() if world.decoding else None,
+        "exact_decoding": world.exact_decoding.to_json() if world.exact_decoding else None,
         **environment(),
     }
     with open(out / ENVIRONMENT, "a", encoding="utf-8") as file:

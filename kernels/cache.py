@@ -60,7 +60,8 @@ def recall(name: str) -> Any:
 @contextlib.contextmanager
 def one_at_a_time(name: str) -> Iterator[None]:
     """Let one process of this machine after another through a block; all at once where files cannot be locked."""
-    with open(cache_folder() / f"{name}.lock", "wb") as file:
+    with contextlib.ExitStack() as held:
         with contextlib.suppress(OSError):
+            file = held.enter_context(open(cache_folder() / f"{name}.lock", "wb"))
             fcntl.flock(file, fcntl.LOCK_EX)
         yield

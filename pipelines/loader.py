@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import traceback
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -34,8 +35,10 @@ _READ_AHEAD_BATCHES = 4
 _NONE = np.empty(0, np.int64)
 # Files are judged on the CPU.
 ON_HOST = usual_placement(on_gpu=False)
-# So many batches of good files a GPU may fail to decode before it is not asked any more.
+# So many batches of good files a GPU may fail to decode before it is not asked any more; so many that it decodes one
+# after another make up for all before.
 MOST_GPU_FAILURES = 10
+GOOD_BATCHES = 1000
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,10 @@ class Loader:
         self._on_bad_images = on_bad_images or self._refuse
         self._on_gpu_failure = on_gpu_failure or logging.getLogger(__name__).warning
         self._failures = 0
+        self._good_batches = 0  # since a GPU failed
+        self._suspects: list[
+            NDArray[np.int64]
+        ] = []  # for each batch that a GPU failed on: what it has not decoded since
         self._bad_images = np.array(sorted(bad_images), np.int64)
         self._damaged: dict[int, NDArray[np.int64]] = {}  # by epoch
         self._check_some_are_good()
@@ -192,9 +199,14 @@ class Loader:
                 made, header = self._outputs(self._pipeline)
             except RuntimeError as error:
                 self._next_ticket = ticket
+                # The dead pipeline's memory is needed by the next one, and the error holds it, too.
+                self._pipeline = None
+                traceback.clear_frames(error.__traceback__)
                 if self._without_bad_images():
                     continue
                 made, header = self._decoded_on_cpu(ticket, error)
+            else:
+                self._count_good(header[:, INDEX].numpy())
             self._delivered = int(header[0, TICKET])
             self._in_flight.remove(self._delivered)
             if self._delivered == ticket:
@@ -248,7 +260,7 @@ class Loader:
     def _decoded_on_cpu(self, ticket: int, error: RuntimeError) -> tuple[Tensor | Crops, Tensor]:
         """A batch that a GPU failed to decode though its files are good; decoded on the CPU, and a new pipeline begun.
 
-        A GPU that fails again and again is not asked any more.
+        A GPU that fails again and again is not asked any more, unless a file that it failed on before explains it.
         """
         from pipelines.decoding import reason_of
 
@@ -260,8 +272,7 @@ class Loader:
             made, header = self._outputs(self._pipeline_of(lambda _: arrays, len(arrays[0]), on_cpu, ahead=1))
         except RuntimeError:  # it is not about decoding
             raise error from None
-        self._failures += 1
-        last = self._failures == MOST_GPU_FAILURES
+        last = self._is_new_failure(header[:, INDEX].numpy()) and self._failures == MOST_GPU_FAILURES
         if last:
             self._placement = on_cpu
         until = f"this was the {self._failures}th time, so from now on all are" if last else "this batch is"
@@ -270,6 +281,27 @@ class Loader:
         self._next_ticket = ticket + 1
         self._pipeline = self._start()
         return made, header
+
+    def _count_good(self, positions: NDArray[np.int64]) -> None:
+        """A batch that was decoded where it should be: none of its files explains a failure."""
+        self._good_batches += 1
+        if self._good_batches == GOOD_BATCHES:
+            self._failures = 0
+        if self._suspects:
+            left = (np.setdiff1d(suspects, positions) for suspects in self._suspects)
+            self._suspects = [suspects for suspects in left if len(suspects)]
+
+    def _is_new_failure(self, positions: NDArray[np.int64]) -> bool:
+        """Whether a failure counts: no file explains it and an earlier one, or nothing was decoded between the two."""
+        went_on, self._good_batches = self._good_batches > 0, 0
+        for number, suspects in enumerate(self._suspects):
+            common = np.intersect1d(suspects, positions)
+            if went_on and len(common):
+                self._suspects[number] = common
+                return False
+        self._suspects.append(positions)
+        self._failures += 1
+        return True
 
     def _without_bad_images(self) -> bool:
         """Whether images in flight cannot be decoded; if so, a new pipeline without them.

@@ -20,6 +20,7 @@ import json
 import math
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -39,14 +40,17 @@ from pipelines.specimens import FAR, MOST_FAR_SHARE, MOST_MEAN, Difference
 TIMEOUT_SEC = 60.0
 # The child ends itself at its time-out; one that cannot is killed a little later.
 _GRACE_SEC = 3.0
-# What may be gone the next time is not believed for longer.
-_PASSING_SEC = 3600.0
-_PASSING = ("no answer within", "out of memory")
 _PACKAGES = ("torch", *(f"nvidia-{name}-cu{kind}" for name in ("dali", "nvimgcodec") for kind in ("12", "13")))
-_PACKAGES += ("nvidia-dali-cuda120", "nvidia-dali-cuda130")
-_SOURCES = ("decoding.py", "placement.py", "probe.py", "probe_child.py", "specimens.py")
+_PACKAGES += ("nvidia-dali-cuda120", "nvidia-dali-cuda130", "nvidia-nvjpeg", "nvidia-nvjpeg-cu12")
+# What the specimens, and what they are compared with, are made with; torchvision brings an nvJPEG, too.
+_PACKAGES += ("torchvision", "numba", "numpy", "pillow")
+_SOURCES = ("decoding.py", "nvjpeg.py", "placement.py", "probe.py", "probe_child.py", "specimens.py")
 # nvImageCodec says so of every image, and then has the CPU decode it.
 _UNTRUSTED = "may produce wrong results"
+_IS_UNTRUSTED = "nvImageCodec warns of wrong regions with this nvJPEG (13.2 is needed)"
+# Faults of the stack itself. Any other may be another process's doing, and is not believed for longer than this.
+_LASTING = re.compile(rf"wrong pixels|{re.escape(_IS_UNTRUSTED)}|it crashed \((SIGSEGV|SIGABRT|SIGBUS|SIGILL|SIGFPE)\)")
+_PASSING_SEC = 3600.0
 _STDERR_CHARS = 4000
 _REASON_CHARS = 240
 
@@ -151,7 +155,7 @@ def _values(trial: Trial) -> str:
 
 
 def _about() -> dict[str, Any]:
-    """What a finding holds for: the machine's GPUs and driver, versions of packages and of our code."""
+    """What a finding holds for: the machine's GPUs, those in use, driver, versions of packages and of our code."""
     digest = hashlib.sha256()
     for name in _SOURCES:
         digest.update(Path(__file__).with_name(name).read_bytes())
@@ -159,7 +163,8 @@ def _about() -> dict[str, Any]:
     for name in _PACKAGES:
         with suppress(PackageNotFoundError):
             versions[name] = version(name)
-    return {**_gpus(), "versions": versions, "code": digest.hexdigest()[:16]}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return {**_gpus(), "visible": visible, "versions": versions, "code": digest.hexdigest()[:16]}
 
 
 def _gpus() -> dict[str, Any]:
@@ -197,8 +202,12 @@ def _recalled(rung: Decoding, about: dict[str, Any]) -> Trial | None:
         return None
     if not trial.fault and trial.worst_mean is None:
         return None
-    passing = any(word in trial.fault for word in _PASSING)
-    return None if passing and not 0 <= time.time() - at <= _PASSING_SEC else trial
+    return trial if _lasts(trial.fault) or 0 <= time.time() - at <= _PASSING_SEC else None
+
+
+def _lasts(fault: str) -> bool:
+    """Whether a finding is of the stack itself; libraries abort where memory is short, too."""
+    return not fault or (bool(_LASTING.match(fault)) and "out of memory" not in fault)
 
 
 def _try_and_remember(rung: Decoding, about: dict[str, Any], command: Command, timeout_sec: float) -> Trial:
@@ -239,7 +248,8 @@ def try_rung(
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
+            with suppress(subprocess.TimeoutExpired):  # a driver may hold it for ever
+                child.wait(_GRACE_SEC)
         said, complaints = _end_of(stdout), _end_of(stderr)
     trial = _judge(rung, status, said, complaints, timeout_sec)
     return replace(trial, seconds=round(time.monotonic() - started, 1)), said, complaints
@@ -255,7 +265,7 @@ def _judge(rung: Decoding, status: int, said: str, complaints: str, timeout_sec:
     hint = f": {_short(lines[-1])}" if lines else ""
     answer = _answer(said)
     if _UNTRUSTED in said + complaints:
-        return Trial(rung, "nvImageCodec warns of wrong regions with this nvJPEG (13.2 is needed)", None, None, 0, 0.0)
+        return Trial(rung, _IS_UNTRUSTED, None, None, 0, 0.0)
     if status == -signal.SIGALRM:
         return Trial(rung, f"no answer within {timeout_sec:g} s", None, None, 0, 0.0)
     if status < 0:

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -147,33 +148,43 @@ def _extent(found: NDArray[np.uint8], expected: NDArray[np.uint8]) -> str:
 
 @contextlib.contextmanager
 def keep_busy(device: str) -> Iterator[None]:
-    """Matrix products on a device, on a stream of their own, until the block ends."""
+    """Matrix products on a device, on a stream of their own, from before the block begins until it ends.
+
+    Raises:
+        RuntimeError: at the block's end, if the device failed to multiply.
+
+    """
     import torch
 
     on_gpu = device == "cuda"
     side = _BUSY_SIDE[device]
     factor = torch.full((side, side), 0.01, dtype=torch.bfloat16, device=device)
     product = torch.empty_like(factor)
-    stopped = threading.Event()
+    begun, stopped = threading.Event(), threading.Event()
 
     def multiply() -> None:
-        stream: Any = torch.cuda.Stream() if on_gpu else None  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
+        with contextlib.ExitStack() as ending:
+            ending.callback(begun.set)
+            stream: Any = torch.cuda.Stream() if on_gpu else None  # type: ignore[no-untyped-call]
+            if stream:
+                ending.enter_context(torch.cuda.stream(stream))
             while not stopped.is_set():
                 for _ in range(_BUSY_LAUNCHES if stream else 1):
                     torch.mm(factor, factor, out=product)
                 if stream:
                     stream.synchronize()
-                else:
+                begun.set()
+                if not stream:
                     time.sleep(0.01)  # the decoder needs the CPUs, too
 
-    thread = threading.Thread(target=multiply, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stopped.set()
-        thread.join()
+    with ThreadPoolExecutor(1) as pool:
+        products = pool.submit(multiply)
+        begun.wait()
+        try:
+            yield
+        finally:
+            stopped.set()
+        products.result()
 
 
 def _culprits(decode: Decode) -> str:

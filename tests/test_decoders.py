@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,27 @@ def test_what_was_found_is_used(asked, tmp_path):
     assert placement_of(config, world, exact=False).decoding == RUNGS[1]
 
 
+def test_what_evaluations_of_a_training_use_was_tried_too(tmp_path, monkeypatch, capfd):
+    asked = []
+
+    def choose(wanted: str, *, on_gpu: bool, hw_decoder_load: float) -> Choice:
+        asked.append(hw_decoder_load)
+        time.sleep(0.1)
+        return Choice(RUNGS[0], "probed") if hw_decoder_load else Choice(RUNGS[2], "not regions: it hangs")
+
+    monkeypatch.setattr(decoders, "choose", choose)
+    config = config_of(tmp_path)
+    world = find_decoding(config, GPU)
+    assert asked == [0.65, 0.0]
+    assert placement_of(config, world, exact=False).decoding == RUNGS[0]
+    assert placement_of(config, world, exact=True).decoding == RUNGS[2]
+    assert 0.2 <= world.probe_sec < 5
+    assert capfd.readouterr().out.splitlines() == [
+        f"decoding: {RUNGS[0]} (probed)",
+        f"for evaluations, decoding: {RUNGS[2]} (not regions: it hangs)",
+    ]
+
+
 def test_numba_views_are_decoded_on_the_cpu_without_a_probe(asked, tmp_path):
     find_decoding(config_of(tmp_path, warp="numba"), GPU)
     assert [wanted for wanted, _ in asked] == ["cpu"]
@@ -99,7 +121,8 @@ def agree(rank: int, port: int, out: str) -> None:
     own = (Choice(RUNGS[0], "probed"), Choice(RUNGS[2], "not GPU, regions: it hangs"))[rank]
     with mock.patch.object(decoders, "choose", return_value=own):
         world = find_decoding(config_of(Path(out)), World(rank, rank, 2, torch.device("cpu")))
-    assert world.decoding is not None
+    assert world.decoding is not None and world.exact_decoding is not None
+    assert world.exact_decoding.decoding == world.decoding.decoding
     (Path(out) / f"{rank}.json").write_text(json.dumps(world.decoding.to_json()))
     distributed.stop()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from kernels.sampling import INDEX, TRAINING, augmentation_settings, pack_key, view_limits
 from pipelines import graph
+from pipelines import loader as loader_module
 from pipelines.dataset import ImageIndex, read_index
 from pipelines.digits import export_digits
 from pipelines.loader import MOST_GPU_FAILURES, Batch, Loader
@@ -39,11 +41,13 @@ class StandIn:
 
 
 class Gpu:
-    """What the stand-in of a GPU fails on; and how often pipelines were built for it."""
+    """What the stand-in of a GPU fails on; how often pipelines were built for it, and how many others there were."""
 
     def __init__(self) -> None:
         self.fails_on: set[int] = set()
         self.built = 0
+        self.others: list[int] = []
+        self.pipelines: weakref.WeakSet[StandIn] = weakref.WeakSet()
         self.said: list[str] = []
 
 
@@ -53,12 +57,14 @@ def gpu(monkeypatch) -> Gpu:
     stand_in, real = Gpu(), graph.view_graph
 
     def build(source: Any, *, placement: Placement, **options: Any) -> Any:
+        stand_in.others.append(len(stand_in.pipelines))
         if placement.decoding.on == "cpu":
             return real(source, placement=placement, **options)
         stand_in.built += 1
-        return StandIn(
-            real(source, placement=replace(placement, decoding=Decoding("cpu")), **options), stand_in.fails_on
-        )
+        on_cpu = real(source, placement=replace(placement, decoding=Decoding("cpu")), **options)
+        pipeline = StandIn(on_cpu, stand_in.fails_on)
+        stand_in.pipelines.add(pipeline)
+        return pipeline
 
     monkeypatch.setattr(graph, "view_graph", build)
     return stand_in
@@ -117,6 +123,37 @@ def test_what_a_gpu_cannot_decode_comes_from_the_cpu(images, gpu, position):
     ] * len(gpu.said)
     assert len(gpu.said) == 2  # once an epoch
     assert gpu.built == 1 + 2
+
+
+def test_an_odd_file_does_not_end_the_decoding_on_a_gpu(images, gpu):
+    gpu.fails_on |= {17, 40}
+    epochs = 2 * MOST_GPU_FAILURES
+    loader = loader_of(images, ON_GPU, on_gpu_failure=gpu.said.append)
+    found = epochs_of(loader, count=epochs)
+    assert_same(found, epochs_of(loader_of(images, ON_CPU), count=epochs))
+    assert len(gpu.said) > 2 * MOST_GPU_FAILURES
+    assert not [line for line in gpu.said if "from now on" in line]
+    assert loader._placement == ON_GPU
+
+
+def test_failures_of_long_ago_do_not_count(images, gpu, monkeypatch):
+    monkeypatch.setattr(loader_module, "GOOD_BATCHES", 3)
+    loader = loader_of(images, ON_GPU, on_gpu_failure=gpu.said.append)
+    for epoch in range(2 * MOST_GPU_FAILURES):  # each on another file
+        gpu.fails_on.clear()
+        gpu.fails_on.add(epoch)
+        list(loader.epoch(epoch))
+        gpu.fails_on.clear()
+        list(loader.epoch(epoch))
+    assert len(gpu.said) >= 2 * MOST_GPU_FAILURES
+    assert loader._placement == ON_GPU
+
+
+def test_a_dead_pipeline_is_dropped_before_another_is_built(images, gpu):
+    gpu.fails_on |= {17}
+    epochs_of(loader_of(images, ON_GPU, on_gpu_failure=gpu.said.append))
+    assert gpu.built == 3
+    assert not any(gpu.others)
 
 
 def test_a_gpu_that_always_fails_is_not_asked_any_more(images, gpu):

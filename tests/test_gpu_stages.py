@@ -177,6 +177,23 @@ print(json.dumps([lives(process.pid), lives(pid)]))
     assert alive == [False, False]
 
 
+def test_a_gpu_that_does_not_answer_is_none(tmp_path):
+    (tmp_path / "torch.py").write_text("import time; time.sleep(60)")
+    found = answer(
+        """
+import json, os, sys, time
+from pathlib import Path
+from benchmarks import gpu_stages
+os.environ["PYTHONPATH"] = sys.argv[1]
+gpu_stages.IMPORT_SEC, begun = 0.5, time.monotonic()
+print(json.dumps([gpu_stages.has_gpu(gpu_stages.Session(Path(sys.argv[1]), False, 9, {})), time.monotonic() - begun]))
+""",
+        str(tmp_path),
+    )
+    assert found[0] == ""
+    assert found[1] < 30
+
+
 def test_wrong_words_and_no_gpu_end_in_one_clear_error(tmp_path):
     unknown = script("--only", "grid,nonsense", str(tmp_path), sys.executable)
     assert unknown.returncode == 2

@@ -26,5 +26,8 @@ def version_by_name(first: str, name: str) -> str:
 
 @pytest.mark.parametrize("first", ["pipelines", "fast_spatial.model", "benchmarks"])
 def test_the_installed_library_is_found_by_its_name(first):
-    (installed,) = installed_libraries()
-    assert version_by_name(first, installed.name) == version_by_name("torchvision", str(installed))
+    found = {path.name: path for path in reversed(installed_libraries())}
+    if not found:
+        pytest.skip("no nvJPEG is installed")
+    for name, installed in found.items():
+        assert version_by_name(first, name) == version_by_name("torchvision", str(installed))

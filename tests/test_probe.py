@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from kernels.cache import cache_folder, one_at_a_time, recall, remember
@@ -22,9 +23,11 @@ from pipelines.probe import choose
 from pipelines.probe_child import decode_with, examine
 from pipelines.specimens import COUNT, Difference, batches, difference
 from tests.decoder_faults import (
+    MARK,
     PROGRAMS,
     RIGHT,
     SPOILED,
+    TIMEOUT_SEC,
     choose_with,
     command_of,
     noisy,
@@ -149,14 +152,13 @@ def test_whole_images_are_cropped_as_regions_are(monkeypatch):
 
 @pytest.mark.parametrize("fault", [*PROGRAMS, *SPOILED])
 def test_a_fault_leads_to_the_next_rung(fault):
-    began = time.monotonic()
     choice = choose_with(fault)
     assert re.fullmatch(DETECTED[fault], choice.trials[0].fault), choice.trials[0].fault
     assert choice.decoding == RUNGS[bool(DETECTED[fault])]
     assert choice.message.startswith(f"decoding: {choice.decoding} (probed: at most ")
     assert "\n" not in choice.message
     assert (f"not {RUNGS[0]}: {choice.trials[0].fault}" in choice.message) == bool(DETECTED[fault])
-    assert time.monotonic() - began < 590  # nothing that hangs is waited for to its end
+    assert choice.trials[0].seconds < TIMEOUT_SEC  # one that hangs ends at its own alarm
 
 
 def test_every_fault_is_tried():
@@ -178,8 +180,23 @@ def test_the_cpu_is_the_end():
 def test_what_hangs_is_killed_with_its_children():
     choose_with("hangs")
     listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-    assert "decoder_faults hangs" not in listed
-    assert not [line for line in listed.splitlines() if line == "sleep 600"]
+    assert MARK not in listed
+
+
+def test_a_child_that_cannot_be_killed_is_left(monkeypatch):
+    left = []
+    wait = subprocess.Popen.wait
+
+    def held(child: subprocess.Popen[bytes], timeout: float | None = None) -> int:
+        assert timeout is not None and timeout < 10
+        left.append(child)
+        raise subprocess.TimeoutExpired(child.args, timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", held)
+    trial, *_ = probe.try_rung(RUNGS[0], command=command_of("none"), timeout_sec=5)
+    assert trial.fault == "no answer within 5 s"
+    assert len(left) == 2
+    wait(left[0])
 
 
 def test_a_finding_is_remembered():
@@ -200,7 +217,7 @@ def test_another_share_is_another_finding():
     assert choice.decoding == Decoding("gpu", 0.9)
 
 
-@pytest.mark.parametrize("what", ["gpus", "driver", "versions", "code"])
+@pytest.mark.parametrize("what", ["gpus", "visible", "driver", "versions", "code"])
 def test_a_finding_holds_for_its_machine_and_versions(what, monkeypatch):
     choose_with("crashes")
     about = probe._about()
@@ -220,7 +237,44 @@ def test_a_memory_that_cannot_be_read_is_ignored(content):
     assert choice.decoding == RUNGS[0] and not choice.trials[0].remembered
 
 
-@pytest.mark.parametrize(("fault", "believed"), [("hangs", False), ("crashes", True)])
+def test_what_pixels_depend_on_is_part_of_a_finding(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    about = probe._about()
+    assert about["visible"] == "1"
+    assert {"torch", "torchvision", "numba", "numpy", "pillow"} <= about["versions"].keys()
+    code = (ROOT / "pipelines" / "nvjpeg.py").read_bytes()
+    monkeypatch.setattr(Path, "read_bytes", lambda path: code + b"#" if path.name == "nvjpeg.py" else b"")
+    changed = probe._about()
+    monkeypatch.setattr(Path, "read_bytes", lambda path: code if path.name == "nvjpeg.py" else b"")
+    assert changed["code"] != probe._about()["code"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "lasts"),
+    [
+        ("", True),
+        ("wrong pixels: grey 3, in a batch of 64: mean difference 5.00/255 (at most 2)", True),
+        (probe._IS_UNTRUSTED, True),
+        *((f"it crashed ({name}): last words", True) for name in ("SIGSEGV", "SIGABRT", "SIGBUS", "SIGILL", "SIGFPE")),
+        ("it crashed (SIGABRT): terminate called: out of memory", False),
+        ("it crashed (SIGKILL)", False),
+        ("it crashed (SIGTERM)", False),
+        ("it ended with exit status 1: wrong pixels", False),
+        ("an error: CUDA allocation failed", False),
+        ("an error: all CUDA-capable devices are busy or unavailable", False),
+        ("its answer cannot be understood", False),
+        ("no answer within 60 s", False),
+    ],
+)
+def test_what_another_process_may_have_done_is_not_kept_for_good(fault, lasts):
+    about = {"gpus": ["a GPU"]}
+    right = {"worst_mean": 0.4, "worst_far_share": 0.0, "images": 7}
+    for age, believed in ((3590, True), (3610, lasts)):
+        remember(probe._file(RUNGS[0], about), {**right, "fault": fault, "seconds": 1.0, "at": time.time() - age})
+        assert (probe._recalled(RUNGS[0], about) is not None) == believed
+
+
+@pytest.mark.parametrize(("fault", "believed"), [("hangs", False), ("ends with an error", False), ("crashes", True)])
 def test_what_may_pass_is_believed_for_an_hour(fault, believed):
     choose_with(fault)
     assert choose_with("none").decoding == RUNGS[1]
@@ -256,6 +310,31 @@ def test_processes_wait_for_the_one_that_probes():
         order.append("first")
     thread.join()
     assert order == ["first", "second"]
+
+
+def test_a_lock_that_cannot_be_made_does_not_matter(tmp_path):
+    with one_at_a_time("decoder-probe"):  # makes the folder
+        pass
+    (tmp_path / "fast_spatial" / "decoder-probe.lock").unlink()
+    (tmp_path / "fast_spatial" / "decoder-probe.lock").mkdir()
+    assert choose_with("none").decoding == RUNGS[0]
+
+
+def test_the_device_is_busy_within_the_block(monkeypatch):
+    done = []
+    mm = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *words, **options: done.append(mm(*words, **options)))
+    with probe_child.keep_busy("cpu"):
+        assert done
+
+
+def test_a_device_that_cannot_be_kept_busy_is_a_fault(monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "mm", fail)
+    with pytest.raises(RuntimeError, match="out of memory"), probe_child.keep_busy("cpu"):
+        pass
 
 
 def test_a_cache_that_takes_nothing_does_not_matter(monkeypatch):
