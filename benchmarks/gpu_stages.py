@@ -208,7 +208,7 @@ def end(process: subprocess.Popen[Any]) -> None:
             process.poll() is None or any(born[pid] and _stat(pid)[1] == born[pid] for pid in family[1:])
         ):
             time.sleep(0.05)
-    process.wait()
+    process.poll()  # a driver may hold it for ever
 
 
 def descendants(pid: int) -> Iterator[int]:
@@ -269,9 +269,7 @@ def obstacle(session: Session) -> str:
             timeout=IMPORT_SEC,
         )
     except subprocess.TimeoutExpired:
-        return (
-            f"torch in {sys.executable} does not say within {IMPORT_SEC:.0f} s whether there is a GPU: nothing was run"
-        )
+        return f"torch in {sys.executable} does not say within {IMPORT_SEC:g} s whether there is a GPU: nothing was run"
     if done.returncode:
         why = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         return (

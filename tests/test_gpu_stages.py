@@ -177,21 +177,30 @@ print(json.dumps([lives(process.pid), lives(pid)]))
     assert alive == [False, False]
 
 
-def test_a_gpu_that_does_not_answer_is_none(tmp_path):
-    (tmp_path / "torch.py").write_text("import time; time.sleep(60)")
-    found = answer(
-        """
-import json, os, sys, time
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [
+        (
+            "import time; time.sleep(60)",
+            "torch in {python} does not say within 0.5 s whether there is a GPU: nothing was run",
+        ),
+        (
+            "raise ImportError('it is broken')",
+            "torch cannot be imported by {python} (ImportError: it is broken): nothing ",
+        ),
+    ],
+)
+def test_a_torch_that_is_broken_or_silent_is_told_from_a_machine_without_a_gpu(tmp_path, module, said):
+    (tmp_path / "torch.py").write_text(module)
+    code = """
+import json, os, sys
 from pathlib import Path
 from benchmarks import gpu_stages
 os.environ["PYTHONPATH"] = sys.argv[1]
-gpu_stages.IMPORT_SEC, begun = 0.5, time.monotonic()
-print(json.dumps([gpu_stages.has_gpu(gpu_stages.Session(Path(sys.argv[1]), False, 9, {})), time.monotonic() - begun]))
-""",
-        str(tmp_path),
-    )
-    assert found[0] == ""
-    assert found[1] < 30
+gpu_stages.IMPORT_SEC = 0.5 if "sleep" in Path(sys.argv[1], "torch.py").read_text() else 60
+print(json.dumps(gpu_stages.obstacle(gpu_stages.Session(Path(sys.argv[1]), False, 9, {}))))
+"""
+    assert answer(code, str(tmp_path)).startswith(said.format(python=sys.executable))
 
 
 def test_wrong_words_and_no_gpu_end_in_one_clear_error(tmp_path):
