@@ -59,10 +59,11 @@ def _lowest(own: Choice, world: World) -> Choice:
     return Choice(RUNGS[rung], why, own.trials)
 
 
-def previous_decoding(environments: Path) -> Decoding | None:
-    """What the part of a run before this one used, by its `environment.jsonl`; None if that cannot be told."""
+def previous_placement(environments: Path) -> tuple[Decoding | None, str | None]:
+    """Decoding and warp of the part of a run before this one, by its `environment.jsonl`; None: it does not tell."""
     try:
         *_, last = environments.read_text(encoding="utf-8").splitlines()
-        return Decoding(**json.loads(last)["decoding"]["decoding"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        about = json.loads(last)
+        return Decoding(**about["decoding"]["decoding"]), about.get("warp")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None, None

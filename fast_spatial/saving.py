@@ -186,7 +186,7 @@ def check_processes_agree(world: World, about: dict[str, Any]) -> None:
             )
 
 
-def record_environment(out: Path, config: TrainConfig, world: World, done: int) -> None:
+def record_environment(out: Path, config: TrainConfig, world: World, done: int, warp: str) -> None:
     """Add a line to OUT/environment.jsonl: what this part of the run was started with, on, and after which step."""
     about = {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -196,6 +196,7 @@ def record_environment(out: Path, config: TrainConfig, world: World, done: int) 
         "config": to_json(config),
         "decoding": world.decoding.to_json() if world.decoding else None,
         "exact_decoding": world.exact_decoding.to_json() if world.exact_decoding else None,
+        "warp": warp,
         **environment(),
     }
     with open(out / ENVIRONMENT, "a", encoding="utf-8") as file:

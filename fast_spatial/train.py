@@ -16,7 +16,7 @@ from fast_spatial.averaging import WeightAverage
 from fast_spatial.bad_images import BadImages
 from fast_spatial.config import TrainConfig, identity, to_json
 from fast_spatial.data import load_split
-from fast_spatial.decoders import previous_decoding
+from fast_spatial.decoders import previous_placement
 from fast_spatial.device import dtype_of, seed_everything, seed_step
 from fast_spatial.distributed import Ballot, World
 from fast_spatial.files import write_json
@@ -24,6 +24,7 @@ from fast_spatial.loading import training_loader
 from fast_spatial.metrics import Divergence, Tally
 from fast_spatial.optim import set_lr
 from fast_spatial.pacing import Decision, Pace, Pacemaker
+from fast_spatial.placing import placement_of
 from fast_spatial.runlog import Bar, RunLog, say
 from fast_spatial.saving import (
     BEST,
@@ -153,10 +154,13 @@ def _train(
         runlog.begin(elapsed_sec=saved["elapsed_sec"], size=saved["log_size"], step=done)
     if world.rank == 0:
         write_json(out / CONFIG, to_json(config))
-        decoded_by = previous_decoding(out / ENVIRONMENT) if saved is not None else None
+        placement = placement_of(config, world, exact=config.deterministic)
+        decoded_by, warped_by = previous_placement(out / ENVIRONMENT) if saved is not None else (None, None)
         if world.decoding is not None and decoded_by not in (None, world.decoding.decoding):
             say(f"decoding was: {decoded_by}, until step {done}; from there on it is: {world.decoding.decoding}")
-        record_environment(out, config, world, done)
+        if warped_by not in (None, placement.warp):
+            say(f"views were made by {warped_by} until step {done}; from there on by {placement.warp}")
+        record_environment(out, config, world, done, placement.warp)
         for path in damaged:
             say(f"{path} is damaged: continuing from {PREVIOUS}, which was saved before")
         for left_out in filter(None, (train_images.describe_left_out(), val_images.describe_left_out())):

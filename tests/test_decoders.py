@@ -17,7 +17,7 @@ from torch.multiprocessing.spawn import spawn
 
 from fast_spatial import checks, decoders, distributed, loading, worker
 from fast_spatial.config import CalibrateConfig, EvaluateConfig, TrainConfig, to_json
-from fast_spatial.decoders import find_decoding, previous_decoding
+from fast_spatial.decoders import find_decoding, previous_placement
 from fast_spatial.distributed import World
 from fast_spatial.placing import placement_of
 from fast_spatial.train import train
@@ -140,7 +140,8 @@ def test_all_processes_take_the_lowest_rung(tmp_path):
 
 def test_a_run_records_its_decoding_and_says_when_it_changes(tmp_path, capfd):
     worker.run("train", to_json(config_of(tmp_path)))
-    assert "decoding was" not in capfd.readouterr().out
+    said = capfd.readouterr().out
+    assert "decoding was" not in said and "views were made" not in said
     environments = tmp_path / "environment.jsonl"
     record = json.loads(environments.read_text())
     assert record["decoding"] == {
@@ -148,12 +149,14 @@ def test_a_run_records_its_decoding_and_says_when_it_changes(tmp_path, capfd):
         "why": "no GPU in use",
         "trials": [],
     }
-    assert previous_decoding(environments) == Decoding("cpu")
+    assert previous_placement(environments) == (Decoding("cpu"), "numba")
     record["decoding"]["decoding"] = {"on": "gpu", "hw_decoder_load": 0.65}
+    record["warp"] = "dali"
     environments.write_text(json.dumps(record) + "\n")
     worker.run("train", to_json(config_of(tmp_path)))
     said = capfd.readouterr().out
     assert f"decoding was: {RUNGS[0]}, until step 2; from there on it is: CPU" in said
+    assert "views were made by dali until step 2; from there on by numba" in said
     last = json.loads(environments.read_text().splitlines()[-1])
     assert last["steps_before"] == 2
     assert last["decoding"]["decoding"]["on"] == "cpu"
@@ -162,9 +165,9 @@ def test_a_run_records_its_decoding_and_says_when_it_changes(tmp_path, capfd):
 @pytest.mark.parametrize("text", ["", "{", "[]\n", '{"decoding": null}\n', '{"decoding": {"decoding": {"by": 1}}}\n'])
 def test_what_cannot_be_told_is_not(text, tmp_path):
     path = tmp_path / "environment.jsonl"
-    assert previous_decoding(path) is None
+    assert previous_placement(path) == (None, None)
     path.write_text(text)
-    assert previous_decoding(path) is None
+    assert previous_placement(path) == (None, None)
 
 
 def test_a_gpu_that_fails_is_in_the_log(tmp_path, monkeypatch, capfd):
