@@ -16,6 +16,8 @@ from fast_spatial.runlog import say
 from pipelines.placement import HW_DECODER_LOAD, RUNGS, Decoding
 from pipelines.probe import Choice, choose
 
+# What the GPUs of other processes than the first failed to decode; the first one's failures are in the log.
+_FAILURES = "decoding.rank_{}.jsonl"
 # What trying all rungs may take, with some to spare; the other processes of a machine wait for the one that tries.
 _PROBE_MINUTES = 5.0
 
@@ -57,6 +59,12 @@ def _lowest(own: Choice, world: World) -> Choice:
         return own
     why = f"as process {rank} found: {found[rank].why}" if found else "as another process found"
     return Choice(RUNGS[rung], why, own.trials)
+
+
+def keep_failure(out: Path, rank: int, what: str, steps: int) -> None:
+    """Keep, in a run's folder, that a process's GPU failed to decode, and after how many steps."""
+    with open(out / _FAILURES.format(rank), "a", encoding="utf-8") as file:
+        file.write(json.dumps({"steps_before": steps, "what": what}) + "\n")
 
 
 def previous_placement(environments: Path) -> tuple[Decoding | None, str | None]:

@@ -6,7 +6,7 @@ From Python, for any module that takes images in [0, 1]: see `evaluate`. From th
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -178,6 +178,12 @@ def evaluate_checkpoint(config: EvaluateConfig, world: World, until: float | Non
     judge = FlipJudge(scorer) if config.flip else scorer
     meets = (set(range(len(images))) if on_grid is None else on_grid) if config.grid else set()
 
+    failed: list[str] = []
+
+    def failed_on_gpu(what: str) -> None:
+        say(what)
+        failed.append(f"process {world.rank}: {what}")
+
     def batches(title: str, among: World, **options: Any) -> Bar:
         loader = evaluation_loader(
             images,
@@ -186,6 +192,7 @@ def evaluate_checkpoint(config: EvaluateConfig, world: World, until: float | Non
             batch_size_per_process=config.batch_size_per_process,
             threads=config.workers,
             placement=placement_of(config, among, exact=True),
+            on_gpu_failure=failed_on_gpu,
             **options,
         )
         return Bar(
@@ -234,9 +241,9 @@ def evaluate_checkpoint(config: EvaluateConfig, world: World, until: float | Non
                 batches("grid", alone, order=in_rounds[np.isin(in_rounds, right)]),
             )
     distributed.progress(4 * config.stall_minutes)  # others may have more survivors
-    parts = distributed.gather((mine, on_time))
+    parts = distributed.gather((mine, on_time, failed))
     if world.rank == 0:
-        found = sorted((verdict for part, _ in parts for verdict in part), key=lambda v: v.index)
+        found = sorted((verdict for part, *_ in parts for verdict in part), key=lambda v: v.index)
         cut = rounds = None
         if until is not None and len(found) < len(images):
             rounds = images.balanced_rounds({v.index for v in found})
@@ -247,7 +254,7 @@ def evaluate_checkpoint(config: EvaluateConfig, world: World, until: float | Non
         elif [v.index for v in found] != list(range(len(images))):
             raise RuntimeError(f"{len(found)} verdicts for {len(images)} images: an image was missed or judged twice")
         elif until is not None:
-            found, cut = merge_grid(found, [verdict for _, part in parts for verdict in part], images, meets)
+            found, cut = merge_grid(found, [verdict for _, part, _ in parts for verdict in part], images, meets)
         limited = config.max_images or config.allow_partial_classes or config.grid_images or images.left_out.names
         few = bool(config.grid_per_class) and len(meets) < len(images)
         summary = summarize(
@@ -264,7 +271,8 @@ def evaluate_checkpoint(config: EvaluateConfig, world: World, until: float | Non
         )
         say(summary_table(summary))
         if config.json:
-            write_report(Path(config.json), config, summary, found, images, world.decoding)
+            failures = [what for *_, part in parts for what in part]
+            write_report(Path(config.json), config, summary, found, images, world.decoding, failures)
     distributed.barrier()
 
 
@@ -302,8 +310,9 @@ def write_report(
     found: list[ImageVerdict],
     images: ImageIndex,
     decoding: Choice | None = None,
+    decoding_failures: Sequence[str] = (),
 ) -> None:
-    """Write the summary and every image's verdicts, atomically."""
+    """Write the summary, every image's verdicts, and what GPUs failed to decode, atomically."""
     rows = []
     for verdict in found:
         values = dataclasses.asdict(verdict)
@@ -315,6 +324,7 @@ def write_report(
         "config": to_json(config),
         "near_ties": near_ties,
         "decoding": None if decoding is None else decoding.to_json(),
+        "decoding_failures": [*decoding_failures],
         "images": rows,
     }
     write_json(path, content)

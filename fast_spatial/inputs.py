@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,7 @@ def evaluation_loader(
     order: NDArray[np.int64] | None = None,
     threads: int = 0,
     placement: Placement | None = None,
+    on_gpu_failure: Callable[[str], None] = say,
 ) -> Loader:
     """Batches of images as evaluations see them: the untouched image, and random warps of it.
 
@@ -89,6 +91,7 @@ def evaluation_loader(
         order: positions to visit, in turn; default all.
         threads: that load; 0: one per CPU of this process.
         placement: as `Loader` takes it.
+        on_gpu_failure: as `Loader` takes it.
 
     """
     return Loader(
@@ -105,7 +108,7 @@ def evaluation_loader(
         threads=threads or None,
         device=world.device,
         placement=placement,
-        on_gpu_failure=say,
+        on_gpu_failure=on_gpu_failure,
     )
 
 

@@ -17,7 +17,7 @@ import dataclasses
 import json
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -110,7 +110,20 @@ def landscape(config: LandscapeConfig, world: World, until: float | None = None)
     )
     batch_size = max(1, PASSES_PER_BATCH * passes.size // GRID_VIEWS)
     placement = placement_of(config, world, exact=True)
-    load = partial(evaluation_loader, images, side=side, threads=config.workers, placement=placement)
+    failed: list[str] = []
+
+    def failed_on_gpu(what: str) -> None:
+        say(what)
+        failed.append(f"process {world.rank}: {what}")
+
+    load = partial(
+        evaluation_loader,
+        images,
+        side=side,
+        threads=config.workers,
+        placement=placement,
+        on_gpu_failure=failed_on_gpu,
+    )
     loader = load(world=world, batch_size_per_process=batch_size, order=images.balanced_positions(per_class))
     bar = Bar(
         loader.epoch(0),
@@ -130,11 +143,11 @@ def landscape(config: LandscapeConfig, world: World, until: float | None = None)
             for image in judge_all_views(passes, Deadline(until).guard(bar), config.limits, side, moved=moved):
                 mine.append(image)
     distributed.progress(4 * config.stall_minutes)
-    parts = distributed.gather(mine)
+    parts = distributed.gather((mine, failed))
     if world.rank == 0:
-        found = {image.index: image for part in parts for image in part}
+        found = {image.index: image for part, _ in parts for image in part}
         finished = images.balanced_rounds(found)
-        if len(found) < sum(map(len, parts)) or (until is None and finished < per_class):
+        if len(found) < sum(len(part) for part, _ in parts) or (until is None and finished < per_class):
             raise RuntimeError(
                 f"{len(found)} images were judged, or one of them twice: {per_class} of each class asked"
             )
@@ -147,7 +160,17 @@ def landscape(config: LandscapeConfig, world: World, until: float | None = None)
             gpus = world.world_size if world.device.type == "cuda" else 0
             seconds = time.monotonic() - start
             subset = images.balanced_subset(finished)
-            write(config, subset, side, [found[i] for i in kept.tolist()], samples, seconds=seconds, gpus=gpus)
+            failures = [*failed, *(what for _, part in parts[1:] for what in part)]  # those of the samples included
+            write(
+                config,
+                subset,
+                side,
+                [found[i] for i in kept.tolist()],
+                samples,
+                seconds=seconds,
+                gpus=gpus,
+                decoding_failures=failures,
+            )
         else:
             say("no landscape: its time was up")
     distributed.barrier()
@@ -204,6 +227,7 @@ def write(
     *,
     seconds: float,
     gpus: int,
+    decoding_failures: Sequence[str] = (),
 ) -> None:
     """Write the arrays and the pictures, and last the JSON that names them.
 
@@ -215,6 +239,7 @@ def write(
         samples: images whose pictures are kept, and their pixels, uint8 [S, S, 3].
         seconds: that the pass took.
         gpus: that it took them on.
+        decoding_failures: what they failed to decode, in lines.
 
     """
     out, limits = Path(config.out), config.limits
@@ -259,6 +284,7 @@ def write(
         "images_per_class": int((images.labels == images.labels[0]).sum()),
         "seconds": round(seconds, 1),
         "gpus": gpus,
+        "decoding_failures": [*decoding_failures],
         "natural_top1_pct": 100 * float(correct[:, GRID_IDENTITY].mean()),
         "grid_top1_pct": 100 * float(correct.all(axis=1).mean()),
         "images": [{"path": path, "class": name} for path, name in zip(paths, classes)],

@@ -16,7 +16,7 @@ from fast_spatial.averaging import WeightAverage
 from fast_spatial.bad_images import BadImages
 from fast_spatial.config import TrainConfig, identity, to_json
 from fast_spatial.data import load_split
-from fast_spatial.decoders import previous_placement
+from fast_spatial.decoders import keep_failure, previous_placement
 from fast_spatial.device import dtype_of, seed_everything, seed_step
 from fast_spatial.distributed import Ballot, World
 from fast_spatial.files import write_json
@@ -97,6 +97,8 @@ def _train(
     def failed_on_gpu(what: str) -> None:
         say(what)
         runlog.note("decoding", done, steps_before=done, what=what)
+        if world.rank:  # whose log is silent
+            keep_failure(out, world.rank, what, done)
 
     loader = training_loader(
         config,
@@ -107,7 +109,7 @@ def _train(
         bad_images=bad_images.positions(),
         on_gpu_failure=failed_on_gpu,
     )
-    validate = Validation(config, world, val_images, judge, compiled=compiled)
+    validate = Validation(config, world, val_images, judge, compiled=compiled, on_gpu_failure=failed_on_gpu)
 
     if 0 < steps_per_epoch < PROFILE_AFTER_STEPS + config.profile and config.profile:
         raise ValueError(

@@ -11,7 +11,7 @@ from fast_spatial.distributed import World
 from fast_spatial.inputs import evaluation_loader
 from fast_spatial.metrics import EachOnce, Tally
 from fast_spatial.placing import placement_of
-from fast_spatial.runlog import Bar
+from fast_spatial.runlog import Bar, say
 from fast_spatial.scoring import FlipJudge, Passes, Scorer
 from pipelines.dataset import ImageIndex
 
@@ -25,10 +25,20 @@ class Validation:
         images: the validation images.
         judge: under the weights as of its last refresh.
         compiled: the judge meets one shape alone, or it would be compiled again.
+        on_gpu_failure: as `Loader` takes it.
 
     """
 
-    def __init__(self, config: TrainConfig, world: World, images: ImageIndex, judge: Scorer, *, compiled: bool) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        world: World,
+        images: ImageIndex,
+        judge: Scorer,
+        *,
+        compiled: bool,
+        on_gpu_failure: Callable[[str], None] = say,
+    ) -> None:
         self._config, self._world, self._images, self._judge = config, world, images, judge
         limits_V2, side = config.view_limits(), config.eval_side or config.side
         self._warps = int((limits_V2 != 0).any(axis=1).sum())
@@ -49,6 +59,7 @@ class Validation:
             limits=config.limits,
             threads=config.workers,
             placement=placement_of(config, world, exact=True),
+            on_gpu_failure=on_gpu_failure,
         )
 
     def __call__(self, moved: Callable[[], None]) -> dict[str, float | None]:

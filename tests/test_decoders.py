@@ -15,10 +15,12 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
-from fast_spatial import checks, decoders, distributed, loading, worker
-from fast_spatial.config import CalibrateConfig, EvaluateConfig, TrainConfig, to_json
-from fast_spatial.decoders import find_decoding, previous_placement
+from fast_spatial import checks, decoders, distributed, inputs, loading, worker
+from fast_spatial.config import CalibrateConfig, EvaluateConfig, LandscapeConfig, TrainConfig, to_json
+from fast_spatial.decoders import find_decoding, keep_failure, previous_placement
 from fast_spatial.distributed import World
+from fast_spatial.evaluate import evaluate_checkpoint
+from fast_spatial.landscape import landscape
 from fast_spatial.placing import placement_of
 from fast_spatial.train import train
 from pipelines import probe
@@ -170,18 +172,45 @@ def test_what_cannot_be_told_is_not(text, tmp_path):
     assert previous_placement(path) == (None, None)
 
 
+class Failing(Loader):
+    """Tells of a failure before its second batch."""
+
+    def __init__(self, *words: Any, on_gpu_failure: Any, **options: Any) -> None:
+        super().__init__(*words, on_gpu_failure=on_gpu_failure, **options)
+        self._tell = on_gpu_failure
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Any]:
+        for number, batch in enumerate(super().epoch(epoch, start_step)):
+            if number == 1:
+                self._tell("the GPU failed")
+            yield batch
+
+
+def test_a_gpu_that_fails_is_named_by_training_evaluation_and_landscape(tmp_path, monkeypatch):
+    monkeypatch.setattr(inputs, "Loader", Failing)
+    train(config_of(tmp_path), ALONE)
+    events = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    (event,) = [event for event in events if event["event"] == "decoding"]  # between epochs
+    assert (event["steps_before"], event["what"]) == (2, "the GPU failed")
+    about: Any = {"checkpoint": str(tmp_path / "last.pt"), "data": "digits", "side": 32}
+    found = tmp_path / "found.json"
+    few: Any = {"max_images": 40, "batch_size_per_process": 20, "grid": False, "views": 1}
+    evaluate_checkpoint(EvaluateConfig(**about, **few, json=str(found)), ALONE)
+    assert json.loads(found.read_text())["decoding_failures"] == ["process 0: the GPU failed"]
+    config = LandscapeConfig(**about, out=str(tmp_path / "landscape"), images_per_class=1, judge_batch=775)
+    landscape(config, ALONE)
+    (written,) = (tmp_path / "landscape").glob("*.json")
+    assert json.loads(written.read_text())["decoding_failures"] == ["process 0: the GPU failed"]
+
+
+def test_failures_of_other_processes_have_a_file(tmp_path):
+    for steps in (3, 5):
+        keep_failure(tmp_path, 1, "the GPU failed", steps)
+    lines = (tmp_path / "decoding.rank_1.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"steps_before": n, "what": "the GPU failed"} for n in (3, 5)]
+
+
 def test_a_gpu_that_fails_is_in_the_log(tmp_path, monkeypatch, capfd):
-    class Failing(Loader):
-        def __init__(self, *words: Any, on_gpu_failure: Any, **options: Any) -> None:
-            super().__init__(*words, on_gpu_failure=on_gpu_failure, **options)
-            self._tell = on_gpu_failure
-
-        def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Any]:
-            for number, batch in enumerate(super().epoch(epoch, start_step)):
-                if number == 1:
-                    self._tell("the GPU failed")
-                yield batch
-
     monkeypatch.setattr(loading, "Loader", Failing)
     train(config_of(tmp_path), ALONE)
     events = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
