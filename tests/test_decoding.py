@@ -35,7 +35,7 @@ def read(path, regular=decoding.read_regular):
 
 decoding.read_regular = read
 """
-SERVE = "decoding._serve(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), float(sys.argv[4]))"
+SERVE = "decoding._serve(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))"
 
 
 @pytest.fixture(scope="module")
