@@ -148,9 +148,8 @@ class Loader:
         self._on_gpu_failure = on_gpu_failure or logging.getLogger(__name__).warning
         self._failures = 0
         self._good_batches = 0  # since a GPU failed
-        self._suspects: list[
-            NDArray[np.int64]
-        ] = []  # for each batch that a GPU failed on: what it has not decoded since
+        # For each batch that a GPU failed on: what it has not decoded since.
+        self._suspects: list[NDArray[np.int64]] = []
         self._bad_images = np.array(sorted(bad_images), np.int64)
         self._damaged: dict[int, NDArray[np.int64]] = {}  # by epoch
         self._check_some_are_good()
