@@ -264,6 +264,7 @@ def eager(stage: Stage) -> None:
     bench = stage.bench
     rates.networks(bench, compiled=False)
     rates.warps(bench)
+    rates.rewritten(bench)
     rates.fused_convolutions(bench)
     rates.dali_views(bench)  # at the end: a library that may bring the process down
 

@@ -14,6 +14,7 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from fast_spatial.energy import EnergyMeter, local_gpus
+from fast_spatial.waiting import Clock, HostClock
 
 LOG = "log.jsonl"
 # A process that was told to stop may be writing its last checkpoint.
@@ -21,29 +22,48 @@ _LOCK_PATIENCE_SEC = 30.0
 
 
 class Bar:
-    """Iterates over batches with a progress bar (on rank 0, on a terminal) and measures the wait for data."""
+    """Iterates over batches with a progress bar (on rank 0, on a terminal) and measures the wait for data.
+
+    Args:
+        batches: what it iterates over.
+        total: how many there are.
+        images_per_batch: of all processes.
+        title: what stands before the bar.
+        show: whether there is one.
+        initial: batches that were done before.
+        wait: the clock of the wait for data.
+
+    """
 
     def __init__(
-        self, batches: Iterable[Any], *, total: int, images_per_batch: int, title: str, show: bool, initial: int = 0
+        self,
+        batches: Iterable[Any],
+        *,
+        total: int,
+        images_per_batch: int,
+        title: str,
+        show: bool,
+        initial: int = 0,
+        wait: Clock | None = None,
     ) -> None:
         self._batches, self._images_per_batch = batches, images_per_batch
         layout = "{desc} {percentage:3.0f}% |{bar:16}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
         self._bar = tqdm(
             total=total, initial=initial, desc=title, bar_format=layout, disable=None if show else True, leave=False
         )
-        self.wait_sec = 0.0
+        self._wait = wait or HostClock()
         self.steps = 0
         self._start = time.perf_counter()
 
     def __iter__(self) -> Iterator[Any]:
         iterator = iter(self._batches)
         while True:
-            asked = time.perf_counter()
+            self._wait.start()
             try:
                 batch = next(iterator)
             except StopIteration:
                 break
-            self.wait_sec += time.perf_counter() - asked
+            self._wait.stop()
             yield batch
             self.steps += 1
             self._bar.update()
@@ -60,8 +80,8 @@ class Bar:
 
     @property
     def data_wait_pct(self) -> float:
-        """Share of the time spent waiting for the loader."""
-        return 100 * self.wait_sec / max(time.perf_counter() - self._start, 1e-9)
+        """Share of the time that the device spent waiting for the loader."""
+        return 100 * self._wait.seconds / max(time.perf_counter() - self._start, 1e-9)
 
     def show(self, **values: float) -> None:
         """Show numbers beside the bar."""

@@ -19,7 +19,7 @@ from torch.func import functional_call
 from torch.nn.functional import interpolate, pad
 
 from fast_spatial.device import largest_pass
-from fast_spatial.fused import fuse_relu, is_fusable
+from fast_spatial.fused import fuse_relu, is_fusable, kernel_of_blocks, lighten_pools, unroll_stem
 from fast_spatial.model import Classifier, compile_network, to_unit
 from kernels.warp import warp, warp_normalized
 
@@ -153,10 +153,8 @@ class Scorer(Judge):
         if self._twin is None:
             log.info("scoring: no BatchNorm to fold; the model itself judges, in evaluation mode")
             self._fallback = copy.deepcopy(model.net).requires_grad_(False).eval()
-        elif compiled:
-            compile_network(self._twin)
-        elif is_fusable(model.scale.device, dtype):
-            fuse_relu(self._twin)
+        else:
+            self._rewrite(self._twin, compiled=compiled)
         self.refresh()
 
     @torch.no_grad()
@@ -165,7 +163,8 @@ class Scorer(Judge):
         for conv, norm, folded in self._pairs:
             assert norm.running_mean is not None and norm.running_var is not None and folded.bias is not None
             scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-            folded.weight.copy_(conv.weight * scale.view(-1, 1, 1, 1))
+            weight = conv.weight * scale.view(-1, 1, 1, 1)
+            folded.weight.copy_(weight if weight.shape == folded.weight.shape else kernel_of_blocks(weight))
             bias = norm.bias - norm.running_mean * scale
             folded.bias.copy_(bias if conv.bias is None else bias + conv.bias * scale)
         if self._plain:
@@ -188,6 +187,20 @@ class Scorer(Judge):
         state = {**dict(self._model.net.named_parameters()), **dict(self._model.net.named_buffers())}
         with torch.autocast(inputs.device.type, self._dtype, enabled=self._dtype != torch.float32):
             return functional_call(self._fallback, state, (inputs,)).float()  # type: ignore[no-any-return]
+
+    def _rewrite(self, twin: fx.GraphModule, *, compiled: bool) -> None:
+        """Let a GPU compute the twin faster."""
+        device = self._model.scale.device
+        fusable = is_fusable(device, self._dtype)
+        if fusable:
+            self._pairs = [(conv, norm, unroll_stem(twin, folded)) for conv, norm, folded in self._pairs]
+        if compiled:
+            compile_network(twin)
+            return
+        if fusable:
+            fuse_relu(twin)
+        if device.type == "cuda":
+            lighten_pools(twin)
 
     def _fold(self) -> fx.GraphModule | None:
         """The twin of the network, its BatchNorms gone, and the list of what `refresh` has to copy."""

@@ -45,6 +45,7 @@ from fast_spatial.scoring import Scorer
 from fast_spatial.step import is_compiled, make_step
 from fast_spatial.stopping import Stopped, StopRequest, stop_requests
 from fast_spatial.validation import Validation
+from fast_spatial.waiting import clock_of
 from fast_spatial.wording import describe, describe_resume, diverged, time_was_up
 from pipelines.dataset import some
 
@@ -267,6 +268,7 @@ def _train(
             images_per_batch=config.global_batch_size,
             title=f"epoch {epoch + 1}/{timeline.end / steps_per_epoch:.3g}",
             show=world.rank == 0,
+            wait=clock_of(world.device),
         )
         stop_signal = 0
         with profile(config.profile if epoch == first_epoch and world.rank == 0 else 0, out) as profiler:

@@ -41,15 +41,15 @@ def _max_pool_kernel(  # type: ignore[no-untyped-def]
     top = (row % out_height) * STRIDE_Y - PADDING_Y
     left = (place // channels) * STRIDE_X - PADDING_X
     of_image = x + image * height * width * channels
-    largest = tl.full([BLOCK], float("-inf"), x.dtype.element_ty)
+    largest = tl.full([BLOCK], float("-inf"), tl.float32)
     for step_y in tl.static_range(KERNEL_Y):
         for step_x in tl.static_range(KERNEL_X):
             at_y, at_x = top + step_y, left + step_x
             there = inside & (at_y >= 0) & (at_y < height) & (at_x >= 0) & (at_x < width)
             at = (at_y * width + at_x) * channels + channel
-            value = tl.load(of_image + at, mask=there, other=float("-inf"))
+            value = tl.load(of_image + at, mask=there, other=float("-inf")).to(tl.float32)
             largest = tl.maximum(largest, value, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(out + row.to(tl.int64) * out_width * channels + place, largest, mask=inside)
+    tl.store(out + row.to(tl.int64) * out_width * channels + place, largest.to(out.dtype.element_ty), mask=inside)
 
 
 def max_pool(x_NCHW: Tensor, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:

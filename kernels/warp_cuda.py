@@ -139,7 +139,7 @@ def _normalize_kernel(out, views, scale, shift, count, BLOCK: tl.constexpr):  # 
     tl.store(out + start + place, scaled.to(out.dtype.element_ty), mask=inside)
 
 
-def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Make a device current: Triton launches there, wherever the tensors are."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
@@ -148,7 +148,7 @@ def colour_matrices(images_BSSC: Tensor, numbers_BN: Tensor) -> Tensor:
     """Each image's colour matrix, float32 [B, 3, 4], from its colour numbers, float32 [B, COLOUR_WIDTH]."""
     B, S = images_BSSC.shape[:2]
     colours_B34 = torch.empty((B, 3, 4), dtype=torch.float32, device=images_BSSC.device)
-    with _current(images_BSSC.device):
+    with current(images_BSSC.device):
         _matrix_kernel[(B,)](colours_B34, images_BSSC.contiguous(), numbers_BN.contiguous(), S * S, _BLOCK)
     return colours_B34
 
@@ -178,7 +178,7 @@ def warp_normalized(
     out_NSSC = torch.empty((B * V, S, S, 3), dtype=dtype, device=device)
     matrices = matrices_BV23.to(device, torch.float32).contiguous()
     tiles = triton.cdiv(S, _TILE_Y) * triton.cdiv(3 * S, _TILE_X)
-    with _current(device):
+    with current(device):
         _pack_kernel[(B, triton.cdiv(width * width, _BLOCK))](
             words_BWW, images_BSSC.contiguous(), colours, S, colour_B34 is not None, _BLOCK
         )
@@ -193,6 +193,6 @@ def normalize(views_NSSC: Tensor, scale_C: Tensor, shift_C: Tensor, dtype: torch
     views_NSSC = views_NSSC.contiguous()
     out_NSSC = torch.empty(views_NSSC.shape, dtype=dtype, device=views_NSSC.device)
     count = views_NSSC.numel()
-    with _current(views_NSSC.device):
+    with current(views_NSSC.device):
         _normalize_kernel[(triton.cdiv(count, _BLOCK),)](out_NSSC, views_NSSC, scale_C, shift_C, count, _BLOCK)
     return out_NSSC.permute(0, 3, 1, 2)

@@ -10,7 +10,17 @@ import torch
 from torch import fx, nn
 
 from fast_spatial import model as models
-from fast_spatial.fused import ConvReLU, _Zeros, fuse_relu, is_fusable
+from fast_spatial.fused import (
+    ConvReLU,
+    MaxPool,
+    Zeros,
+    blocks_of,
+    fuse_relu,
+    is_fusable,
+    kernel_of_blocks,
+    lighten_pools,
+    unroll_stem,
+)
 from fast_spatial.model import Classifier
 from fast_spatial.scoring import Scorer
 
@@ -101,11 +111,69 @@ def test_the_zeros_have_the_shape_of_what_they_are_added_to(monkeypatch, kernel,
 
     monkeypatch.setattr(torch, "cudnn_convolution_add_relu", add_relu)
     on_gpu = mock.Mock(wraps=x, device=torch.device("cuda", 0), shape=x.shape, dtype=x.dtype, __len__=lambda _: len(x))
-    zeros = _Zeros()
-    monkeypatch.setattr(zeros, "like", lambda _, shape: _Zeros().like(x, shape))
+    zeros = Zeros()
+    monkeypatch.setattr(zeros, "like", lambda _, shape: Zeros().like(x, shape))
     made = ConvReLU(conv, zeros)
     monkeypatch.setattr(nn.functional, "conv2d", lambda _, *rest: torch.conv2d(x, *rest))
     out = made(on_gpu)
     ((added, share),) = asked
     assert added.shape == out.shape and share == 0.0 and not added.any()
     assert added.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("kernel", [3, 5, 7, 9])
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (9, 12), (11, 7)])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_a_stem_of_blocks_is_the_stem(kernel, height, width, channels):
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, channels, height, width), torch.randn(6, channels, kernel, kernel)
+    expected = nn.functional.conv2d(x.double(), weight.double(), stride=2, padding=kernel // 2)
+    blocks, weights = blocks_of(x.contiguous(memory_format=torch.channels_last), kernel), kernel_of_blocks(weight)
+    assert blocks.shape[1] % 8 == weights.shape[1] % 8 == 0
+    assert blocks.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(nn.functional.conv2d(blocks.double(), weights.double()), expected)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "mobilenet_v2", "vgg11_bn"])
+def test_a_twin_with_an_unrolled_stem_judges_as_before(arch, monkeypatch):
+    torch.manual_seed(0)
+    model = Classifier(models.build(arch, 10))
+    views = torch.randint(0, 256, (2, 65, 65, 3), dtype=torch.uint8)
+    expected = Scorer(model, torch.float32)(views)
+    monkeypatch.setattr("fast_spatial.scoring.is_fusable", lambda *_: True)
+    scorer = Scorer(model, torch.float32)
+    assert scorer._twin is not None
+    torch.testing.assert_close(scorer(views), expected, rtol=1e-4, atol=1e-5)
+    unrolled = [node for node in scorer._twin.graph.nodes if node.target is blocks_of]
+    assert len(unrolled) == (arch != "vgg11_bn")  # whose first convolution does not stride
+
+
+class Stems(nn.Module):
+    """What is not a stem: more channels, strides of three, another border, an even kernel, one read twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.far = nn.Conv2d(8, 3, 3, 2, 1), nn.Conv2d(3, 3, 3, 3, 1)
+        self.bare, self.even = nn.Conv2d(3, 3, 3, 2), nn.Conv2d(3, 3, 4, 2, 1)
+        self.twice, self.pointwise = nn.Conv2d(3, 3, 3, 2, 1), nn.Conv2d(3, 3, 1, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.even(self.bare(self.far(self.wide(x))))
+        out: torch.Tensor = self.pointwise(self.twice(self.twice(x)))
+        return out
+
+
+def test_what_is_not_a_stem_stays():
+    network = fx.symbolic_trace(Stems())
+    convs = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
+    assert len(convs) == 6 and all(unroll_stem(network, conv) is conv for conv in convs)
+
+
+def test_pools_that_need_more_than_values_stay():
+    pools = [nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(2, ceil_mode=True), nn.MaxPool2d(2, dilation=2), nn.AvgPool2d(2)]
+    network = fx.symbolic_trace(nn.Sequential(*pools))
+    x = torch.randn(1, 2, 32, 32)
+    expected = copy.deepcopy(network)(x)
+    assert lighten_pools(network) == 1
+    assert [isinstance(module, MaxPool) for module in network.children()] == [True, False, False, False]
+    assert torch.equal(network(x), expected)

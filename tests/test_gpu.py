@@ -11,10 +11,11 @@ import torch
 from fast_spatial import distributed
 from fast_spatial import model as models
 from fast_spatial.evaluate import evaluate
-from fast_spatial.fused import ConvReLU, _Zeros
+from fast_spatial.fused import ConvReLU, MaxPool, Zeros, blocks_of
 from fast_spatial.model import Classifier
 from fast_spatial.scoring import Passes, Scorer
 from fast_spatial.step import TrainStep
+from fast_spatial.waiting import StreamClock
 from kernels.crops import Crops
 from kernels.limits import SpatialLimits
 from kernels.sampling import TRAINING, augmentation_settings, pack_key, view_limits
@@ -256,7 +257,7 @@ def test_fused_convolutions_read_nothing_that_nobody_wrote(monkeypatch, shape, d
     bias = conv.bias
     assert bias is not None
     conv.weight.data = conv.weight.data.to(memory_format=torch.channels_last)
-    fused = ConvReLU(conv, _Zeros())
+    fused = ConvReLU(conv, Zeros())
     with torch.no_grad():
         convolved = torch.nn.functional.conv2d(x.float(), conv.weight.float(), bias.float(), stride, kernel // 2)
         for shortcut in (None, torch.randn_like(convolved).to(dtype)):
@@ -266,3 +267,51 @@ def test_fused_convolutions_read_nothing_that_nobody_wrote(monkeypatch, shape, d
             found = fused(x, shortcut).float()
             assert found.isfinite().all()
             assert (found - right).abs().max() < 0.02 * right.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("size", [(3, 64, 112, 112), (2, 5, 9, 13), (2, 200, 12, 40)])
+def test_max_pooling_without_indices_is_max_pooling(size, dtype):
+    torch.manual_seed(0)
+    x = torch.randn(size, device=CUDA).to(dtype).contiguous(memory_format=torch.channels_last)
+    x[0, 0, 3, 3], x[0, 1] = float("nan"), float("-inf")
+    pool = torch.nn.MaxPool2d(3, 2, 1)
+    torch.testing.assert_close(MaxPool(pool)(x), pool(x), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("side", [64, 65])
+def test_a_rewritten_twin_judges_as_the_model(side):
+    torch.manual_seed(0)
+    model = Classifier(models.build("resnet18", 10)).to(CUDA)
+    views = torch.randint(0, 256, (16, side, side, 3), dtype=torch.uint8, device=CUDA)
+    scorer = Scorer(model, torch.bfloat16)
+    assert scorer._twin is not None
+    kinds = [type(module) for module in scorer._twin.modules()]
+    assert kinds.count(ConvReLU) == 17 and kinds.count(MaxPool) == 1
+    assert any(node.target is blocks_of for node in scorer._twin.graph.nodes)
+    exact = Scorer(model, torch.float32)(views)
+    assert (scorer(views) - exact).abs().max() < 0.03 * exact.abs().max()
+
+
+def test_the_wait_for_data_is_the_stream_s():
+    side, clock = torch.cuda.Stream(CUDA), StreamClock(CUDA)
+    stream, second = torch.cuda.current_stream(CUDA), 1_000_000_000  # cycles, at least half a second
+    torch.cuda._sleep(second)  # a step, longer than the data take
+    clock.start()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(second // 10)
+        ready = side.record_event()
+    ready.synchronize()  # the host waits
+    stream.wait_event(ready)
+    clock.stop()
+    torch.cuda.synchronize(CUDA)
+    assert clock.seconds < 0.02
+    clock.start()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(second // 2)
+        ready = side.record_event()
+    stream.wait_event(ready)
+    clock.stop()
+    assert clock.seconds < 0.02  # nothing waits for the end
+    torch.cuda.synchronize(CUDA)
+    assert 0.1 < clock.seconds < 2
