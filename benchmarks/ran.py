@@ -40,6 +40,8 @@ PARTS = (
     ),
     Part("training in half precision (`fast_spatial/step.py`)", ("eager",), r"train_.*", "images_per_sec"),
     Part("judging in half precision (`fast_spatial/scoring.py`)", ("eager",), r"score_.*", "views_per_sec"),
+    Part("judging's stem by blocks (`fast_spatial/fused.py`)", ("eager",), r"stem_by_blocks", "fused_ms"),
+    Part("max pooling without indices (`kernels/pool_cuda.py`)", ("eager",), r"max_pool_.*", "fused_ms"),
     Part("`GradScaler` and every arithmetic of a step", ("tests",), r"test_steps_lower_the_loss_in_every_dtype.*"),
     Part("`torch.compile` of both networks", ("compiled",), r".*", "ms"),
     Part("`launch.py train` from files", ("train",), r"train_.*", "images_per_sec"),

@@ -172,12 +172,16 @@ def make_plan(
             f"the shortest recipe's {min(row.train.epochs for row in rows)}"
         )
     if epochs < 1:
+        compiled = measured["gpus"] and rows[0].train.compile != "false"
+        compiling = (
+            "; or leave compilers away (--compile false), for what they take is measured, too" if compiled else ""
+        )
         needed = sum(row.fixed_sec + row.epoch_sec for row in rows) + _end_sec(len(rows), measured["left_sec"], judged)
         raise ValueError(
             f"the budget is too small: {max(0.0, measured['left_sec']):.0f} s are left after measuring, and one epoch "
             f"of {', '.join(row.name for row in rows)} with its judging takes {needed:.0f} s here\n"
-            f"give more, {'fewer --rows, ' if judged else ''}or fewer images (--classes, --max-train-images); if other "
-            f"programs keep this machine busy, end them first"
+            f"give more, {'fewer --rows, ' if judged else ''}or fewer images (--classes, --max-train-images)"
+            f"{compiling}; if other programs keep this machine busy, end them first"
         )
     return Plan(rows, left_out + notes, _end_sec(len(rows), measured["left_sec"], judged))
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from typing import Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Protocol
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 class Clock(Protocol):
@@ -47,7 +49,10 @@ class StreamClock:
     """
 
     def __init__(self, device: torch.device) -> None:
+        import torch
+
         self._stream = torch.cuda.current_stream(device)
+        self._event = partial(torch.cuda.Event, enable_timing=True)
         self._sum = 0.0
         self._pairs: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
         self._start = self._event()
@@ -67,10 +72,6 @@ class StreamClock:
             start, end = self._pairs.popleft()
             self._sum += start.elapsed_time(end) / 1000
         return self._sum
-
-    @staticmethod
-    def _event() -> torch.cuda.Event:
-        return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
 def clock_of(device: torch.device) -> Clock:

@@ -31,7 +31,7 @@ def measured(about: dict[str, Any], rates: list[float], hours: float) -> dict[st
         {"images_per_sec": {"32": r, "160": 2 * r, "192": r, "224": r / 1.5}, "validation_images_per_sec": 2000.0}
         for r in rates
     ]
-    return {**about, "trainings": trainings, "left_sec": 3600 * hours}
+    return {"gpus": 0, **about, "trainings": trainings, "left_sec": 3600 * hours}
 
 
 def planned(
@@ -139,6 +139,14 @@ def test_rows_that_were_asked_for_are_kept_however_short():
 def test_a_budget_that_is_too_small_for_anything_is_refused():
     with pytest.raises(ValueError, match="the budget is too small: 60 s are left after measuring, and one epoch of"):
         planned("imagenet", 1 / 60, rows="standard")
+
+
+@pytest.mark.parametrize(("gpus", "compile", "said"), [(1, "auto", True), (1, "false", False), (0, "auto", False)])
+def test_a_budget_that_compilers_used_up_says_so(monkeypatch, gpus, compile, said):
+    monkeypatch.setitem(DIGITS, "gpus", gpus)
+    with pytest.raises(ValueError, match="the budget is too small") as refused:
+        planned("digits", 0.003, rows="standard", compile=compile)
+    assert ("--compile false" in str(refused.value)) == said
 
 
 def test_judging_has_its_share_and_says_what_it_leaves_out():

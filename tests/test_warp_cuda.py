@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 INTERPRETED = """
 import numpy as np, torch
-from kernels import warp_cuda
+from torch.nn.functional import max_pool2d
+from kernels import pool_cuda, warp_cuda
 from kernels.spatial import matrices
 from kernels.warp import normalize, warp_reference
 
@@ -49,6 +50,19 @@ for side in (1, 9, 37, 70):
             assert made.dtype == dtype and made.shape == expected.shape
             assert made.is_contiguous(memory_format=torch.channels_last)
             assert (made.float() - expected).abs().max() <= error
+
+for shape, window in (
+    ((2, 64, 9, 13), ((3, 3), (2, 2), (1, 1))),
+    ((1, 5, 8, 8), ((2, 2), (2, 2), (0, 0))),
+    ((3, 24, 7, 10), ((3, 2), (1, 3), (1, 0))),
+    ((1, 200, 12, 40), ((3, 3), (2, 2), (1, 1))),
+):
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        x = torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last)
+        x[0, 0, 3, 3], x[0, 1] = float("nan"), float("-inf")
+        got = pool_cuda.max_pool(x, *window)
+        assert got.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(got, max_pool2d(x, *window), rtol=0, atol=0, equal_nan=True)
 print("alike")
 """
 
@@ -56,7 +70,7 @@ COMPILED = """
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from kernels import warp_cuda
+from kernels import pool_cuda, warp_cuda
 
 SIGNATURES = {
     warp_cuda._pack_kernel: ({"words": "*i32", "images": "*u8", "colours": "*fp32"}, ["side"], {"CHANGED": True}),
@@ -66,16 +80,23 @@ SIGNATURES = {
         {"TILE_Y": 16, "TILE_X": 64},
     ),
     warp_cuda._matrix_kernel: ({"colours": "*fp32", "images": "*u8", "numbers": "*fp32"}, ["pixels"], {}),
+    pool_cuda._max_pool_kernel: (
+        {},
+        ["height", "width", "out_height", "out_width", "channels"],
+        {f"{what}_{axis}": 2 for what in ("KERNEL", "STRIDE", "PADDING") for axis in "YX"},
+    ),
     warp_cuda._normalize_kernel: ({"views": "*u8", "scale": "*fp32", "shift": "*fp32"}, ["count"], {}),
 }
 for architecture in (75, 80, 90, 100):
     for kernel, (pointers, integers, constants) in SIGNATURES.items():
         names = kernel.arg_names
         constants = {**constants, **({"BLOCK": 1024} if "BLOCK" in names else {})}
-        for out in ("*fp16", "*bf16", "*fp32", "*u8") if "out" in names else ("*i32",):
+        outs = ["*fp16", "*bf16", "*fp32"] + ["*u8"] * ("x" not in names) if "out" in names else ["*i32"]
+        for out in outs:
             if architecture == 75 and out == "*bf16":
                 continue
-            kinds = {**pointers, **dict.fromkeys(integers, "i32"), **dict.fromkeys(constants, "constexpr"), "out": out}
+            kinds = {**pointers, **dict.fromkeys(integers, "i32"), **dict.fromkeys(constants, "constexpr")}
+            kinds |= {"out": out, "x": out}
             source = ASTSource(kernel, {name: kinds[name] for name in names}, constants)
             made = compile(source, target=GPUTarget("cuda", architecture, 32))
             assert ".entry" in made.asm["ptx"] and made.asm["cubin"]
