@@ -125,6 +125,8 @@ def _row(goal: Goal, result: dict[str, Any]) -> Row:
     label = f"{_number(value)} {goal.unit}"
     if goal.goal is None:
         return Row(goal.what, label, ceiling, aim, name, value, None)
+    if result["dry"]:
+        return Row(goal.what, label, ceiling, aim, f"a trial: {name}", value, None)
     met = value <= goal.goal if goal.at_most else value >= goal.goal
     share = 100 * value / goal.goal
     verdict = "met" if met else f"missed ({share:.0f} % of it)"

@@ -15,9 +15,17 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
+if [ ${#places[@]} -gt 2 ]; then
+    echo "benchmarks/gpu.sh: ${places[*]:2}: nothing but OUT and PYTHON is named" >&2
+    exit 2
+fi
 root=$(cd "$(dirname "$0")/.." && pwd)
 [ ${#places[@]} -lt 1 ] || flags+=("$(realpath -m "${places[0]}")")
 python=${places[1]:-$([ -x "$root/.venv/bin/python" ] && echo "$root/.venv/bin/python" || echo python3)}
+if ! [ -x "$(command -v "$python")" ]; then
+    echo "benchmarks/gpu.sh: PYTHON $python: there is no such program" >&2
+    exit 2
+fi
 case $python in */*) python=$(realpath -s "$python") ;; esac
 cd "$root"
 exec "$python" -m benchmarks.gpu_stages "${flags[@]}"

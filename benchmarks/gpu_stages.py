@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.goals import rows, table
+from fast_spatial.environment import code_version
 from fast_spatial.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -135,7 +136,7 @@ class Session:
     def close(self, name: str, state: str, why: str, seconds: float) -> None:
         """Keep how a stage ended, with all that it had measured, and say so."""
         measured = self.measured(name)
-        about = {"state": state, "why": why, "seconds": round(seconds, 1), "measured": measured}
+        about = {"state": state, "why": why, "seconds": round(seconds, 1), **code_version(), "measured": measured}
         write_json(self.out / f"{name}.json", {"stage": name, **about})
         self.result["stages"][name] = about
         self.result["goals"] = [row._asdict() for row in rows(self.result)]
@@ -323,9 +324,10 @@ def _prepared(session: Session, process: subprocess.Popen[bytes], begun: float) 
 
 def _positive(text: str) -> float:
     """A number of seconds above 0."""
-    if not float(text) > 0:
-        raise ValueError
-    return float(text)
+    with contextlib.suppress(ValueError):
+        if float(text) > 0:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text} is not a number of seconds above 0")
 
 
 def parse(words: list[str]) -> argparse.Namespace:

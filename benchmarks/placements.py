@@ -1,6 +1,6 @@
 """Every placement that can run here against one reference in float64: how far views are off, whether choices agree.
 
-    python -m benchmarks.placements [--json_file FILE] [--side 224] [--images 24]
+    python -m benchmarks.placements [--json FILE] [--side 224] [--images 24]
 
 Each runs in a process of its own, so that one that crashes is a line in the table. Without a GPU, our Triton kernels
 run in Triton's interpreter.
@@ -11,6 +11,7 @@ rounds to 8 bits where all backends do: after the resize, after the colours. B i
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -19,7 +20,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import fire
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -71,16 +71,32 @@ CLASSES = 10
 TIMEOUT_SEC = 300
 
 
-def main(json_file: str = "", side: int = 224, images: int = 24) -> None:
-    """Print the table, and write it to `json_file` if there is one."""
-    on_gpu = torch.cuda.is_available()
+def main() -> None:
+    """Print the table, and write it to a file that is named."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.placements", description="Every placement that can run here against the reference."
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    parser.add_argument("--side", type=_positive, default=224, help="of the views, pixels (224)")
+    parser.add_argument("--images", type=_positive, default=24, help="synthetic photographs (24)")
+    asked = parser.parse_args()
+    on_gpu, rows = torch.cuda.is_available(), []
     with tempfile.TemporaryDirectory() as folder:
-        for number in range(images):
+        for number in range(asked.images):
             write_photograph(Path(folder) / "train" / f"class_{number % 2}" / f"{number:03}.jpg", number)
-        rows = [_in_child(placement, folder, side, on_gpu=on_gpu) for placement in placements(on_gpu=on_gpu)]
+        for placement in placements(on_gpu=on_gpu):
+            print(f"decoded on {placement.decoding}, views by {placement.warp} ...", file=sys.stderr, flush=True)
+            rows.append(_in_child(placement, folder, asked.side, on_gpu=on_gpu))
     print(table(rows))
-    if json_file:
-        write_json(Path(json_file), {**environment(), "side": side, "images": images, "placements": rows})
+    if asked.json:
+        write_json(asked.json, {**environment(), "side": asked.side, "images": asked.images, "placements": rows})
+
+
+def _positive(text: str) -> int:
+    """A whole number above 0."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+    return int(text)
 
 
 def placements(*, on_gpu: bool) -> list[Placement]:
@@ -197,4 +213,4 @@ def reference(images: ImageIndex, position: int, settings: NDArray[np.float64], 
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    main()

@@ -59,13 +59,14 @@ PARTS = (
 
 
 def state(part: Part, result: dict[str, Any]) -> str:
-    """How a part did: "ran", "ran in part", "failed" or "untried"."""
+    """How a part did: "ran", "ran in part", "failed", "cut off" or "untried"."""
     found = [figures for _, figures in measurements(result, part.stages, part.pattern)]
     wrong = any("error" in figures or figures.get("outcome") == "failed" for figures in found)
     right = any(part.figure in figures if part.figure else figures.get("outcome") == "passed" for figures in found)
     if right:
         return "ran in part" if wrong else "ran"
-    return "failed" if wrong else "untried"
+    cut_off = any(result["stages"].get(stage, {}).get("state") == "cut off" for stage in part.stages)
+    return "failed" if wrong else "cut off" if cut_off else "untried"
 
 
 def what_ran(results: Sequence[dict[str, Any]]) -> str:
@@ -77,6 +78,7 @@ def what_ran(results: Sequence[dict[str, Any]]) -> str:
     for result in results:
         about = result["environment"]
         named = {"ran": "Ran", "ran in part": "Ran in part, and failed in part,", "failed": "**Failed**"}
+        named["cut off"] = "Begun, and cut off before it showed anything,"
         for kind, word in named.items():
             parts = [part.what for part in PARTS if state(part, result) == kind]
             if parts:

@@ -8,7 +8,8 @@ machine and versions.
 
     python -m pipelines.probe [--all] [--hw-load SHARE] [--timeout SEC]
 
-prints a line of JSON for each rung that it tries; `--all` goes on after the first that is right. It remembers nothing.
+prints a line of JSON for each rung that it tries; `--all` tries every rung, after one that is right and without a GPU,
+too. It remembers nothing.
 """
 
 from __future__ import annotations
@@ -310,13 +311,18 @@ def _measured(answer: dict[str, Any]) -> dict[str, Any]:
 
 def _main() -> None:
     parser = argparse.ArgumentParser(prog="python -m pipelines.probe", description="Try the decoders of this machine.")
-    parser.add_argument("--all", action="store_true", help="go on after the first rung that is right")
+    parser.add_argument("--all", action="store_true", help="every rung, after a right one and without a GPU, too")
     parser.add_argument("--hw-load", type=float, default=HW_DECODER_LOAD, help="share of a batch for the JPEG engine")
     parser.add_argument("--timeout", type=float, default=TIMEOUT_SEC, help="seconds for each rung")
     options = parser.parse_args()
-    print(json.dumps({"about": _about()}), flush=True)
+    about = _about()
+    print(json.dumps({"about": about}), flush=True)
     trials: list[Trial] = []
-    for rung in [replace(rung, hw_decoder_load=options.hw_load if rung.hw_decoder_load else 0.0) for rung in RUNGS]:
+    rungs = [replace(rung, hw_decoder_load=options.hw_load if rung.hw_decoder_load else 0.0) for rung in RUNGS]
+    if not (about["gpus"] or options.all):
+        print("no GPU is visible, so files are decoded on the CPU; --all tries every rung", file=sys.stderr, flush=True)
+        rungs = rungs[-1:]
+    for rung in rungs:
         trial, said, complaints = try_rung(rung, timeout_sec=options.timeout)
         trials.append(trial)
         result = trial.fault or f"right: {_values(trial)}"

@@ -130,7 +130,7 @@ def test_a_step_on_crops_is_the_step_on_their_views(warps, options):
 
 def test_every_placement_that_can_run_here_gives_the_views_of_the_reference(tmp_path):
     file = tmp_path / "placements.json"
-    printed = run("-m", "benchmarks.placements", "--json_file", str(file), "--side", "40", "--images", "8")
+    printed = run("-m", "benchmarks.placements", "--json", str(file), "--side", "40", "--images", "8")
     found = {(row["decoding"], row["warp"]): row for row in json.loads(file.read_text())["placements"]}
     assert {("CPU", "dali"), ("CPU", "triton"), ("CPU", "numba")} <= found.keys()
     assert [row["failed"] for row in found.values() if "failed" in row] == []

@@ -207,6 +207,12 @@ def test_wrong_words_and_no_gpu_end_in_one_clear_error(tmp_path):
     unknown = script("--only", "grid,nonsense", str(tmp_path), sys.executable)
     assert unknown.returncode == 2
     assert "--only nonsense: choose among machine, decoder," in unknown.stderr
+    for words, said in (
+        ((sys.executable, "more"), "benchmarks/gpu.sh: more: nothing but OUT and PYTHON is named\n"),
+        ((str(tmp_path / "none"),), f"benchmarks/gpu.sh: PYTHON {tmp_path}/none: there is no such program\n"),
+    ):
+        refused = script(str(tmp_path / "out"), *words)
+        assert (refused.returncode, refused.stderr) == (2, said)
     out = tmp_path / "out"
     none = script(str(out), sys.executable, CUDA_VISIBLE_DEVICES="")
     assert none.returncode == 1
@@ -260,6 +266,12 @@ def test_goals_are_met_or_missed_by_the_best_that_was_measured():
     assert rows["worst10, from files"][3:] == ["missed (86 % of it): train_worst10", 3000, False]
     assert rows["worst10's wait for data"][3:] == ["met: train_worst10", 0.5, True]
     assert rows["grid, bfloat16"][3:] == ["grid: not run: time", None, None]
+    (tried,) = answer(
+        "import json, sys; from benchmarks.goals import rows; "
+        "print(json.dumps([row[4:] for row in rows(json.loads(sys.argv[1])) if 'wait' in row.what]))",
+        json.dumps({**whole, "dry": True}),
+    )
+    assert tried == ["a trial: train_worst10", 0.5, None]
 
 
 def test_what_ran_is_what_result_files_show():
@@ -273,8 +285,10 @@ def test_what_ran_is_what_result_files_show():
         compiled={"train": {"out_of_memory": True}},
         loader={"loader_standard_gpu_dali": {"images_per_sec": 9}, "loader_worst10_gpu_dali": {"error": "it crashed"}},
     )
+    whole["stages"]["resume"] = {"state": "cut off", "measured": {}}
     text = answer(code, json.dumps([whole]))
-    ran, partly, failed, untried = text.split("\n\n")[1::2]
+    ran, partly, failed, begun, untried = text.split("\n\n")[1::2]
+    assert begun == "- a run that is stopped and continued (`fast_spatial/saving.py`)"
     assert partly == "- decoding on the GPU (`pipelines/graph.py`)"
     assert text.startswith("Ran on NVIDIA Test with torch 2.11.0:")
     assert ran.splitlines() == [
