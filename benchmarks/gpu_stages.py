@@ -95,6 +95,7 @@ class Session:
     seconds: float
     result: dict[str, Any]
     started: float = field(default_factory=time.monotonic)
+    _codes: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def left(self) -> float:
@@ -121,6 +122,10 @@ class Session:
     def start(self, name: str) -> subprocess.Popen[bytes]:
         """Begin a stage."""
         (self.out / f"{name}.json").unlink(missing_ok=True)
+        self._codes[name] = code_version()  # a file that goes on with another is of several
+        return self._spawn(name)
+
+    def _spawn(self, name: str) -> subprocess.Popen[bytes]:
         words = [sys.executable, "-m", "benchmarks.stages", name, str(self.out), *(["--dry"] if self.dry else [])]
         with open(self.out / f"{name}.log", "wb") as log:
             return subprocess.Popen(
@@ -136,7 +141,8 @@ class Session:
     def close(self, name: str, state: str, why: str, seconds: float) -> None:
         """Keep how a stage ended, with all that it had measured, and say so."""
         measured = self.measured(name)
-        about = {"state": state, "why": why, "seconds": round(seconds, 1), **code_version(), "measured": measured}
+        about = {"state": state, "why": why, "seconds": round(seconds, 1), "measured": measured}
+        about |= self._codes.get(name, {})
         write_json(self.out / f"{name}.json", {"stage": name, **about})
         self.result["stages"][name] = about
         self.result["goals"] = [row._asdict() for row in rows(self.result)]

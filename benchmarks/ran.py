@@ -45,6 +45,7 @@ PARTS = (
     Part("`GradScaler` and every arithmetic of a step", ("tests",), r"test_steps_lower_the_loss_in_every_dtype.*"),
     Part("`torch.compile` of both networks", ("compiled",), r".*", "ms"),
     Part("`launch.py train` from files", ("train",), r"train_.*", "images_per_sec"),
+    Part("the wait for data (`fast_spatial/waiting.py`)", ("train",), r"train_.*", "data_wait_pct"),
     Part("the exhaustive attack (`fast_spatial/attack.py`)", ("grid",), r"grid_.*", "views_per_sec"),
     Part("`fast_spatial.evaluate` as on the CPU", ("tests",), r"test_a_model_is_judged_.*"),
     Part("NCCL and DDP in a group of one (`fast_spatial/distributed.py`)", ("nccl", "compile_tests"), r"test_nccl_.*"),
@@ -78,7 +79,7 @@ def what_ran(results: Sequence[dict[str, Any]]) -> str:
     for result in results:
         about = result["environment"]
         named = {"ran": "Ran", "ran in part": "Ran in part, and failed in part,", "failed": "**Failed**"}
-        named["cut off"] = "Begun, and cut off before it showed anything,"
+        named["cut off"] = "Cut off before it showed anything"
         for kind, word in named.items():
             parts = [part.what for part in PARTS if state(part, result) == kind]
             if parts:

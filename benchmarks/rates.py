@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch.nn.functional import conv2d
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.jobs import Job
@@ -299,7 +298,8 @@ def _stem(bench: Bench) -> dict[str, Any]:
     by_blocks.load_state_dict({"weight": weight, "bias": conv.bias})
     x = torch.randn(bench.sizes.convolved, channels, bench.side, bench.side, device=device, dtype=dtype)
     x = x.contiguous(memory_format=torch.channels_last)
-    exact = conv(x[:4].float()).relu_().detach()
+    with exact_float32(True):
+        exact = conv(x[:4].float()).relu_().detach()
     zeros = Zeros()
     plain, fused = (
         ConvReLU(conv.to(dtype).to(memory_format=torch.channels_last), zeros)  # type: ignore[call-overload]
@@ -320,21 +320,12 @@ def _fused(bench: Bench, channels: int, out_channels: int, kernel: int, stride: 
     dtype, device = dtype_of("auto", bench.device), bench.device
     torch.manual_seed(0)
     x = torch.randn(bench.sizes.convolved, channels, side, side, device=device, dtype=dtype)
-    weight = torch.randn(out_channels, channels, kernel, kernel, device=device, dtype=dtype) / (channels**0.5 * kernel)
-    bias = torch.randn(out_channels, device=device, dtype=dtype)
-    x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
-    two = [stride] * 2, [kernel // 2] * 2, [1, 1]
-
-    def plain() -> torch.Tensor:
-        return conv2d(x, weight, bias, stride, kernel // 2).relu_()
-
-    def fused() -> torch.Tensor:
-        if device.type == "cuda":
-            return torch.cudnn_convolution_relu(x, weight, bias, *two, 1)
-        return plain()
-
-    exact = conv2d(x[:4].float(), weight.float(), bias.float(), stride, kernel // 2).relu_()
-    return _compared(bench, plain, fused, exact)
+    x = x.contiguous(memory_format=torch.channels_last)
+    conv = torch.nn.Conv2d(channels, out_channels, kernel, stride, kernel // 2).to(device)
+    with exact_float32(True):
+        exact = conv(x[:4].float()).relu_().detach()
+    conv.to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return _compared(bench, lambda: conv(x).relu_(), partial(ConvReLU(conv, Zeros()), x), exact)
 
 
 @torch.inference_mode()

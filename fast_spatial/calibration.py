@@ -177,7 +177,6 @@ def measure_validation(config: TrainConfig, images: ImageIndex, world: World) ->
         world,
         part,
         judge,
-        compiled=False,
     )
     validate(lambda: None)
     _wait(device)

@@ -224,7 +224,8 @@ class TrainConfig(BudgetOptions):
     score_side: int = option(0, "choose the worst view from a forward pass at this smaller side; 0: at --side")
     compile: str = option(
         "auto",
-        "let torch.compile fuse the network (on CPUs it needs a C++ compiler); auto: on GPUs; never if --deterministic",
+        "let torch.compile fuse the trained network, and the judging one where cuDNN cannot (on CPUs it needs a C++ "
+        "compiler); auto: on GPUs; never if --deterministic",
         choices=("auto", "true", "false"),
         identity=False,
     )
@@ -348,6 +349,10 @@ class TrainConfig(BudgetOptions):
                 f"as in 15min"
             )
         return int(found[1] or 0), 60 * float(found[2] or 0)
+
+    def is_compiled(self, *, on_gpu: bool) -> bool:
+        """Whether torch.compile is to fuse the networks."""
+        return (self.compile == "true" or (self.compile == "auto" and on_gpu)) and not self.deterministic
 
     def view_limits(self) -> Any:
         """Each training view's limits, float64 [V, 2]."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import faulthandler
+import gc
 import os
 import sys
 from dataclasses import dataclass
@@ -62,9 +63,12 @@ def start(stall_minutes: float) -> World:
 
 
 def stop() -> None:
-    """Leave the group and stand the watchdog down."""
+    """Leave the group and stand the watchdog down; nobody may hold on to a DDP module any more."""
     faulthandler.cancel_dump_traceback_later()
     if dist.is_initialized():
+        # A DDP module that is the last to go waits for gloo's threads, and holds the interpreter, which one of them may
+        # be waiting for: so torch 2.11 hung now and then.
+        gc.collect()
         dist.destroy_process_group()
 
 

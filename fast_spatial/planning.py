@@ -172,7 +172,7 @@ def make_plan(
             f"the shortest recipe's {min(row.train.epochs for row in rows)}"
         )
     if epochs < 1:
-        compiled = measured["gpus"] and rows[0].train.compile != "false"
+        compiled = rows[0].train.is_compiled(on_gpu=measured["gpus"] > 0)
         compiling = (
             "; or leave compilers away (--compile false), for what they take is measured, too" if compiled else ""
         )

@@ -140,7 +140,11 @@ class Scorer(Judge):
     Args:
         model: what is judged with.
         dtype: arithmetic of the network.
-        compiled: let torch.compile fuse the twin, for passes of one shape; otherwise cuDNN does, in half precision.
+        compiled: let torch.compile fuse the twin, for passes of one shape; not in half precision on GPUs, where cuDNN
+            does it, and nothing has to be compiled.
+
+    Attributes:
+        compiled: whether torch.compile fuses it.
 
     """
 
@@ -150,11 +154,12 @@ class Scorer(Judge):
         self._plain: list[tuple[Tensor, Tensor]] = []
         self._twin = self._fold()
         self._fallback: nn.Module | None = None
+        self.compiled = False
         if self._twin is None:
             log.info("scoring: no BatchNorm to fold; the model itself judges, in evaluation mode")
             self._fallback = copy.deepcopy(model.net).requires_grad_(False).eval()
         else:
-            self._rewrite(self._twin, compiled=compiled)
+            self._speed_up(self._twin, compiled=compiled)
         self.refresh()
 
     @torch.no_grad()
@@ -188,18 +193,16 @@ class Scorer(Judge):
         with torch.autocast(inputs.device.type, self._dtype, enabled=self._dtype != torch.float32):
             return functional_call(self._fallback, state, (inputs,)).float()  # type: ignore[no-any-return]
 
-    def _rewrite(self, twin: fx.GraphModule, *, compiled: bool) -> None:
-        """Let a GPU compute the twin faster."""
+    def _speed_up(self, twin: fx.GraphModule, *, compiled: bool) -> None:
         device = self._model.scale.device
-        fusable = is_fusable(device, self._dtype)
-        if fusable:
+        if is_fusable(device, self._dtype):
             self._pairs = [(conv, norm, unroll_stem(twin, folded)) for conv, norm, folded in self._pairs]
-        if compiled:
-            compile_network(twin)
-            return
-        if fusable:
             fuse_relu(twin)
-        if device.type == "cuda":
+            lighten_pools(twin)
+        elif compiled:
+            compile_network(twin)
+            self.compiled = True
+        elif device.type == "cuda":
             lighten_pools(twin)
 
     def _fold(self) -> fx.GraphModule | None:
@@ -238,7 +241,7 @@ class Scorer(Judge):
         folded_tensors = {id(t) for _, _, f in self._pairs for t in (f.weight, f.bias)}
         source = {**dict(net.named_parameters()), **dict(net.named_buffers())}
         for name, tensor in [*twin.named_parameters(), *twin.named_buffers()]:
-            if id(tensor) not in folded_tensors:
+            if id(tensor) not in folded_tensors and name in source:  # tracing may add constants
                 self._plain.append((tensor, source[name]))
         return twin
 

@@ -52,14 +52,8 @@ def make_step(config: TrainConfig, num_classes: int, device: torch.device, dtype
         score_chunk=config.score_chunk,
         score_side=config.score_side,
         label_smoothing=config.label_smoothing,
-        compiled=is_compiled(config, device),
+        compiled=config.is_compiled(on_gpu=device.type == "cuda"),
     )
-
-
-def is_compiled(config: TrainConfig, device: torch.device) -> bool:
-    """Whether torch.compile is to fuse a training's networks."""
-    asked = config.compile == "true" or (config.compile == "auto" and device.type == "cuda")
-    return asked and not config.deterministic
 
 
 class TrainStep:
@@ -75,7 +69,7 @@ class TrainStep:
         score_side: judge the views at this smaller side, and train at the full one; 0: judge them as they are.
         label_smoothing: share of the training target spread over all classes. It changes the gradient alone: views are
             chosen, and losses returned, by plain cross-entropy.
-        compiled: let torch.compile fuse the network and the scorer's.
+        compiled: let torch.compile fuse the network, and the scorer's as `Scorer` takes it.
 
     """
 
@@ -97,7 +91,7 @@ class TrainStep:
         self._device = model.scale.device
         self.scaler = torch.amp.GradScaler(self._device.type, enabled=dtype == torch.float16)
         self.scorer = Scorer(model, dtype, compiled=compiled) if scored else None
-        self._score_chunk, self._score_side, self._compiled = score_chunk, score_side, compiled
+        self._score_chunk, self._score_side = score_chunk, score_side
         self._passes: dict[int, Passes] = {}  # by the side of the views, which may grow
         if compiled:
             compile_network(model.net)
@@ -159,7 +153,7 @@ class TrainStep:
         side = batch.side
         if side not in self._passes:
             size = self._score_chunk or default_pass_size(self._device, self._score_side or side)
-            self._passes[side] = Passes(self.scorer, size, pad=self._compiled, side=self._score_side)
+            self._passes[side] = Passes(self.scorer, size, pad=self.scorer.compiled, side=self._score_side)
         return worst_view(losses_of(logits(self._passes[side]), batch.labels))
 
     def _autocast(self) -> Any:

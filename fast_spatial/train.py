@@ -42,7 +42,7 @@ from fast_spatial.saving import (
 )
 from fast_spatial.schedule import Segment, Timeline, lr_at, side_at
 from fast_spatial.scoring import Scorer
-from fast_spatial.step import is_compiled, make_step
+from fast_spatial.step import make_step
 from fast_spatial.stopping import Stopped, StopRequest, stop_requests
 from fast_spatial.validation import Validation
 from fast_spatial.waiting import clock_of
@@ -83,11 +83,10 @@ def _train(
     step = make_step(config, len(train_images.classes), world.device, dtype)
     net, optimizer = step.model.net, step.optimizer
     average = WeightAverage(step.model, config.ema) if config.ema else None
-    compiled = is_compiled(config, world.device)
     if average is None:
         judge = step.scorer or Scorer(step.model, dtype)
     else:
-        judge = Scorer(average.model, dtype, compiled=compiled)
+        judge = Scorer(average.model, dtype, compiled=config.is_compiled(on_gpu=world.device.type == "cuda"))
     steps_per_epoch = len(train_images) // config.global_batch_size
     timeline = Timeline.of_steps(config.epochs * steps_per_epoch)
 
@@ -110,7 +109,7 @@ def _train(
         bad_images=bad_images.positions(),
         on_gpu_failure=failed_on_gpu,
     )
-    validate = Validation(config, world, val_images, judge, compiled=compiled, on_gpu_failure=failed_on_gpu)
+    validate = Validation(config, world, val_images, judge, on_gpu_failure=failed_on_gpu)
 
     if 0 < steps_per_epoch < PROFILE_AFTER_STEPS + config.profile and config.profile:
         raise ValueError(

@@ -24,7 +24,6 @@ class Validation:
         world: the processes.
         images: the validation images.
         judge: under the weights as of its last refresh.
-        compiled: the judge meets one shape alone, or it would be compiled again.
         on_gpu_failure: as `Loader` takes it.
 
     """
@@ -36,7 +35,6 @@ class Validation:
         images: ImageIndex,
         judge: Scorer,
         *,
-        compiled: bool,
         on_gpu_failure: Callable[[str], None] = say,
     ) -> None:
         self._config, self._world, self._images, self._judge = config, world, images, judge
@@ -47,7 +45,7 @@ class Validation:
         self._passes = Passes(
             FlipJudge(judge) if config.eval_flip else judge,
             size or config.global_batch_size // world.world_size * len(limits_V2),
-            pad=compiled,
+            pad=judge.compiled,  # which would be compiled again for another shape
         )
         self._epochs = 0
         self._loader = evaluation_loader(

@@ -43,7 +43,7 @@ class HostClock:
 
 
 class StreamClock:
-    """Of a GPU: from its end of the work before until the batch is in its memory, as seen by its stream.
+    """Of a GPU: from when it has done all earlier work to when the next batch is in its memory, on its stream.
 
     The host runs ahead and then waits for a batch that the GPU does not need yet; that is no loss. Nothing here waits.
     """
@@ -55,7 +55,6 @@ class StreamClock:
         self._event = partial(torch.cuda.Event, enable_timing=True)
         self._sum = 0.0
         self._pairs: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
-        self._start = self._event()
 
     def start(self) -> None:
         self._start = self._event()
@@ -65,13 +64,17 @@ class StreamClock:
         end = self._event()
         end.record(self._stream)
         self._pairs.append((self._start, end))
+        self._add_up()
 
     @property
     def seconds(self) -> float:
+        self._add_up()
+        return self._sum
+
+    def _add_up(self) -> None:
         while self._pairs and self._pairs[0][1].query():  # type: ignore[no-untyped-call]
             start, end = self._pairs.popleft()
             self._sum += start.elapsed_time(end) / 1000
-        return self._sum
 
 
 def clock_of(device: torch.device) -> Clock:

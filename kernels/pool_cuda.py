@@ -1,6 +1,6 @@
 """Max pooling on a GPU, in Triton: the values alone, channels_last.
 
-PyTorch's kernel finds where each maximum was as well, which only gradients need, and took a sixth of judging's time.
+PyTorch's kernel finds where each maximum was as well, which only gradients need.
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ def max_pool(x_NCHW: Tensor, kernel: tuple[int, int], stride: tuple[int, int], p
         for size, around, window, step in zip((H, W), padding, kernel, stride, strict=True)
     )
     x_NCHW = x_NCHW.contiguous(memory_format=torch.channels_last)
-    out_NCHW = x_NCHW.new_empty((N, C, out_H, out_W)).to(memory_format=torch.channels_last)
+    out_NCHW = torch.empty(
+        (N, C, out_H, out_W), dtype=x_NCHW.dtype, device=x_NCHW.device, memory_format=torch.channels_last
+    )
     with current(x_NCHW.device):
         _max_pool_kernel[(N * out_H, triton.cdiv(out_W * C, _BLOCK))](
             out_NCHW, x_NCHW, H, W, out_H, out_W, C, *kernel, *stride, *padding, _BLOCK

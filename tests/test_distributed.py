@@ -46,6 +46,14 @@ def rank_main(rank: int, port: int, kind: str, out: str) -> None:
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     world = distributed.start(stall_minutes=2)
+    states, choices = trained(kind, rank)
+    gathered = distributed.gather(rank)
+    torch.save({"states": states, "choices": choices, "gathered": gathered, "world": world.rank}, f"{out}/{rank}.pt")
+    distributed.stop()
+
+
+def trained(kind: str, rank: int) -> tuple[list[dict[str, torch.Tensor]], list[torch.Tensor]]:
+    """States and choices after each step; no DDP module is left behind."""
     model = Classifier(net_of(kind))
     step = step_of(model)
     states, choices = [], []
@@ -53,9 +61,7 @@ def rank_main(rank: int, port: int, kind: str, out: str) -> None:
         result = step(batch_of(number, slice(rank * PER_RANK, (rank + 1) * PER_RANK)))
         states.append({name: value.clone() for name, value in model.net.state_dict().items()})
         choices.append(result.choice)
-    gathered = distributed.gather(rank)
-    torch.save({"states": states, "choices": choices, "gathered": gathered, "world": world.rank}, f"{out}/{rank}.pt")
-    distributed.stop()
+    return states, choices
 
 
 def two_ranks(kind: str, out: Path):

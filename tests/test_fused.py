@@ -177,3 +177,68 @@ def test_pools_that_need_more_than_values_stay():
     assert lighten_pools(network) == 1
     assert [isinstance(module, MaxPool) for module in network.children()] == [True, False, False, False]
     assert torch.equal(network(x), expected)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_a_twin_that_blurs_before_its_strides_goes_on_blurring(arch, monkeypatch):
+    """Blurring is a hook of a convolution, which a kernel of cuDNN would leave out."""
+    torch.manual_seed(0)
+    net = models.build(arch, 10)
+    models.blur_before_strides(net)
+    blurred = sum(bool(module._forward_pre_hooks) for module in net.modules())
+    monkeypatch.setattr("fast_spatial.scoring.is_fusable", lambda *_: True)
+    twin = Scorer(Classifier(net), torch.float32)._twin
+    assert twin is not None
+    wrapped = [module.conv for module in twin.modules() if isinstance(module, ConvReLU)]
+    assert wrapped and not any(conv._forward_pre_hooks for conv in wrapped)
+    assert sum(bool(module._forward_pre_hooks) for module in twin.modules()) == blurred > 0
+
+
+def test_layers_with_hooks_are_not_rewritten():
+    network = fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 4, 7, 2, 3), nn.ReLU(), nn.MaxPool2d(2)))
+    conv, _, pool = network.children()
+    for layer in (conv, pool):
+        layer.register_forward_pre_hook(lambda *_: None)
+    assert isinstance(conv, nn.Conv2d)
+    assert unroll_stem(network, conv) is conv
+    assert fuse_relu(network) == lighten_pools(network) == 0
+
+
+def test_rewriting_a_stem_draws_no_random_numbers():
+    network = fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 4, 7, 2, 3)))
+    conv = network.get_submodule("0")
+    assert isinstance(conv, nn.Conv2d)
+    before = torch.get_rng_state()
+    assert unroll_stem(network, conv) is not conv
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_scorer_is_compiled_where_nothing_else_fuses_it(monkeypatch):
+    compiled: list[nn.Module] = []
+    monkeypatch.setattr("fast_spatial.scoring.compile_network", compiled.append)
+    model = Classifier(models.build("resnet18", 10))
+    assert not Scorer(model, torch.float32).compiled and not compiled
+    assert Scorer(model, torch.float32, compiled=True).compiled and len(compiled) == 1
+    monkeypatch.setattr("fast_spatial.scoring.is_fusable", lambda *_: True)
+    assert not Scorer(model, torch.float32, compiled=True).compiled and len(compiled) == 1
+
+
+class Counted(nn.Module):
+    """A network of which tracing makes a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.norm(self.conv(x)).mean(dim=(2, 3)) * torch.tensor([1.0, 2.0, 3.0, 4.0])
+        return out
+
+
+def test_a_constant_of_the_tracer_s_is_no_weight():
+    torch.manual_seed(0)
+    model = Classifier(Counted()).eval()
+    views = torch.randint(0, 256, (2, 9, 9, 3), dtype=torch.uint8)
+    scorer = Scorer(model, torch.float32)
+    assert scorer._twin is not None
+    torch.testing.assert_close(scorer(views), model(views))

@@ -69,12 +69,11 @@ def keep(name, values):
     json.dump({"measured": found}, open(sys.argv[1], "w"))
 '''
 
-def start(self, name):
+def spawn(self, name):
     path = self.out / f"{name}.json"
-    path.unlink(missing_ok=True)
     return subprocess.Popen([sys.executable, "-c", HEAD + WORK[name], str(path)], start_new_session=True)
 
-Session.start = start
+Session._spawn = spawn
 gpu_stages.STAGES = {
     "first": Stage(20, 0), "hangs": Stage(2, 0), "crashes": Stage(20, 0), "lacks": Stage(20, 0),
     "cake": Stage(20, 0, ("a_package_that_is_not_there",)), "last": Stage(20, 0), "late": Stage(20, 1000),
@@ -114,6 +113,9 @@ print(json.dumps([json.loads((out / f"{name}.json").read_text()) for name in ("h
     assert stages["late"]["why"] == "later: --only late"
     assert stages["last"]["why"] == "all well"
     assert [about["state"] for about in found] == ["cut off", "ok"]
+    here = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert stages["hangs"]["commit"] == stages["last"]["commit"] == (here.stdout.strip() or None)
+    assert "commit" not in stages["late"]
 
 
 def test_what_a_stopped_go_had_measured_is_kept(tmp_path):

@@ -56,8 +56,9 @@ def test_a_gpu_s_wait_is_that_of_its_stream(gpu):
 def test_what_was_begun_and_never_came_is_no_wait(gpu):
     clock = StreamClock(gpu)
     clock.start()
+    Event.now = 1.0
     clock.start()
-    Event.now = Event.reached = 2.0
+    Event.now = Event.reached = 3.0
     clock.stop()
     assert clock.seconds == 2.0
 
