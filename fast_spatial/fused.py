@@ -182,6 +182,11 @@ def _reach(kernel: int) -> tuple[int, int]:
     return (kernel // 2 + 1) // 2, kernel // 2 // 2
 
 
+def _channels(channels: int) -> int:
+    """Of a block of 2 x 2 pixels, with zeros up to a multiple of eight."""
+    return -(-4 * channels // _EIGHT) * _EIGHT
+
+
 def blocks_of(x_NCHW: Tensor, kernel: int) -> Tensor:
     """Blocks of 2 x 2 pixels as pixels of four times the channels and zeros up to a multiple of eight.
 
@@ -191,8 +196,7 @@ def blocks_of(x_NCHW: Tensor, kernel: int) -> Tensor:
     before, after = _reach(kernel)
     x_NCHW = functional.pad(x_NCHW, (0, W % 2, 0, H % 2)) if H % 2 or W % 2 else x_NCHW
     h, w = (H + 1) // 2, (W + 1) // 2
-    channels = -(-4 * C // _EIGHT) * _EIGHT
-    blocks = x_NCHW.new_zeros((N, before + h + after, before + w + after, channels))
+    blocks = x_NCHW.new_zeros((N, before + h + after, before + w + after, _channels(C)))
     inner = blocks[:, before : before + h, before : before + w, : 4 * C].view(N, h, w, 2, 2, C)
     inner.copy_(x_NCHW.permute(0, 2, 3, 1).reshape(N, h, 2, w, 2, C).permute(0, 1, 3, 2, 4, 5))
     return blocks.permute(0, 3, 1, 2)
@@ -204,13 +208,14 @@ def kernel_of_blocks(weight_DCKK: Tensor) -> Tensor:
     first, taps = K // 2 % 2, (K + 1) // 2
     even = functional.pad(weight_DCKK, (first, 1 - first, first, 1 - first))
     blocks = even.view(D, C, taps, 2, taps, 2).permute(0, 3, 5, 1, 2, 4).reshape(D, 4 * C, taps, taps)
-    return functional.pad(blocks, (0, 0, 0, 0, 0, -4 * C % _EIGHT))
+    return functional.pad(blocks, (0, 0, 0, 0, 0, _channels(C) - 4 * C))
 
 
 def unroll_stem(network: fx.GraphModule, conv: nn.Conv2d) -> nn.Conv2d:
     """Let a convolution of a network that strides over few channels read blocks, where it does.
 
-    Returns what takes its place, whose weights are to be set by `kernel_of_blocks`; itself where it stays.
+    Returns what takes its place, or itself where it stays. To be copied there are the weights that `kernel_of_blocks`
+    makes, and the bias.
     """
     K = conv.kernel_size[0]
     strides = conv.stride == (2, 2) and conv.dilation == (1, 1) and conv.groups == 1 and conv.padding_mode == "zeros"
@@ -219,9 +224,9 @@ def unroll_stem(network: fx.GraphModule, conv: nn.Conv2d) -> nn.Conv2d:
     if not (_is(conv, nn.Conv2d) and strides and centred and conv.in_channels <= _FEW and len(nodes) == 1):
         return conv
     (node,) = nodes
-    channels = -(-4 * conv.in_channels // _EIGHT) * _EIGHT
+    channels, taps = _channels(conv.in_channels), (K + 1) // 2
     # Without data at first: drawing weights would move torch's generator.
-    unrolled = nn.Conv2d(channels, conv.out_channels, (K + 1) // 2, device="meta", dtype=conv.weight.dtype)
+    unrolled = nn.Conv2d(channels, conv.out_channels, taps, device="meta", dtype=conv.weight.dtype)
     unrolled.to_empty(device=conv.weight.device).requires_grad_(False)
     unrolled.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     network.set_submodule(str(node.target), unrolled)
