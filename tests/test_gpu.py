@@ -279,15 +279,18 @@ def test_max_pooling_without_indices_is_max_pooling(size, dtype):
     torch.testing.assert_close(MaxPool(pool)(x), pool(x), rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("side", [64, 65])
-def test_a_rewritten_twin_judges_as_the_model(side):
+@pytest.mark.parametrize(("side", "blurred", "fused"), [(64, False, 17), (65, False, 17), (64, True, 14)])
+def test_a_rewritten_twin_judges_as_the_model(side, blurred, fused):
     torch.manual_seed(0)
-    model = Classifier(models.build("resnet18", 10)).to(CUDA)
+    net = models.build("resnet18", 10)
+    if blurred:
+        models.blur_before_strides(net)
+    model = Classifier(net).to(CUDA)
     views = torch.randint(0, 256, (16, side, side, 3), dtype=torch.uint8, device=CUDA)
     scorer = Scorer(model, torch.bfloat16)
     assert scorer._twin is not None
     kinds = [type(module) for module in scorer._twin.modules()]
-    assert kinds.count(ConvReLU) == 17 and kinds.count(MaxPool) == 1
+    assert kinds.count(ConvReLU) == fused and kinds.count(MaxPool) == 1
     assert any(node.target is blocks_of for node in scorer._twin.graph.nodes)
     exact = Scorer(model, torch.float32)(views)
     assert (scorer(views) - exact).abs().max() < 0.03 * exact.abs().max()
