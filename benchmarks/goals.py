@@ -93,6 +93,9 @@ GOALS = (
 )
 
 
+_NOT_ASKED = "not run"
+
+
 def measurements(result: dict[str, Any], stages: tuple[str, ...], pattern: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name, figures) of what was measured in some stages, by name."""
     for stage in stages:
@@ -122,14 +125,14 @@ def _row(goal: Goal, result: dict[str, Any]) -> Row:
         return Row(goal.what, "-", "", aim, _why_not(goal, result), None, None)
     value, name, figures = (min if goal.at_most else max)(found, key=lambda item: item[0])
     ceiling = _number(figures[goal.ceiling]) if goal.ceiling in figures else ""
-    label = f"{_number(value)} {goal.unit}"
+    label = f"{_number(value)} {goal.unit}" + (", compiled" if name.endswith("_compiled") else "")
     if goal.goal is None:
         return Row(goal.what, label, ceiling, aim, name, value, None)
     if result["dry"]:
         return Row(goal.what, label, ceiling, aim, f"a trial: {name}", value, None)
     met = value <= goal.goal if goal.at_most else value >= goal.goal
-    share = 100 * value / goal.goal
-    verdict = "met" if met else f"missed ({share:.0f} % of it)"
+    missed = f"{value / goal.goal:.1f} times as much" if goal.at_most else f"{100 * value / goal.goal:.0f} % of it"
+    verdict = "met" if met else f"missed ({missed})"
     return Row(goal.what, label, ceiling, aim, f"{verdict}: {name}", value, met)
 
 
@@ -144,13 +147,13 @@ def _why_not(goal: Goal, result: dict[str, Any]) -> str:
     states = [
         f"{stage}: {about['state']}" for stage in goal.stages if (about := result["stages"].get(stage)) is not None
     ]
-    return "; ".join(states) or "not run"
+    return "; ".join(states) or _NOT_ASKED
 
 
 def table(result: dict[str, Any]) -> list[str]:
     """The lines that a run ends with: goals first, then how every stage ended."""
-    lines = [("", "result", "ceiling", "goal", "verdict")]
-    lines += [row[:5] for row in rows(result)]
+    lines = [("a dry run, on the CPU" if result["dry"] else "", "result", "ceiling", "goal", "verdict")]
+    lines += [row[:5] for row in rows(result) if row.verdict != _NOT_ASKED]
     widths = [max(len(line[column]) for line in lines) for column in range(4)]
     shown = [
         "  ".join([f"{line[0]:<{widths[0]}}", *(f"{line[n]:>{widths[n]}}" for n in (1, 2, 3)), line[4]])

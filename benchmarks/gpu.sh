@@ -9,7 +9,13 @@ set -euo pipefail
 flags=() places=()
 while [ $# -gt 0 ]; do
     case $1 in
-        --seconds | --only) flags+=("$1" "${2:?$1 takes a value}") && shift ;;
+        --seconds | --only)
+            if [ $# -lt 2 ]; then
+                echo "benchmarks/gpu.sh: $1 takes a value" >&2
+                exit 2
+            fi
+            flags+=("$1" "$2") && shift
+            ;;
         -*) flags+=("$1") ;;
         *) places+=("$1") ;;
     esac

@@ -173,6 +173,8 @@ def run_stage(session: Session, name: str, stage: Stage) -> None:
     """Run a stage to its end, or to its time-out."""
     begun = time.monotonic()
     limit = min(stage.seconds * (DRY_FACTOR if session.dry else 1), session.left)
+    if sys.stdout.isatty():  # its line follows when it ends
+        print(f"{name:<14} running, for {limit:.0f} s at most", end="\r", flush=True)
     process = session.start(name)
     why = "this program was stopped"
     try:
@@ -189,6 +191,9 @@ def run_stage(session: Session, name: str, stage: Stage) -> None:
 
 def outcome(status: int, measured: dict[str, dict[str, Any]]) -> tuple[str, str]:
     """(state, why) of a process that ended."""
+    tests = [figures for figures in measured.values() if "outcome" in figures]
+    if tests and all(figures["outcome"] == "skipped" for figures in tests):
+        return "skipped", str(tests[0].get("why", "")).removeprefix("Skipped: ")
     errors = [f"{name}: {figures['error']}" for name, figures in measured.items() if "error" in figures]
     skipped = [f"{name}: {figures['skipped']}" for name, figures in measured.items() if "skipped" in figures]
     if errors:
@@ -290,7 +295,8 @@ def obstacle(session: Session) -> str:
 
 def go(session: Session, names: list[str]) -> None:
     """All stages, in turn."""
-    preparing: subprocess.Popen[bytes] | None = session.start("prepare")
+    waited_for = any(STAGES[name].waits for name in names)
+    preparing: subprocess.Popen[bytes] | None = session.start("prepare") if waited_for else None
     begun = time.monotonic()
     try:
         missing = missing_packages(session, dict.fromkeys(need for name in names for need in STAGES[name].needs))
@@ -360,14 +366,27 @@ def parse(words: list[str]) -> argparse.Namespace:
 
 
 def opened(asked: argparse.Namespace) -> Session:
-    """A session; with --only it goes on with what OUT holds."""
+    """A session; with --only it goes on with what OUT holds.
+
+    Raises:
+        SystemExit: if OUT holds something that would be lost.
+
+    """
     out = Path(asked.out).resolve()
+    file = out / "gpu.json"
     result: dict[str, Any] = {}
-    if asked.only:
-        with contextlib.suppress(OSError, ValueError):
-            result = json.loads((out / "gpu.json").read_text(encoding="utf-8"))
-        if result and result["dry"] != asked.dry:
-            raise SystemExit(f"{out}/gpu.json holds {'measurements' if asked.dry else 'a trial'}; name another folder")
+    if out.is_file():
+        raise SystemExit(f"OUT {out}: it is a file; name a folder")
+    if file.exists():
+        try:
+            result = json.loads(file.read_text(encoding="utf-8"))
+            holds = f"{'a dry run' if result['dry'] else 'measurements'} of {result['started']}"
+        except (OSError, ValueError, KeyError, TypeError):
+            raise SystemExit(f"{file} cannot be read; name another folder, or remove it") from None
+        if not asked.only:
+            raise SystemExit(f"{file} holds {holds}; --only STAGE,... adds to it, or name another folder")
+        if result["dry"] != asked.dry:
+            raise SystemExit(f"{file} holds {holds}; name another folder")
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     new = {"dry": asked.dry, "started": now, "environment": {}, "missing": {}, "goals": [], "stages": {}}
     return Session(out, asked.dry, asked.seconds, {**new, **result})
@@ -381,13 +400,14 @@ def main(words: list[str]) -> int:
     if why := obstacle(session):
         print(why, file=sys.stderr)
         return 1
-    if session.out.is_file():
-        print(f"OUT {session.out}: it is a file; name a folder", file=sys.stderr)
-        return 1
     session.out.mkdir(parents=True, exist_ok=True)
     names = [name for name in STAGES if not asked.only or name in asked.only]
     try:
         go(session, names)
+    except KeyboardInterrupt:
+        left = ",".join(name for name in names if session.result["stages"].get(name, {}).get("state") != "ok")
+        print(f"stopped; later: --only {left}", flush=True)
+        return 128 + signal.SIGINT
     finally:
         print("\n" + "\n".join(table(session.result)), flush=True)
         print(f"written to {session.out / 'gpu.json'}", flush=True)

@@ -107,9 +107,9 @@ def placements(*, on_gpu: bool) -> list[Placement]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """A line per placement and way of cropping, for people."""
-    lines = [f"{'decoded on':<42}{'views by':<9}{'crops of':<12}{'largest':>8}{'mean':>8}{'same choice':>13}"]
+    lines = [f"{'decoded on':<42}{'views by':<10}{'crops of':<12}{'largest':>8}{'mean':>8}{'same choice':>13}"]
     for row in rows:
-        head = f"{row['decoding']:<42}{row['warp']:<9}"
+        head = f"{row['decoding']:<42}{row['warp']:<10}"
         if "failed" in row:
             lines.append(f"{head}failed: {row['failed']}")
         for name in SETTINGS if "failed" not in row else ():
@@ -117,7 +117,9 @@ def table(rows: list[dict[str, Any]]) -> str:
             lines.append(
                 f"{head}{name:<12}{found['max']:>8.2f}{found['mean']:>8.3f}{found['same_choice_pct']:>11.1f} %"
             )
-    return "\n".join([*lines, "differences are of 255, from a reference in float64"])
+    told = ["largest and mean: differences of 255, from a reference in float64"]
+    told += ["same choice: how often a network finds the same view of an image worst"]
+    return "\n".join([*lines, *told])
 
 
 def _in_child(placement: Placement, folder: str, side: int, *, on_gpu: bool) -> dict[str, Any]:

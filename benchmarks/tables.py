@@ -12,6 +12,7 @@ from typing import Any
 from benchmarks import goals, ran
 from fast_spatial.reporting.document import aligned
 from fast_spatial.reporting.report import grid_note, published_table, results_table, row_name
+from pipelines.placement import HW_DECODER_LOAD
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -105,7 +106,8 @@ def gpus(results: Sequence[dict[str, Any]]) -> str:
         tables.append(f"{aligned(lines)}\n\n(On {about['hardware']}, {ran.versions(about)}: `benchmarks/gpu.sh OUT`.)")
         if placed := placements(result):
             tables.append(
-                f"Images per second on the same machine, by where images are decoded and views made:\n\n{placed}"
+                "Images per second on the same machine, by where images are decoded and views made (blank: not "
+                f"measured):\n\n{placed}"
             )
     return "\n\n".join(tables)
 
@@ -125,7 +127,9 @@ def placements(result: dict[str, Any]) -> str:
         for name, figures in goals.measurements(result, (stage,), pattern):
             about = re.fullmatch(pattern, name)
             if about and "images_per_sec" in figures:
-                engine = f", {float(about['share']):.0%} by the JPEG engine" if about["share"] else ""
+                usual = HW_DECODER_LOAD if about["on"] == "gpu" else 0  # where the name does not tell
+                share = float(about["share"] or usual)
+                engine = f", {share:.0%} by the JPEG engine" if about["on"] == "gpu" else ""
                 row = rates.setdefault(f"`--decode {about['on']} --warp {about['warp']}`{engine}", {})
                 row[f"{about['mode']}, {what}"] = number(figures["images_per_sec"])
     columns = list(dict.fromkeys(column for row in rates.values() for column in row))
@@ -186,4 +190,7 @@ if __name__ == "__main__":
     text = readme.read_text(encoding="utf-8")
     if sys.argv[1:] == ["--check"]:
         sys.exit(0 if fill(text) == text else "README.md is stale: run python -m benchmarks.tables")
-    readme.write_text(fill(text), encoding="utf-8")
+    try:
+        readme.write_text(fill(text), encoding="utf-8")
+    except ValueError as error:
+        sys.exit(str(error))

@@ -38,16 +38,16 @@ def choose_placement(
         ValueError: naming the option, if this cannot work.
 
     """
-    if not on_gpu and decode.startswith("gpu"):
-        raise ValueError(
-            f"--decode {decode}: no GPU is visible\nlaunch.py doctor says more; or replace it by --decode cpu"
-        )
     if warp == "triton":
         _check_triton(on_gpu=on_gpu)
     if warp == "numba" and decode.startswith("gpu"):
         raise ValueError(
             f"--warp numba: it makes views in host memory, of images that are decoded there\n"
             f"replace --decode {decode} by --decode cpu, or leave --warp away"
+        )
+    if not on_gpu and decode.startswith("gpu"):
+        raise ValueError(
+            f"--decode {decode}: no GPU is visible\nlaunch.py doctor says more; or replace it by --decode cpu"
         )
     if decode == "cpu" or warp == "numba" or not on_gpu:
         chosen = Decoding("cpu")

@@ -174,14 +174,15 @@ def make_plan(
     if epochs < 1:
         compiled = rows[0].train.is_compiled(on_gpu=measured["gpus"] > 0)
         compiling = (
-            "; or leave compilers away (--compile false), for what they take is measured, too" if compiled else ""
+            "; or do without compilation (--compile false), which takes time before anything" if compiled else ""
         )
         needed = sum(row.fixed_sec + row.epoch_sec for row in rows) + _end_sec(len(rows), measured["left_sec"], judged)
+        fewer = f"{'fewer --rows, ' if judged else ''}or fewer images (--classes, --max-train-images)"
         raise ValueError(
             f"the budget is too small: {max(0.0, measured['left_sec']):.0f} s are left after measuring, and one epoch "
             f"of {', '.join(row.name for row in rows)} with its judging takes {needed:.0f} s here\n"
-            f"give more, {'fewer --rows, ' if judged else ''}or fewer images (--classes, --max-train-images)"
-            f"{compiling}; if other programs keep this machine busy, end them first"
+            f"give {math.ceil(needed - measured['left_sec'])} s more, {fewer}{compiling}; if other programs keep this "
+            f"machine busy, end them first"
         )
     return Plan(rows, left_out + notes, _end_sec(len(rows), measured["left_sec"], judged))
 

@@ -76,7 +76,7 @@ def spawn(self, name):
 Session._spawn = spawn
 gpu_stages.STAGES = {
     "first": Stage(20, 0), "hangs": Stage(2, 0), "crashes": Stage(20, 0), "lacks": Stage(20, 0),
-    "cake": Stage(20, 0, ("a_package_that_is_not_there",)), "last": Stage(20, 0), "late": Stage(20, 1000),
+    "cake": Stage(20, 0, ("a_package_that_is_not_there",)), "last": Stage(20, 0, waits=True), "late": Stage(20, 1000),
 }
 out = Path(sys.argv[1])
 """
@@ -142,15 +142,66 @@ except SystemExit as stopped:
 
 def test_only_goes_on_with_what_the_folder_holds(tmp_path):
     (tmp_path / "gpu.json").write_text(
-        json.dumps({"dry": False, "stages": {"grid": {"state": "ok", "measured": {}}}, "goals": []})
+        json.dumps(
+            {
+                "dry": False,
+                "started": "2026-01-02T03:04:05+00:00",
+                "stages": {"grid": {"state": "ok", "measured": {}}},
+                "goals": [],
+            }
+        )
     )
     code = STAGES + "print(json.dumps(gpu_stages.opened(gpu_stages.parse([str(out), *sys.argv[2:]])).result['stages']))"
     gone_on = answer(code.replace("gpu_stages.STAGES = {", "gpu_stages.STAGES |= {"), str(tmp_path), "--only", "first")
     assert gone_on == {"grid": {"state": "ok", "measured": {}}}
-    assert answer(code, str(tmp_path)) == {}
+    kept = (tmp_path / "gpu.json").read_text()
+    holds = f"{tmp_path}/gpu.json holds measurements of 2026-01-02T03:04:05+00:00"
+    for words, said in (
+        (("--only", "grid"), f"{holds}; name another folder\n"),
+        ((), f"{holds}; --only STAGE,... adds to it, or name another folder\n"),
+    ):
+        refused = script("--dry", *words, str(tmp_path), sys.executable)
+        assert (refused.returncode, refused.stderr) == (1, said)
+    assert (tmp_path / "gpu.json").read_text() == kept
+    (tmp_path / "gpu.json").write_text("{broken")
     refused = script("--dry", "--only", "grid", str(tmp_path), sys.executable)
-    assert refused.returncode == 1
-    assert refused.stderr == f"{tmp_path}/gpu.json holds measurements; name another folder\n"
+    assert refused.returncode == 1 and "gpu.json cannot be read; name another folder, or remove it" in refused.stderr
+    assert (tmp_path / "gpu.json").read_text() == "{broken"
+
+
+def test_tests_that_were_all_skipped_are_no_success():
+    found = answer("""
+import json
+from benchmarks.gpu_stages import outcome
+skipped = {"outcome": "skipped", "why": "Skipped: no GPU"}
+tests = [{"a": skipped, "note": {"note": "1 skipped"}}, {"a": skipped, "b": {"outcome": "passed"}}]
+print(json.dumps([outcome(0, measured) for measured in tests]))
+""")
+    assert found == [["skipped", "no GPU"], ["ok", ""]]
+
+
+def test_an_interrupted_go_says_how_to_go_on(tmp_path):
+    code = (
+        STAGES
+        + """
+import os, signal
+WORK["first"] = "os.kill(os.getppid(), 2); time.sleep(60)"
+status = gpu_stages.main([str(out)])
+print(json.dumps(status))
+"""
+    )
+    code = code.replace("gpu_stages.STAGES", "gpu_stages.obstacle = lambda _: ''; gpu_stages.STAGES")
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.splitlines()[-1] == "130", done.stderr
+    assert "stopped; later: --only first,hangs,crashes,lacks,cake,last,late" in done.stdout
+    assert "Traceback" not in done.stderr
+    assert json.loads((tmp_path / "gpu.json").read_text())["stages"]["first"]["state"] == "cut off"
 
 
 def test_a_process_is_ended_with_what_it_started_in_sessions_of_their_own():
@@ -252,12 +303,12 @@ def test_goals_are_met_or_missed_by_the_best_that_was_measured():
         json.dumps(whole),
     )
     assert rows["standard, in memory"][:4] == [
-        "12,500 images/s",
+        "12,500 images/s, compiled",
         "36,000",
         "12,000",
         "met: train_standard_224px_batch_256_compiled",
     ]
-    assert rows["DALI's views, a batch"][:4] == ["12.5 ms", "", "at most 10", "missed (125 % of it): dali_views"]
+    assert rows["DALI's views, a batch"][:4] == ["12.5 ms", "", "at most 10", "missed (1.2 times as much): dali_views"]
     assert rows["Triton warp, of a fill"][3] == "error: triton_warp: RuntimeError: no"
     assert rows["standard, from files"][:4] == [
         "7,000 images/s",
@@ -402,7 +453,9 @@ def test_every_stage_runs_dry_and_none_fails(dry):
     done, whole = dry
     assert done.returncode == 0, done.stdout + done.stderr
     states = {name: about["state"] for name, about in whole["stages"].items()}
-    assert set(states.values()) == {"ok"}, done.stdout
+    skipped = {name for name, state in states.items() if state == "skipped"}
+    assert skipped == {"stream", "tests", "nccl", "compile_tests"}, done.stdout  # there is no GPU
+    assert set(states.values()) == {"ok", "skipped"}, done.stdout
     assert set(NEED_DALI) < set(states)
     assert len(states) == 19
     measured = {name: about["measured"] for name, about in whole["stages"].items()}
@@ -423,7 +476,9 @@ def test_without_dali_or_with_a_broken_one_all_that_can_runs(tmp_path, error):
     assert done.returncode == 0, done.stdout + done.stderr
     stages = json.loads((out / "gpu.json").read_text())["stages"]
     for name, about in stages.items():
-        if name in NEED_DALI:
+        if name in ("tests", "nccl", "compile_tests"):
+            assert about["state"] == "skipped" and about["why"] == "no GPU"
+        elif name in NEED_DALI:
             assert (about["state"], about["why"]) == ("skipped", "needs nvidia.dali")
         else:
             assert about["state"] == "ok", (name, about["why"])

@@ -264,7 +264,7 @@ def test_a_run_keeps_its_time_says_how_and_can_be_repeated_to_the_bit(tmp_path):
     records = [json.loads(line) for line in (tmp_path / "first" / "log.jsonl").read_text().splitlines()]
     trained = [r for r in records if r["event"] == "train"]
     assert trained[-1]["epoch"] == pytest.approx(segments[-1].end / 4, abs=1e-3)
-    assert trained[-1]["lr"] < 0.002
+    assert trained[-1]["lr"] < 0.01  # 0 at the end that was planned, which other work may delay beyond the time
 
     again = dataclasses.replace(first, out=str(tmp_path / "again"), replay=first.out)
     train(again, ALONE)
