@@ -52,6 +52,25 @@ def test_a_fused_twin_follows_the_weights():
     torch.testing.assert_close(scorer(views), Scorer(model, torch.float32)(views), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("arch", ["resnet18", "vgg11_bn"])  # convolutions without biases, and with them
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_folded_weights_are_those_of_each_layer_alone(arch, dtype):
+    torch.manual_seed(0)
+    model = Classifier(models.build(arch, 10))
+    scorer = Scorer(model, dtype)
+    with torch.no_grad():
+        for tensor in (*model.net.parameters(), *model.net.buffers()):
+            if tensor.is_floating_point():
+                tensor.uniform_(0.1, 1.0)
+        scorer.refresh()
+        for conv, norm, folded in scorer._pairs:
+            assert norm.running_mean is not None and norm.running_var is not None and folded.bias is not None
+            scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+            bias = norm.bias - norm.running_mean * scale
+            assert torch.equal(folded.weight, (conv.weight * scale.view(-1, 1, 1, 1)).to(dtype))
+            assert torch.equal(folded.bias, (bias if conv.bias is None else bias + conv.bias * scale).to(dtype))
+
+
 class Odd(nn.Module):
     """What must not be fused: a convolution read twice, one called twice, padding by name, a weight that is added,
     groups, what only has the name of a ReLU, and a convolution whose input is changed before its ReLU comes.
