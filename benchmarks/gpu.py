@@ -8,7 +8,7 @@ from benchmarks.record import Record
 
 
 def run(job: Job) -> Findings:
-    """Ceilings, training and scoring with compiled networks and without, warps; training by number of processes."""
+    """Ceilings, training with a compiled network and without, scoring, warps; training by number of processes."""
     found, record = Findings.none(), Record()
     bench = rates.Bench(record, job.device, rates.GPU, job.config.side)
     rates.ceilings(bench)

@@ -43,7 +43,7 @@ PARTS = (
     Part("judging's stem by blocks (`fast_spatial/fused.py`)", ("eager",), r"stem_by_blocks", "fused_ms"),
     Part("max pooling without indices (`kernels/pool_cuda.py`)", ("eager",), r"max_pool_.*", "fused_ms"),
     Part("`GradScaler` and every arithmetic of a step", ("tests",), r"test_steps_lower_the_loss_in_every_dtype.*"),
-    Part("`torch.compile` of both networks", ("compiled",), r".*", "ms"),
+    Part("`torch.compile` of the trained network", ("compiled",), r"train_.*", "ms"),
     Part("`launch.py train` from files", ("train",), r"train_.*", "images_per_sec"),
     Part("the wait for data (`fast_spatial/waiting.py`)", ("train",), r"train_.*", "data_wait_pct"),
     Part("the exhaustive attack (`fast_spatial/attack.py`)", ("grid",), r"grid_.*", "views_per_sec"),

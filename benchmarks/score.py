@@ -57,9 +57,8 @@ def run(job: Job) -> Findings:
     images, floats, labels = random_batch(job)
     dtype = dtype_of("auto", job.device)
     model = Classifier(models.build("resnet18", 1000)).to(job.device)
-    compiled = job.device.type == "cuda"
-    scorer = Scorer(model, dtype, compiled=compiled)
-    passes = Passes(scorer, default_pass_size(job.device, job.config.side), pad=compiled)
+    scorer = Scorer(model, dtype)
+    passes = Passes(scorer, default_pass_size(job.device, job.config.side))
 
     def ours() -> int:
         worst_view(losses_of(passes(views_of(job, images)), labels))

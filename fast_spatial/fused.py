@@ -23,9 +23,13 @@ _RELUS = (torch.relu, functional.relu)
 _SUMS = (operator.add, operator.iadd, torch.add)
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether more is done than what the module says when it is called."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 def _is(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a module is of a kind, and nothing but that is done when it is called."""
-    return type(module) is kind and not (module._forward_hooks or module._forward_pre_hooks)
+    return type(module) is kind and not has_hooks(module)
 
 
 def is_fusable(device: torch.device, dtype: torch.dtype) -> bool:
@@ -104,7 +108,7 @@ def fuse_relu(network: fx.GraphModule) -> int:
         if not isinstance(node, fx.Node):
             return False
         if node.op == "call_module":
-            return kind is not None and type(modules[str(node.target)]) is kind
+            return kind is not None and _is(modules[str(node.target)], kind)
         return node.target in {"call_function": functions, "call_method": methods}.get(node.op, ())
 
     def changes(node: fx.Node, value: object) -> bool:

@@ -181,8 +181,8 @@ def make_plan(
         raise ValueError(
             f"the budget is too small: {max(0.0, measured['left_sec']):.0f} s are left after measuring, and one epoch "
             f"of {', '.join(row.name for row in rows)} with its judging takes {needed:.0f} s here\n"
-            f"give {math.ceil(needed - measured['left_sec'])} s more, {fewer}{compiling}; if other programs keep this "
-            f"machine busy, end them first"
+            f"give at least {math.ceil(needed - measured['left_sec'])} s more, {fewer}{compiling}; if other programs "
+            f"keep this machine busy, end them first"
         )
     return Plan(rows, left_out + notes, _end_sec(len(rows), measured["left_sec"], judged))
 

@@ -19,7 +19,7 @@ from torch.func import functional_call
 from torch.nn.functional import interpolate, pad
 
 from fast_spatial.device import largest_pass
-from fast_spatial.fused import fuse_relu, is_fusable, kernel_of_blocks, lighten_pools, unroll_stem
+from fast_spatial.fused import fuse_relu, has_hooks, is_fusable, kernel_of_blocks, lighten_pools, unroll_stem
 from fast_spatial.model import Classifier, compile_network, to_unit
 from kernels.warp import warp, warp_normalized
 
@@ -238,6 +238,8 @@ class Scorer(Judge):
             if calls.count(node.target) > 1 or calls.count(after.target) > 1:
                 continue
             conv, folded = live[node.target], mine[node.target]
+            if has_hooks(norm) or conv._forward_hooks:  # what they read or change would not be there
+                continue
             assert isinstance(conv, nn.Conv2d) and isinstance(folded, nn.Conv2d)
             folded.bias = nn.Parameter(torch.empty_like(norm.bias), requires_grad=False)
             self._pairs.append((conv, norm, folded))

@@ -214,9 +214,11 @@ def test_a_twin_that_blurs_before_its_strides_goes_on_blurring(arch, monkeypatch
 
 
 def test_layers_with_hooks_are_not_rewritten():
-    network = fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 4, 7, 2, 3), nn.ReLU(), nn.MaxPool2d(2)))
-    conv, _, pool = network.children()
-    for layer in (conv, pool):
+    network = fx.symbolic_trace(
+        nn.Sequential(nn.Conv2d(3, 4, 7, 2, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 1), nn.ReLU())
+    )
+    conv, _, pool, _, relu = network.children()
+    for layer in (conv, pool, relu):
         layer.register_forward_pre_hook(lambda *_: None)
     assert isinstance(conv, nn.Conv2d)
     assert unroll_stem(network, conv) is conv
@@ -260,4 +262,19 @@ def test_a_constant_of_the_tracer_s_is_no_weight():
     views = torch.randint(0, 256, (2, 9, 9, 3), dtype=torch.uint8)
     scorer = Scorer(model, torch.float32)
     assert scorer._twin is not None
+    torch.testing.assert_close(scorer(views), model(views))
+
+
+@pytest.mark.parametrize("hooked", ["0", "1"])
+def test_what_a_hook_does_after_a_convolution_or_a_norm_is_judged_too(hooked):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        *(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+    )
+    net.get_submodule(hooked).register_forward_hook(lambda module, inputs, output: output + 3)
+    model = Classifier(net).eval()
+    views = torch.randint(0, 256, (2, 9, 9, 3), dtype=torch.uint8)
+    scorer = Scorer(model, torch.float32)
+    assert len(scorer._pairs) == 1
     torch.testing.assert_close(scorer(views), model(views))
