@@ -1,3 +1,3 @@
 """Claims and the commands that make them; imported by nobody."""
 
-import pipelines  # noqa: F401  (before torchvision: see pipelines/nvjpeg.py)
+from fast_spatial import pipelines  # noqa: F401  (before torchvision: see pipelines/nvjpeg.py)

@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 
+from benchmarks.groups.verdict import table, verdict
 from benchmarks.jobs import Findings, Job
 from benchmarks.slow_disk import restart
-from benchmarks.verdict import table, verdict
-from fast_spatial.config import BenchConfig, from_json, to_json
-from fast_spatial.environment import environment
-from fast_spatial.files import write_json
-from kernels.cpus import usable_cpus
+from fast_spatial.config.commands import BenchConfig
+from fast_spatial.config.fields import from_json, to_json
+from fast_spatial.kernels.host import usable_cpus
+from fast_spatial.runtime.environment import environment
+from fast_spatial.runtime.files import write_json
 
 # What only a GPU shows comes first: its machines are had for a short time.
 GROUPS = ("gpu", "warp", "pipeline", "score", "step", "grid")
@@ -60,7 +61,7 @@ def run(config: BenchConfig, keep: Callable[[dict[str, Any]], object]) -> dict[s
 
 
 def _run_group(name: str, job: Job, found: Findings) -> None:
-    found.add(importlib.import_module(f"benchmarks.{name}").run(job))
+    found.add(importlib.import_module(f"benchmarks.groups.{name}").run(job))
 
 
 def main(values: str) -> None:

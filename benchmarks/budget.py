@@ -27,9 +27,9 @@ from typing import Any
 import fire
 
 from benchmarks.jpegs import write_photograph
-from fast_spatial.environment import environment
-from fast_spatial.files import write_json
-from kernels.cpus import usable_cpus
+from fast_spatial.kernels.host import usable_cpus
+from fast_spatial.runtime.environment import environment
+from fast_spatial.runtime.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 ROW = "worst10:30"
@@ -159,12 +159,13 @@ def steps(plan: str, row: int, side: int, count: int) -> None:
     """Print the seconds of a planned training's step, its images loaded and all: the median of some, after two."""
     import torch
 
-    from fast_spatial.config import TrainConfig, from_json
-    from fast_spatial.data import load_split
-    from fast_spatial.device import dtype_of, seed_everything
-    from fast_spatial.distributed import World
-    from fast_spatial.loading import training_loader
-    from fast_spatial.step import make_step
+    from fast_spatial.config.fields import from_json
+    from fast_spatial.config.train import TrainConfig
+    from fast_spatial.data.images import load_split
+    from fast_spatial.data.loading import training_loader
+    from fast_spatial.runtime.device import dtype_of, seed_everything
+    from fast_spatial.runtime.distributed import World
+    from fast_spatial.training.step import make_step
 
     values = json.loads(Path(plan).read_text(encoding="utf-8"))["rows"][row]["train"]
     config = dataclasses.replace(from_json(TrainConfig, values), side=side, start_side=0)

@@ -12,16 +12,16 @@ from pathlib import Path
 
 import fire
 
-import launch
-from fast_spatial.environment import environment
-from fast_spatial.files import write_json
+from fast_spatial import commands
+from fast_spatial.runtime.environment import environment
+from fast_spatial.runtime.files import write_json
 
 
 def main(out: str, json_file: str, seeds: str = "0,1,2") -> None:
     """Reproduce the digits' rows and write their results."""
     about = environment()
     words = ["reproduce", "--data", "digits", "--out", str(out), "--seeds", str(seeds).strip("()").replace(" ", "")]
-    if launch.main(words):
+    if commands.main(words):
         raise SystemExit(1)
     results = json.loads((Path(out) / "results.json").read_text(encoding="utf-8"))
     command = "launch.py " + " ".join(words).replace(str(out), "OUT")

@@ -34,10 +34,10 @@ from typing import Any
 
 import torch
 
-from fast_spatial import checkpoint
-from fast_spatial.environment import environment
-from fast_spatial.files import write_json
-from fast_spatial.saving import LAST
+from fast_spatial.models import checkpoint
+from fast_spatial.runtime.environment import environment
+from fast_spatial.runtime.files import write_json
+from fast_spatial.runtime.run_files import LAST
 
 ROOT = Path(__file__).resolve().parent.parent
 EPOCHS, STEPS_PER_EPOCH, SAVE_EVERY = 2, 16, 5

@@ -34,4 +34,4 @@ if ! [ -x "$(command -v "$python")" ]; then
 fi
 case $python in */*) python=$(realpath -s "$python") ;; esac
 cd "$root"
-exec "$python" -m benchmarks.gpu_stages "${flags[@]}"
+exec "$python" -m benchmarks.on_gpu.gpu_stages "${flags[@]}"

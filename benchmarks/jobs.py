@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.record import OURS, first_line
-from fast_spatial.config import SYNTHETIC, BenchConfig
-from fast_spatial.data import data_folder
-from kernels.limits import SpatialLimits
+from benchmarks.on_gpu.record import OURS, first_line
+from fast_spatial.config.commands import SYNTHETIC, BenchConfig
+from fast_spatial.data.images import data_folder
+from fast_spatial.kernels.limits import SpatialLimits
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from kernels.cache import cache_folder
-from kernels.cpus import usable_cpus
+from fast_spatial.kernels.host import cache_folder, usable_cpus
 
 SIZES = ((500, 375), (375, 500), (500, 333), (500, 400))  # width, height
 CLASSES, PER_CLASS = 8, {"train": 64, "val": 8}

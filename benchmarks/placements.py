@@ -28,14 +28,11 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from benchmarks.jpegs import write_photograph
-from fast_spatial import model as models
-from fast_spatial.attack import losses_of, worst_view
-from fast_spatial.environment import environment
-from fast_spatial.files import write_json
-from fast_spatial.model import Classifier
-from fast_spatial.scoring import Passes, Scorer
-from kernels.colour import write_colour_matrix
-from kernels.sampling import (
+from fast_spatial.evaluation.attack import losses_of, worst_view
+from fast_spatial.evaluation.folded import Scorer
+from fast_spatial.evaluation.forward import Passes
+from fast_spatial.kernels.colour import write_colour_matrix
+from fast_spatial.kernels.sampling import (
     BOX_H,
     BOX_W,
     BOX_X,
@@ -56,10 +53,14 @@ from kernels.sampling import (
     pack_key,
     view_limits,
 )
-from kernels.warp import warp_reference
-from pipelines.dataset import ImageIndex, read_index
-from pipelines.loader import Loader
-from pipelines.placement import RUNGS, WARPS, Decoding, Placement
+from fast_spatial.kernels.warp import warp_reference
+from fast_spatial.models import classifier
+from fast_spatial.models.classifier import Classifier
+from fast_spatial.pipelines.dataset import ImageIndex, read_index
+from fast_spatial.pipelines.loader import Loader
+from fast_spatial.pipelines.placement import RUNGS, WARPS, Decoding, Placement
+from fast_spatial.runtime.environment import environment
+from fast_spatial.runtime.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMITS = view_limits(10, untouched_first=True, degrees=30.0, translate=3 / 28)
@@ -151,7 +152,7 @@ def measure(on: str, hw_decoder_load: str, warp: str, folder: str, side: str) ->
     images = read_index(Path(folder), "train")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
-    passes = Passes(Scorer(Classifier(models.build("resnet18", CLASSES)), torch.float32), 16)
+    passes = Passes(Scorer(Classifier(classifier.build("resnet18", CLASSES)), torch.float32), 16)
     print(
         json.dumps({name: _against_reference(images, name, int(side), placement, device, passes) for name in SETTINGS})
     )

@@ -23,13 +23,13 @@ from typing import Any
 
 import torch
 
+from benchmarks.groups.step import make_step
 from benchmarks.jobs import Findings, Job
-from benchmarks.step import make_step
-from fast_spatial import distributed
-from fast_spatial.config import BenchConfig
-from fast_spatial.distributed import World
-from kernels.cpus import cpus_per_process, usable_cpus
-from pipelines.loader import Batch
+from fast_spatial.config.commands import BenchConfig
+from fast_spatial.kernels.host import cpus_per_process, usable_cpus
+from fast_spatial.pipelines.loader import Batch
+from fast_spatial.runtime import distributed
+from fast_spatial.runtime.distributed import World
 
 ROOT = Path(__file__).resolve().parent.parent
 # Views of an image, by mode.

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from kernels.cache import cache_folder
+from fast_spatial.kernels.host import cache_folder
 
 SOURCE = Path(__file__).with_suffix(".c")
 _LATENCY = "SLOW_DISK_MS"

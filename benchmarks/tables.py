@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import goals, ran
-from fast_spatial.reporting.document import aligned
-from fast_spatial.reporting.report import grid_note, published_table, results_table, row_name
-from pipelines.placement import HW_DECODER_LOAD
+from benchmarks.on_gpu import goals, ran
+from fast_spatial.config.modes import row_name
+from fast_spatial.pipelines.placement import HW_DECODER_LOAD
+from fast_spatial.reporting.tables import grid_note, published_table, results_table
+from fast_spatial.runtime.text import aligned
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

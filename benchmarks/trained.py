@@ -10,13 +10,16 @@ import torch
 from torch import Tensor
 
 from benchmarks.jobs import Job
-from fast_spatial import recipe
-from fast_spatial.config import DIGITS, EvaluateConfig, TrainConfig, identity, to_json
-from fast_spatial.inputs import prepare
-from fast_spatial.model import Classifier
-from kernels.cache import cache_folder
-from kernels.sampling import EVALUATION, augmentation_settings, pack_key, view_limits
-from pipelines.loader import Loader
+from fast_spatial.config import recipes
+from fast_spatial.config.commands import EvaluateConfig
+from fast_spatial.config.fields import identity, to_json
+from fast_spatial.config.modes import DIGITS
+from fast_spatial.config.train import TrainConfig
+from fast_spatial.evaluation.inputs import prepare
+from fast_spatial.kernels.host import cache_folder
+from fast_spatial.kernels.sampling import EVALUATION, augmentation_settings, pack_key, view_limits
+from fast_spatial.models.classifier import Classifier
+from fast_spatial.pipelines.loader import Loader
 
 # Large enough for the grid to be hard work, small enough to be trained in a minute or two.
 SIDE = 64
@@ -50,7 +53,7 @@ def trained(job: Job, count: int) -> tuple[Classifier, Tensor, Tensor]:
 
 def _digits_checkpoint() -> str:
     # As on ImageNet, crops of many sizes: a network that knows one scale alone cannot judge at a smaller side.
-    preset = {**recipe.load(DIGITS), "side": SIDE, "crop_scale": (0.15, 1.0), "eval_every": 0}
+    preset = {**recipes.load(DIGITS), "side": SIDE, "crop_scale": (0.15, 1.0), "eval_every": 0}
     asked = TrainConfig(data=DIGITS, mode="random", out="bench", **preset)
     out = cache_folder() / f"bench-digits-{zlib.crc32(json.dumps(identity(asked)).encode()):08x}"
     config = dataclasses.replace(asked, out=str(out))

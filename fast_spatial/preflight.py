@@ -8,26 +8,19 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from fast_spatial.budget import CALIBRATION, PLAN, USAGE
-from fast_spatial.config import (
+from fast_spatial.config.commands import (
     SYNTHETIC,
     BenchConfig,
     CheckConfig,
     EvaluateConfig,
     ExportConfig,
     LandscapeConfig,
-    LaunchOptions,
-    TrainConfig,
-    flag,
-    identity,
-    to_json,
 )
-from fast_spatial.data import data_folder, load_split
-from fast_spatial.files import check_writable, write_json
-from fast_spatial.placing import choose_placement
-from fast_spatial.runlog import LOG
-from fast_spatial.saving import BEST, CONFIG, LAST, PREVIOUS, read_segments
-from pipelines.dataset import (
+from fast_spatial.config.fields import flag, identity, to_json
+from fast_spatial.config.train import LaunchOptions, TrainConfig
+from fast_spatial.data.images import data_folder, load_split
+from fast_spatial.data.placing import choose_placement
+from fast_spatial.pipelines.dataset import (
     check_classes_agree,
     check_divides,
     check_not_empty,
@@ -35,6 +28,9 @@ from pipelines.dataset import (
     list_classes,
     read_index,
 )
+from fast_spatial.runtime.files import check_writable, write_json
+from fast_spatial.runtime.run_files import BEST, CALIBRATION, CONFIG, LANDSCAPE, LAST, LOG, PLAN, PREVIOUS, USAGE
+from fast_spatial.training.run_folder import read_segments
 
 
 def check_train(config: TrainConfig) -> None:
@@ -75,7 +71,7 @@ def check_bench(config: BenchConfig) -> None:
     if config.ffcv_python and not Path(config.ffcv_python).is_file():
         raise ValueError(f"--ffcv-python {config.ffcv_python}: there is no such file; name a Python that has FFCV")
     if config.checkpoint:
-        from fast_spatial.inputs import prepare
+        from fast_spatial.evaluation.inputs import prepare
 
         prepare(EvaluateConfig(checkpoint=config.checkpoint, data=config.data, allow_partial_classes=True))
 
@@ -99,7 +95,7 @@ def check_check(config: CheckConfig) -> None:
 
 def check_evaluate(config: EvaluateConfig) -> None:
     """Raise a ValueError if this evaluation cannot work; reads the checkpoint and the folder's listing."""
-    from fast_spatial.inputs import prepare
+    from fast_spatial.evaluation.inputs import prepare
 
     check_launch(config)
     check_writable("--json", config.json)
@@ -108,16 +104,16 @@ def check_evaluate(config: EvaluateConfig) -> None:
 
 def check_landscape(config: LandscapeConfig) -> None:
     """Raise a ValueError if this pass cannot work; reads the checkpoint and the folder's listing."""
-    from fast_spatial.landscape import FILE, prepare
+    from fast_spatial.evaluation.landscape import prepare
 
     check_launch(config)
-    check_writable("--out", str(Path(config.out) / FILE))
+    check_writable("--out", str(Path(config.out) / LANDSCAPE))
     prepare(config)
 
 
 def check_export(config: ExportConfig) -> None:
     """Raise a ValueError if this export cannot work; reads the checkpoint."""
-    from fast_spatial import export
+    from fast_spatial.models import export
 
     for name in ("safetensors", "onnx"):
         file = getattr(config, name)
@@ -256,9 +252,9 @@ def _check_data(config: TrainConfig) -> None:
 def _check_side(arch: str, name: str, side: int) -> None:
     import torch
 
-    from fast_spatial import model
+    from fast_spatial.models import classifier
 
-    net = model.shapes_of(arch, 10).eval()
+    net = classifier.shapes_of(arch, 10).eval()
     try:
         net(torch.empty(1, 3, side, side, device="meta"))
     except (AssertionError, RuntimeError) as error:
@@ -269,7 +265,7 @@ def _check_side(arch: str, name: str, side: int) -> None:
 def _check_model(config: TrainConfig) -> None:
     import torch
 
-    from fast_spatial.optim import find_apex_sgd
+    from fast_spatial.training.optim import find_apex_sgd
 
     for name in ("start_side", "side", "eval_side"):
         if getattr(config, name):

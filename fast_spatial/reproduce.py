@@ -4,75 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fast_spatial.config import (
-    DIGITS,
-    MODES,
-    PUBLISHED,
-    BudgetOptions,
-    EvaluateConfig,
-    LandscapeConfig,
-    LaunchOptions,
-    TrainConfig,
-    option,
-)
-from fast_spatial.files import write_json
-from fast_spatial.pacing import Pace
-from fast_spatial.recipe import train_config
-from fast_spatial.reporting.report import grid_note, published_table, results_table, row_name, write_report
-from fast_spatial.runlog import say
-
-if TYPE_CHECKING:  # imports torch
-    from fast_spatial.spending import Limits, Spending
-
-DIGITS_ROWS = ("nocrop", "standard", "random:30", "worst10:30")
-IMAGENET_ROWS = tuple(mode if not degrees else f"{mode}:{degrees:g}" for mode, degrees in PUBLISHED)
-# Where not all rows can be trained for long enough, those at the end of this list are left out.
-BY_IMPORTANCE = ("standard", "worst10:30", "random:30", "nocrop", "worst10:40", "random:40")
-# Options of `train` that reproduce decides itself.
-DECIDED = ("mode", "degrees", "translate_px", "seed", "replay")
-
-
-@dataclass(frozen=True)
-class ReproduceConfig(BudgetOptions):
-    """Train and evaluate the rows of the published table, and print ours beside it."""
-
-    data: str = option("", "folder with train/ and val/ (a folder per class), or digits")
-    out: str = option("", "folder of the reproduction: a run per row, results.json; rows already there are skipped")
-    rows: tuple[str, ...] = option((), "rows as MODE:DEGREES, separated by commas; default all of the table")
-    seeds: tuple[int, ...] = option((0,), "train every row once per seed, separated by commas")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("data", "out"):
-            if not getattr(self, name):
-                raise ValueError(f"--{name} is needed")
-        if not self.seeds:
-            raise ValueError("--seeds: at least one is needed")
-        rows = [split_row(row) for row in self.rows]
-        for name, values in (("rows", rows), ("seeds", self.seeds)):
-            if len(set(values)) < len(values):
-                raise ValueError(f"--{name} {','.join(map(str, getattr(self, name)))}: one of them is named twice")
-
-
-@dataclass(frozen=True)
-class RowRequest:
-    """A row that is asked for.
-
-    Attributes:
-        name: for people.
-        configure: its training under a recipe (empty: the one of a training without a budget).
-        importance: where not all can be trained for long enough, the lowest is left out first.
-
-    """
-
-    name: str
-    configure: Callable[[str], TrainConfig]
-    importance: tuple[int, int] = (0, 0)
+from fast_spatial.budget.spending import Limits, Spending
+from fast_spatial.config.commands import EvaluateConfig, LandscapeConfig, ReproduceConfig
+from fast_spatial.config.modes import DIGITS, row_name
+from fast_spatial.config.rows import requests
+from fast_spatial.config.train import LaunchOptions, TrainConfig
+from fast_spatial.launcher import Launch
+from fast_spatial.reporting.report import write_report
+from fast_spatial.reporting.tables import grid_note, published_table, results_table
+from fast_spatial.runtime.files import write_json
+from fast_spatial.runtime.run_files import BEST, CONFIG, EVALUATION, LANDSCAPE, LOG, RESULT, RESULTS, RESULTS_TABLE
+from fast_spatial.runtime.runlog import say
 
 
 @dataclass(frozen=True)
@@ -86,48 +32,7 @@ class Row:
     @property
     def result_file(self) -> Path:
         """Where the row's result is kept once it is done."""
-        return Path(self.train.out) / "result.json"
-
-
-# Runs a task with a configuration and its limit, a Pace or a time, after checking it; returns the seconds it took.
-Launch = Callable[[str, Any, Pace | float | None], float]
-
-
-def split_row(row: str) -> tuple[str, float]:
-    """(mode, degrees) of "MODE:DEGREES" or "MODE"."""
-    mode, _, degrees = row.partition(":")
-    if mode not in MODES:
-        raise ValueError(f"--rows {row}: choose modes of {', '.join(MODES)}, as in random:40")
-    try:
-        found = float(degrees or 30)
-    except ValueError:
-        raise ValueError(f"--rows {row}: expected MODE:DEGREES, as in random:40") from None
-    if not 0 <= found <= 180:
-        raise ValueError(f"--rows {row}: rotations reach from 0 to 180 degrees")
-    return mode, found
-
-
-def requests(config: ReproduceConfig, train_flags: dict[str, str]) -> list[RowRequest]:
-    """Every row and seed that is asked for; `train_flags` are raw values of training options."""
-    launch = {f.name: getattr(config, f.name) for f in dataclasses.fields(LaunchOptions)}
-
-    def request(seed: int, row: str) -> RowRequest:
-        mode, degrees = split_row(row)
-        out = Path(config.out) / row.replace(":", "_") / f"seed_{seed}"
-        decided = {"data": config.data, "out": str(out), "mode": mode, "degrees": str(degrees), "seed": str(seed)}
-        name = row_name(mode, degrees) + (f", seed {seed}" if len(config.seeds) > 1 else "")
-        importance = (-seed, -BY_IMPORTANCE.index(row) if row in BY_IMPORTANCE else 0)
-        return RowRequest(
-            name,
-            lambda recipe: train_config({**train_flags, **decided, **({"recipe": recipe} if recipe else {})}, launch),
-            importance,
-        )
-
-    return [
-        request(seed, row)
-        for seed in config.seeds
-        for row in config.rows or (DIGITS_ROWS if config.data == DIGITS else IMAGENET_ROWS)
-    ]
+        return Path(self.train.out) / RESULT
 
 
 def plan(config: ReproduceConfig, train_flags: dict[str, str]) -> list[Row]:
@@ -144,9 +49,9 @@ def plan(config: ReproduceConfig, train_flags: dict[str, str]) -> list[Row]:
 def _row(name: str, train: TrainConfig, grid_per_class: int = 0) -> Row:
     launch = {f.name: getattr(train, f.name) for f in dataclasses.fields(LaunchOptions)}
     evaluate = EvaluateConfig(
-        checkpoint=str(Path(train.out) / "best.pt"),
+        checkpoint=str(Path(train.out) / BEST),
         data=train.data,
-        json=str(Path(train.out) / "evaluation.json"),
+        json=str(Path(train.out) / EVALUATION),
         flip=train.eval_flip,
         grid=grid_per_class >= 0,
         grid_per_class=max(0, grid_per_class),
@@ -188,7 +93,7 @@ def reproduce(config: ReproduceConfig, rows: list[Row], launch: Launch, spending
             else:
                 _train_and_evaluate(title, row, launch, limits)
             results.append(json.loads(row.result_file.read_text(encoding="utf-8")))
-            write_json(Path(config.out) / "results.json", results)
+            write_json(Path(config.out) / RESULTS, results)
             map_landscape(row, launch, limits)
         except (ValueError, RuntimeError, SystemExit) as error:
             if isinstance(error, SystemExit) and error.code != 1:
@@ -198,7 +103,7 @@ def reproduce(config: ReproduceConfig, rows: list[Row], launch: Launch, spending
             say(f"{title}: failed{reason}")
     if results:
         _write_tables(config, rows, results)
-    if results or any((Path(row.train.out) / "config.json").is_file() for row in rows):
+    if results or any((Path(row.train.out) / CONFIG).is_file() for row in rows):
         write_report([Path(config.out)], Path(config.out), config.price)
     if failed:
         more = "" if spending is None else ", with a larger budget"
@@ -217,9 +122,7 @@ def _train_and_evaluate(title: str, row: Row, launch: Launch, limits: Limits | N
 
 def map_landscape(row: Row, launch: Launch, limits: Limits | None = None) -> None:
     """Judge all views of a few images, for the report; a row that has its landscape is left alone."""
-    from fast_spatial.landscape import FILE  # imports torch
-
-    if (Path(row.train.out) / FILE).is_file():
+    if (Path(row.train.out) / LANDSCAPE).is_file():
         return
     per_class, until = (0, None) if limits is None else limits.landscape()
     if limits is not None and not per_class:
@@ -247,13 +150,13 @@ def _write_tables(config: ReproduceConfig, rows: list[Row], results: list[dict[s
     judged = ", ".join(["judged at 30 degrees and 24 px", *deviations])
     few = grid_note((row_name(r["mode"], r["degrees"]), r) for r in results)
     text = "\n\n".join(filter(None, [f"Top-1 accuracy in percent, {judged}.", few, table, published]))
-    (Path(config.out) / "results.md").write_text(text + "\n", encoding="utf-8")
+    (Path(config.out) / RESULTS_TABLE).write_text(text + "\n", encoding="utf-8")
     say(f"\n{text}\n\nwritten to {Path(config.out) / 'results.json'} and results.md")
 
 
 def _result(row: Row, seconds_evaluate: float) -> dict[str, Any]:
     summary = json.loads(Path(row.evaluate.json).read_text(encoding="utf-8"))["summary"]
-    with open(Path(row.train.out) / "log.jsonl", encoding="utf-8") as log:
+    with open(Path(row.train.out) / LOG, encoding="utf-8") as log:
         records = [json.loads(line) for line in log]
     kept = ("natural", "random", "worst10", "worst10_any", "grid")
     return {

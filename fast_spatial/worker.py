@@ -16,15 +16,17 @@ from typing import Any
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from fast_spatial import distributed
-from fast_spatial.calibration import calibrate
-from fast_spatial.config import CalibrateConfig, EvaluateConfig, LandscapeConfig, TrainConfig, from_json
-from fast_spatial.decoders import find_decoding
-from fast_spatial.evaluate import evaluate_checkpoint
-from fast_spatial.landscape import landscape
-from fast_spatial.pacing import Pace
-from fast_spatial.stopping import stop_with_parent
-from fast_spatial.train import train
+from fast_spatial.config.commands import CalibrateConfig, EvaluateConfig, LandscapeConfig
+from fast_spatial.config.fields import from_json
+from fast_spatial.config.train import TrainConfig
+from fast_spatial.data.decoders import find_decoding
+from fast_spatial.evaluation.evaluate import evaluate_checkpoint
+from fast_spatial.evaluation.landscape import landscape
+from fast_spatial.runtime import distributed
+from fast_spatial.runtime.signals import stop_with_parent
+from fast_spatial.training.calibration import calibrate
+from fast_spatial.training.pacing import Pace
+from fast_spatial.training.train import train
 
 TASKS: dict[str, tuple[type, Callable[..., None]]] = {
     "train": (TrainConfig, train),

@@ -1,5 +1,5 @@
 """What a spatial transform is and how to apply it: no data set, no model, no configuration."""
 
-from kernels.cache import keep_compiled_kernels
+from fast_spatial.kernels.host import keep_compiled_kernels
 
 keep_compiled_kernels()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from kernels.sampling import COLOUR_BRIGHTNESS, COLOUR_CONTRAST, COLOUR_LIGHTING, COLOUR_SATURATION
+from fast_spatial.kernels.sampling import COLOUR_BRIGHTNESS, COLOUR_CONTRAST, COLOUR_LIGHTING, COLOUR_SATURATION
 
 # ITU-R 601 luma, as PIL's "L".
 GREY = (0.299, 0.587, 0.114)

@@ -27,18 +27,18 @@ class Crops:
 
     def views(self) -> Tensor:
         """Views, uint8 [B, V, S, S, 3]."""
-        from kernels import warp_cuda
+        from fast_spatial.kernels import warp_cuda
 
         return warp_cuda.warp(self.images, self.matrices, self._colours())
 
     def normalized(self, scale_C: Tensor, shift_C: Tensor, dtype: torch.dtype) -> Tensor:
         """Views as a network takes them: [B * V, 3, S, S] channels_last, value * scale + shift."""
-        from kernels import warp_cuda
+        from fast_spatial.kernels import warp_cuda
 
         return warp_cuda.warp_normalized(self.images, self.matrices, self._colours(), scale_C, shift_C, dtype)
 
     def _colours(self) -> Tensor:
         """Each image's colour matrix, float32 [B, 3, 4]."""
-        from kernels import warp_cuda
+        from fast_spatial.kernels import warp_cuda
 
         return warp_cuda.colour_matrices(self.images, self.numbers)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.warp_cuda import current
+from fast_spatial.kernels.warp_cuda import current
 
 _BLOCK = 1024
 

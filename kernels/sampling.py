@@ -13,7 +13,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from kernels.spatial import write_matrix
+from fast_spatial.kernels.spatial import write_matrix
 
 # One stream per quantity.
 ORDER, CROP, FLIP, JITTER, LIGHTING, WARP, NETWORK = range(7)

@@ -19,7 +19,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from kernels.limits import SpatialLimits
+from fast_spatial.kernels.limits import SpatialLimits
 
 GRID_ANGLES, GRID_SHIFTS = 31, 5
 GRID_VIEWS = GRID_ANGLES * GRID_SHIFTS * GRID_SHIFTS

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
-from kernels.cpus import cpus_per_process
-from kernels.limits import MAX_SIDE
-from kernels.warp_cpu import warp_image
+from fast_spatial.kernels.host import cpus_per_process
+from fast_spatial.kernels.limits import MAX_SIDE
+from fast_spatial.kernels.warp_cpu import warp_image
 
 # B images, V views, S side, C = 3 channels.
 _IDENTITY_34 = np.eye(3, 4, dtype=np.float32)
@@ -43,7 +43,7 @@ def warp(images_BSSC: Tensor, matrices_BV23: Tensor, colour_B34: Tensor | None =
         raise ValueError(f"colour has shape {tuple(colour_B34.shape)}: expected [{B}, 3, 4]")
     if images_BSSC.device.type == "cpu":
         return _warp_cpu(images_BSSC, matrices_BV23, colour_B34)
-    from kernels import warp_cuda
+    from fast_spatial.kernels import warp_cuda
 
     return warp_cuda.warp(images_BSSC, matrices_BV23, colour_B34)
 
@@ -57,7 +57,7 @@ def warp_normalized(
     """
     if images_BSSC.device.type == "cpu":
         return normalize(warp(images_BSSC, matrices_BV23).flatten(0, 1), scale_C, shift_C, dtype)
-    from kernels import warp_cuda
+    from fast_spatial.kernels import warp_cuda
 
     return warp_cuda.warp_normalized(images_BSSC, matrices_BV23, None, scale_C, shift_C, dtype)
 
@@ -70,7 +70,7 @@ def normalize(views_NSSC: Tensor, scale_C: Tensor, shift_C: Tensor, dtype: torch
     if views_NSSC.device.type == "cpu":
         values = views_NSSC.permute(0, 3, 1, 2).to(torch.float32)
         return torch.addcmul(shift_C.view(3, 1, 1), values, scale_C.view(3, 1, 1)).to(dtype)
-    from kernels import warp_cuda
+    from fast_spatial.kernels import warp_cuda
 
     return warp_cuda.normalize(views_NSSC, scale_C, shift_C, dtype)
 

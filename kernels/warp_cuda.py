@@ -15,8 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.colour import GREY
-from kernels.sampling import COLOUR_BRIGHTNESS, COLOUR_CONTRAST, COLOUR_LIGHTING, COLOUR_SATURATION, COLOUR_WIDTH
+from fast_spatial.kernels.colour import GREY
+from fast_spatial.kernels.sampling import (
+    COLOUR_BRIGHTNESS,
+    COLOUR_CONTRAST,
+    COLOUR_LIGHTING,
+    COLOUR_SATURATION,
+    COLOUR_WIDTH,
+)
 
 _TILE_Y, _TILE_X = 16, 64
 _BLOCK = 1024

@@ -17,7 +17,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kernels.sampling import TRAINING, epoch_order, pack_key
+from fast_spatial.kernels.sampling import TRAINING, epoch_order, pack_key
+from fast_spatial.pipelines.text import some
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's IMG_EXTENSIONS
 SPLITS = ("train", "val")
@@ -338,14 +339,3 @@ def _holds(folder: str, other: str) -> bool:
 
 def _refuse(folder: str, why: str) -> None:
     raise ValueError(f"--data: {folder} cannot be used: {why}\nmend or remove it")
-
-
-def printable(path: str) -> str:
-    """A path as it may be written to a terminal, whatever bytes it has."""
-    return path if path.isprintable() else repr(path)
-
-
-def some(names: list[str]) -> str:
-    """The first names of a list, whatever they hold, for one line of a message."""
-    first = [printable(name[:100]) for name in names[:3]]
-    return ", ".join(first or ["none"]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

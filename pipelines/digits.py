@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kernels.cache import cache_folder
+from fast_spatial.kernels.host import cache_folder
 
 TRAIN_IMAGES = 1497
 SIDE = 64

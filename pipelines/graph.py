@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 from nvidia.dali import fn, pipeline_def
 
-from kernels.sampling import BOX_H, BOX_Y
-from pipelines import ops
-from pipelines.decoding import decode_box
-from pipelines.placement import Decoding, Placement
+from fast_spatial.kernels.sampling import BOX_H, BOX_Y
+from fast_spatial.pipelines import ops
+from fast_spatial.pipelines.ops import decode_box
+from fast_spatial.pipelines.placement import Decoding, Placement
 
 
 @pipeline_def

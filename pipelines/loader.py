@@ -21,11 +21,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from kernels.cpus import cpus_per_process
-from kernels.crops import Crops
-from kernels.sampling import CENTER, EPOCH, HEADER_WIDTH, INDEX, KEY, LABEL, SIDE, TICKET, epoch_order
-from pipelines.dataset import ImageIndex, check_divides, printable
-from pipelines.placement import Decoding, Placement, usual_placement
+from fast_spatial.kernels.crops import Crops
+from fast_spatial.kernels.host import cpus_per_process
+from fast_spatial.kernels.sampling import CENTER, EPOCH, HEADER_WIDTH, INDEX, KEY, LABEL, SIDE, TICKET, epoch_order
+from fast_spatial.pipelines.dataset import ImageIndex, check_divides
+from fast_spatial.pipelines.placement import Decoding, Placement, usual_placement
+from fast_spatial.pipelines.text import printable
 
 # DALI's queue, of which one batch is in use: as many batches as these bytes hold, but two to four. With a queue of one,
 # nothing would be loaded while a batch is in use.
@@ -167,7 +168,7 @@ class Loader:
         assert largest > 0
         kept = 1 if self._placement.warp == "triton" else len(limits)
         batch_bytes = self._batch_size * kept * largest**2 * 3
-        from pipelines.graph import view_graph  # a batch is a batch where DALI is missing, too
+        from fast_spatial.pipelines.graph import view_graph  # a batch is a batch where DALI is missing, too
 
         self._build: Callable[..., Any] = partial(
             view_graph,
@@ -261,7 +262,7 @@ class Loader:
 
         A GPU that fails again and again is not asked any more, unless a file that it failed on before explains it.
         """
-        from pipelines.decoding import reason_of
+        from fast_spatial.pipelines.inspection.decoding import reason_of
 
         if self._placement.decoding.on == "cpu":
             raise error
@@ -307,8 +308,8 @@ class Loader:
 
         DALI's is dead, and names no file. A file is bad if its part cannot be decoded on the CPU, whatever a GPU says.
         """
-        from pipelines.decoding import decode_files
-        from pipelines.graph import has_first_pixel
+        from fast_spatial.pipelines.graph import has_first_pixel
+        from fast_spatial.pipelines.inspection.decoding import decode_files
 
         found: dict[int, list[int]] = {}  # epochs, by position
         for ticket in self._in_flight:

@@ -16,9 +16,9 @@ from numba import types as numba_types
 from nvidia.dali import fn, types
 from nvidia.dali.plugin.numba import NumbaFunction, address_as_void_pointer  # type: ignore[attr-defined]
 
-from kernels.colour import write_colour_matrix, write_colour_parts, write_mean_rgb
-from kernels.resize import resize_window
-from kernels.sampling import (
+from fast_spatial.kernels.colour import write_colour_matrix, write_colour_parts, write_mean_rgb
+from fast_spatial.kernels.resize import resize_window
+from fast_spatial.kernels.sampling import (
     COLOUR_WIDTH,
     CROP_H,
     CROP_X,
@@ -30,7 +30,30 @@ from kernels.sampling import (
     SETTINGS_WIDTH,
     draw_image,
 )
-from kernels.warp_cpu import warp_image
+from fast_spatial.kernels.warp_cpu import warp_image
+from fast_spatial.pipelines.placement import Decoding
+
+
+def decoder_options(decoding: Decoding) -> dict[str, Any]:
+    """How images are decoded, in training as in a check."""
+    on_cpu = decoding.on == "cpu"
+    device = {"device": "cpu"} if on_cpu else {"device": "mixed", "hw_decoder_load": decoding.hw_decoder_load}
+    return {
+        "output_type": types.RGB,
+        "adjust_orientation": False,
+        "jpeg_fancy_upsampling": True,
+        "use_fast_idct": False,
+        **device,
+    }
+
+
+def decode_box(encoded: Any, start: Any, shape: Any, decoding: Decoding) -> Any:
+    """A box of each encoded image, uint8 [H, W, 3] as a node of a graph, in the memory of what decodes it."""
+    options = decoder_options(decoding)
+    if decoding.on == "gpu-full":
+        return fn.slice(fn.decoders.image(encoded, **options), start=start, shape=shape, axes=(0, 1))
+    return fn.decoders.image_slice(encoded, start=start, shape=shape, axes=(0, 1), **options)
+
 
 Node = Any  # DALI's DataNode
 

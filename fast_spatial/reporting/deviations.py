@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fast_spatial.config import TrainConfig, flag, identity
+from fast_spatial.config.fields import flag, identity
+from fast_spatial.config.train import TrainConfig
 
 # (ours, the reference, why and how much), as in ARCHITECTURE.md.
 BUILT_IN = (

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from fast_spatial.reporting.charts import STYLE as CHART_STYLE
 from fast_spatial.reporting.statistics import Interval
+from fast_spatial.runtime.text import aligned
 
 # What stands where there is no number.
 DASH = "–"
@@ -135,18 +136,6 @@ def signed(value: float, layout: str = ".3g", *, plus: bool = False) -> str:
     if float(text) == 0:
         return text
     return f"{'−' if value < 0 else '+' if plus else ''}{text}"
-
-
-def aligned(lines: Sequence[Sequence[str]], text_columns: int = 1) -> str:
-    """An aligned Markdown table; its first line is the head."""
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    rule = ["-" * w if i < text_columns else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
-
-    def row(cells: Sequence[str]) -> str:
-        padded = (c.ljust(w) if i < text_columns else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths)))
-        return "| " + " | ".join(padded) + " |"
-
-    return "\n".join([row(lines[0]), row(rule), *map(row, lines[1:])])
 
 
 def _block_html(block: Block) -> str:

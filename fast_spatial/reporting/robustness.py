@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fast_spatial.landscape import Landscape
+from fast_spatial.evaluation.landscape import Landscape
+from fast_spatial.kernels.spatial import GRID_ANGLES, GRID_SHIFTS, GRID_VIEWS
 from fast_spatial.reporting.charts import Scale, Series, heat_map, line_chart
 from fast_spatial.reporting.document import Block, Card, Figure, Figures, Pictures, Table, Text, percent, signed
 from fast_spatial.reporting.runs import Row
 from fast_spatial.reporting.statistics import Interval, mean, wilson
-from kernels.spatial import GRID_ANGLES, GRID_SHIFTS, GRID_VIEWS
 
 # From the untouched image to the limit: of angles, of translations.
 _STEPS = (GRID_ANGLES // 2, GRID_SHIFTS // 2)

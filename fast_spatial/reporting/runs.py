@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fast_spatial import landscape
-from fast_spatial.budget import PLAN, USAGE
-from fast_spatial.config import MODES, TrainConfig, from_json, identity
-from fast_spatial.landscape import Landscape
-from fast_spatial.reporting.report import row_name
+from fast_spatial.config.fields import from_json, identity
+from fast_spatial.config.modes import MODES, row_name
+from fast_spatial.config.train import TrainConfig
+from fast_spatial.evaluation import landscape
+from fast_spatial.evaluation.landscape import Landscape
+from fast_spatial.runtime.run_files import CONFIG, ENVIRONMENT, EVALUATION, LOG, PLAN, RESULT, USAGE
 
-CONFIG = "config.json"
 Content = TypeVar("Content")
 
 
@@ -149,7 +149,7 @@ def _read(folder: Path) -> Run:
         return _json(path, path.read_text(encoding="utf-8")) if path.is_file() else None
 
     def evaluation() -> dict[str, Any] | None:
-        found = content("evaluation.json")
+        found = content(EVALUATION)
         if found is not None and "num_images" not in found.get("summary", {}):
             raise ValueError(f"{folder / 'evaluation.json'}: it is damaged (no summary)")
         return found
@@ -161,10 +161,10 @@ def _read(folder: Path) -> Run:
     return Run(
         folder,
         config,
-        attempt(lambda: _lines(folder / "environment.jsonl"), []),
-        attempt(lambda: _lines(folder / "log.jsonl"), []),
+        attempt(lambda: _lines(folder / ENVIRONMENT), []),
+        attempt(lambda: _lines(folder / LOG), []),
         attempt(evaluation, None),
-        attempt(lambda: content("result.json"), None),
+        attempt(lambda: content(RESULT), None),
         attempt(lambda: landscape.read(folder), None),
         problems,
     )

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fast_spatial.config import DIGITS, PUBLISHED
-from fast_spatial.landscape import Landscape
+from fast_spatial.config.modes import DIGITS, MODES, PUBLISHED
+from fast_spatial.evaluation.landscape import Landscape
+from fast_spatial.kernels.spatial import GRID_IDENTITY, GRID_VIEWS
 from fast_spatial.reporting import deviations, robustness
 from fast_spatial.reporting.charts import Series, line_chart, ticks
 from fast_spatial.reporting.document import (
@@ -27,10 +28,9 @@ from fast_spatial.reporting.document import (
     points,
     signed,
 )
-from fast_spatial.reporting.report import ATTACKS, HEADS, grid_images, grid_note
 from fast_spatial.reporting.runs import Row, Run, Spent
 from fast_spatial.reporting.statistics import Interval, difference, mean, paired_difference, wilson
-from kernels.spatial import GRID_IDENTITY, GRID_VIEWS
+from fast_spatial.reporting.tables import ATTACKS, HEADS, grid_images, grid_note
 
 # ImageNet's validation images: as many as the published percentages are of.
 PUBLISHED_IMAGES = 50_000
@@ -155,7 +155,7 @@ def _accuracy(row: Row, attack: str) -> Interval | None:
 
 def _published(row: Row) -> tuple[float, ...] | None:
     config = row.first.config
-    degrees = 0.0 if config.mode in ("nocrop", "standard") else config.degrees
+    degrees = 0.0 if MODES[config.mode].warps == 0 else config.degrees
     return PUBLISHED.get((config.mode, degrees))
 
 

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fast_spatial.config import TrainConfig, to_json
-from kernels.limits import SpatialLimits
-from kernels.spatial import GRID_IDENTITY, GRID_VIEWS, grid
+from fast_spatial.config.fields import to_json
+from fast_spatial.config.train import TrainConfig
+from fast_spatial.kernels.limits import SpatialLimits
+from fast_spatial.kernels.spatial import GRID_IDENTITY, GRID_VIEWS, grid
 
 IMAGES = 50
 STARTED = {

@@ -1,0 +1,1 @@
+"""The groups of `launch.py bench`, and what they share."""

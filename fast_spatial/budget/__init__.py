@@ -1,0 +1,1 @@
+"""Training within a budget: the clock, the plan, and each task's share of the time."""

@@ -1,0 +1,123 @@
+"""Recipes: values of training options in a small TOML file; `launch.py recipes` lists those that come with the project.
+
+A recipe replaces defaults, and flags override it. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tomllib
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fast_spatial.config.fields import identity, parse
+from fast_spatial.config.modes import DIGITS
+from fast_spatial.config.train import BUDGETS, TrainConfig
+
+FOLDER = Path(__file__).parent / "recipes"
+REFERENCE = "reference"
+_ANY = TrainConfig(data="data", out="out", mode="standard")
+# A recipe holds what decides a run's numbers, but for what the run is about, and when it is judged.
+_OF_A_RUN = {"mode", "degrees", "translate_px", "seed", "classes", "max_train_images"}
+_KEYS = (identity(_ANY).keys() - _OF_A_RUN) | {"eval_every"}
+_EXPECTED = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a text in quotes"}
+
+
+@dataclasses.dataclass(frozen=True)
+class PublishedRun:
+    """What somebody else reached: top-1 accuracy on ImageNet in percent, and minutes on one A100."""
+
+    top1_pct: float
+    minutes: float
+
+
+# Standard training in the style of the ladder, by epochs, and what was otherwise than here: orientation, no promise.
+PUBLISHED_LADDER = {
+    16: PublishedRun(66.9, 35.0),
+    24: PublishedRun(68.8, 51.6),
+    32: PublishedRun(70.0, 68.9),
+    40: PublishedRun(70.6, 85.5),
+    56: PublishedRun(71.3, 119.4),
+    88: PublishedRun(72.4, 187.3),
+}
+PUBLISHED_CONDITIONS = (
+    "ResNet-18 with BlurPool, standard training, no colour changes, judged at 256 px with flip averaging, one A100 "
+    "(the results of the project ffcv-imagenet)"
+)
+
+
+def names() -> list[str]:
+    """The recipes that come with the project: the reference, then by epochs; those of the digits last."""
+    found = [path.stem for path in FOLDER.glob("*.toml")]
+    return sorted(found, key=lambda name: (name.startswith(DIGITS), name != REFERENCE, len(name), name))
+
+
+def default_recipe(data: str, *, limited: bool = False) -> str:
+    """The recipe of a training on these data that names none; with a budget, one that can be stretched."""
+    if limited:
+        return "digits_linear" if data == DIGITS else "e16"
+    return DIGITS if data == DIGITS else REFERENCE
+
+
+def train_config(raw: Mapping[str, str], preset: Mapping[str, Any] | None = None) -> TrainConfig:
+    """A training from raw flags over its recipe, which goes over `preset`.
+
+    Raises:
+        ValueError: on a bad recipe, or a bad flag.
+
+    """
+    limited = any(budget in raw for budget in BUDGETS)
+    name = raw.get("recipe") or default_recipe(raw.get("data", ""), limited=limited)
+    return parse(TrainConfig, {**raw, "recipe": name}, {**(preset or {}), **load(name)})
+
+
+def load(name: str) -> dict[str, Any]:
+    """The values of a recipe by field name: of one that comes with the project, or of a TOML file.
+
+    Raises:
+        ValueError: naming the file and the key.
+
+    """
+    path = FOLDER / f"{name}.toml" if name in names() else Path(name)
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"--recipe {name}: there is no such file\nchoose one of {', '.join(names())}") from None
+    except OSError as error:
+        raise ValueError(f"--recipe {name}: it cannot be read: {error.strerror}\nname a TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"--recipe {name}: it is no TOML file: {error}\nsee {FOLDER / 'reference.toml'}") from None
+    hints = typing.get_type_hints(TrainConfig)
+    values = {}
+    for key, value in content.items():
+        if key in _KEYS:
+            values[key] = _typed(name, key, value, hints[key])
+        else:
+            what = "it is no part of a recipe; give it as a flag" if key in hints else "no such option"
+            raise ValueError(f"--recipe {name}: {key}: {what}\na recipe may hold {', '.join(sorted(_KEYS))}")
+    try:
+        dataclasses.replace(_ANY, **values)
+    except ValueError as error:
+        text = str(error).removeprefix("--")
+        key, _, rest = text.partition(" ")
+        raise ValueError(f"--recipe {name}: {key.replace('-', '_')} = {rest}\ncorrect the file") from None
+    return values
+
+
+def _typed(name: str, key: str, value: Any, hint: Any) -> Any:
+    """A TOML value as the type of its option: whole numbers serve as numbers, arrays as tuples."""
+    if typing.get_origin(hint) is tuple:
+        of = typing.get_args(hint)
+        if isinstance(value, list) and (of[-1] is Ellipsis or len(value) == len(of)):
+            return tuple(_typed(name, key, item, of[0]) for item in value)
+        expected = "an array of numbers" if of[-1] is Ellipsis else f"an array of {len(of)} numbers"
+    elif type(value) is hint and (hint is not float or math.isfinite(value)):
+        return value
+    elif hint is float and type(value) is int:
+        return float(value)
+    else:
+        expected = _EXPECTED[hint]
+    raise ValueError(f"--recipe {name}: {key} = {value}: expected {expected}\ncorrect the file")

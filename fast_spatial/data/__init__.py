@@ -1,0 +1,1 @@
+"""From `--data` and the options to a Loader: which images, decoded and warped where."""

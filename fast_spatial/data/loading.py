@@ -1,0 +1,121 @@
+"""The batches that a training is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fast_spatial.config.modes import MODES
+from fast_spatial.config.train import TrainConfig
+from fast_spatial.data.placing import placement_of
+from fast_spatial.kernels.limits import SpatialLimits
+from fast_spatial.kernels.sampling import EVALUATION, TRAINING, augmentation_settings, pack_key, view_limits
+from fast_spatial.pipelines.dataset import ImageIndex
+from fast_spatial.pipelines.loader import Loader
+from fast_spatial.pipelines.placement import Placement
+from fast_spatial.runtime.distributed import World
+from fast_spatial.runtime.runlog import say
+
+
+def training_loader(
+    config: TrainConfig,
+    images: ImageIndex,
+    world: World,
+    *,
+    side: int | Callable[[int, int], int],
+    global_batch_size: int = 0,
+    on_bad_images: Callable[[dict[int, str], Collection[int]], None] | None = None,
+    bad_images: Collection[int] = (),
+    on_gpu_failure: Callable[[str], None] = say,
+) -> Loader:
+    """This process's batches of a training.
+
+    Args:
+        config: the training.
+        images: its images.
+        world: the processes.
+        side: of the views, as `Loader` takes it.
+        global_batch_size: another one than the training's; 0: the training's.
+        on_bad_images: as `Loader` takes it.
+        bad_images: as `Loader` takes it.
+        on_gpu_failure: as `Loader` takes it.
+
+    """
+    return Loader(
+        images,
+        limits=config.view_limits(),
+        settings=augmentation_settings(
+            center=MODES[config.mode].center,
+            scale=config.crop_scale,
+            ratio=config.crop_ratio,
+            flip_prob=config.flip_prob,
+            jitter=config.jitter,
+            lighting_std=config.lighting,
+        ),
+        side=side,
+        largest_side=config.side,
+        global_batch_size=global_batch_size or config.global_batch_size,
+        key=pack_key(TRAINING, config.seed),
+        train=True,
+        rank=world.rank,
+        world_size=world.world_size,
+        threads=config.workers or None,
+        device=world.device,
+        placement=placement_of(config, world, exact=config.deterministic),
+        on_bad_images=on_bad_images,
+        bad_images=bad_images,
+        on_gpu_failure=on_gpu_failure,
+    )
+
+
+_STILL = SpatialLimits(0.0, 0.0)
+
+
+def evaluation_loader(
+    images: ImageIndex,
+    world: World,
+    *,
+    side: int,
+    batch_size_per_process: int,
+    warps: int = 0,
+    limits: SpatialLimits = _STILL,
+    seed: int = 0,
+    order: NDArray[np.int64] | None = None,
+    threads: int = 0,
+    placement: Placement | None = None,
+    on_gpu_failure: Callable[[str], None] = say,
+) -> Loader:
+    """Batches of images as evaluations see them: the untouched image, and random warps of it.
+
+    Args:
+        images: the split.
+        world: the processes, which share the images.
+        side: of the views, pixels.
+        batch_size_per_process: images of a batch.
+        warps: random views beside the untouched one.
+        limits: of these.
+        seed: of these.
+        order: positions to visit, in turn; default all.
+        threads: that load; 0: one per CPU of this process.
+        placement: as `Loader` takes it.
+        on_gpu_failure: as `Loader` takes it.
+
+    """
+    return Loader(
+        images,
+        limits=view_limits(warps, untouched_first=True, degrees=limits.degrees, translate=limits.translate),
+        settings=augmentation_settings(center=True),
+        side=side,
+        global_batch_size=batch_size_per_process * world.world_size,
+        key=pack_key(EVALUATION, seed),
+        train=False,
+        rank=world.rank,
+        world_size=world.world_size,
+        order=order,
+        threads=threads or None,
+        device=world.device,
+        placement=placement,
+        on_gpu_failure=on_gpu_failure,
+    )

@@ -1,0 +1,1 @@
+"""All judging of views: forward passes, attacks, verdicts, accuracies, landscapes."""

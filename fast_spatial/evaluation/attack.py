@@ -1,0 +1,210 @@
+"""All judging of views: the worst one of a training batch, the verdicts of an evaluation, the survivors of the grid.
+
+B images, V views, S side, K classes, N views in one forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from fast_spatial.evaluation.forward import Passes
+from fast_spatial.kernels.limits import SpatialLimits
+from fast_spatial.kernels.spatial import GRID_IDENTITY, GRID_VIEWS, grid, matrices
+
+
+def losses_of(logits_BVK: Tensor, labels_B: Tensor) -> Tensor:
+    """Plain cross-entropy of every view, float32 [B, V]; not a number counts as the worst there is."""
+    B, V, K = logits_BVK.shape
+    labels_N = labels_B[:, None].expand(B, V).reshape(-1)
+    losses = cross_entropy(logits_BVK.reshape(B * V, K), labels_N, reduction="none").view(B, V)
+    return losses.nan_to_num(nan=float("inf"), posinf=float("inf"))
+
+
+def margins_of(logits_BVK: Tensor, labels_B: Tensor) -> Tensor:
+    """How far each view is from the other verdict, float32 [B, V]: the label's logit less the largest other one."""
+    labels_BV1 = labels_B[:, None, None].expand(*logits_BVK.shape[:2], 1)
+    others_BV = logits_BVK.scatter(2, labels_BV1, float("-inf")).amax(dim=2)
+    return logits_BVK.gather(2, labels_BV1)[:, :, 0] - others_BV
+
+
+def worst_view(losses_BV: Tensor) -> Tensor:
+    """The view of highest loss of each image, int64 [B]; the first one on ties."""
+    V = losses_BV.shape[1]
+    candidates = torch.arange(V, device=losses_BV.device).expand_as(losses_BV)
+    highest = losses_BV.amax(dim=1, keepdim=True)
+    return torch.where(losses_BV == highest, candidates, V).amin(dim=1)
+
+
+def take_views(views_BVSSC: Tensor, choice_B: Tensor) -> Tensor:
+    """One view of each image, [B, S, S, 3]."""
+    return views_BVSSC[torch.arange(len(choice_B), device=views_BVSSC.device), choice_B]
+
+
+class Verdicts(NamedTuple):
+    """What the candidates of a batch come to: booleans [B] for correct, and the natural view's numbers.
+
+    Views are the untouched image, then the random ones: `natural` is view 0, `random` is view 1, `worst` is the view of
+    highest loss among all, `all_views` is correct on every one. `margin`, float32 [B], is what these verdicts hang on:
+    the smallest distance of a view from the other verdict, or of the highest loss from that of a view judged otherwise.
+    """
+
+    natural: Tensor
+    random: Tensor
+    worst: Tensor
+    all_views: Tensor
+    natural_loss: Tensor
+    natural_top5: Tensor
+    natural_margin: Tensor
+    margin: Tensor
+
+
+def verdicts(logits_BVK: Tensor, labels_B: Tensor) -> Verdicts:
+    """The verdicts of a batch from the logits, float32 [B, V, K], of its views."""
+    correct_BV = logits_BVK.argmax(dim=2) == labels_B[:, None]
+    losses_BV = losses_of(logits_BVK, labels_B)
+    worst = correct_BV.gather(1, worst_view(losses_BV)[:, None])[:, 0]
+    other = losses_BV.masked_fill(correct_BV == worst[:, None], float("-inf")).amax(dim=1)
+    top = logits_BVK[:, 0].topk(min(5, logits_BVK.shape[2]), dim=1)
+    return Verdicts(
+        natural=correct_BV[:, 0],
+        random=correct_BV[:, min(1, correct_BV.shape[1] - 1)],
+        worst=worst,
+        all_views=correct_BV.all(dim=1),
+        natural_loss=losses_BV[:, 0],
+        natural_top5=(top.indices == labels_B[:, None]).any(dim=1),
+        natural_margin=top.values[:, 0] - top.values[:, 1],
+        margin=torch.minimum(margins_of(logits_BVK, labels_B).abs().amin(dim=1), losses_BV.amax(dim=1) - other),
+    )
+
+
+@dataclass(frozen=True)
+class GridVerdict:
+    """Whether an image was right on all 775 views, how many were judged to know it, and the margin it hangs on.
+
+    The margin is the smallest of a survivor's views, and the largest of those that broke an image.
+    """
+
+    index: int
+    survived: bool
+    views_judged: int
+    margin: float
+
+
+@dataclass
+class _Survivor:
+    image: Tensor
+    label: int
+    index: int
+    order: NDArray[np.int64]
+    tried: int = 0
+    margin: float = float("inf")
+
+
+class GridSurvivors:
+    """The exhaustive attack on a stream of images, pooled so that every forward pass is full and of one shape.
+
+    Give it images whose natural view is correct (the untouched image is a point of the grid); `take_verdicts` says of
+    each whether it survived all 775 views. Views that break many images are tried first; what was learnt changes the
+    cost, never the answer. Images that have survived many views get more of them at a time: the first to come are the
+    first to be settled, and a broken one meets about twice the views that it takes at most.
+
+    Args:
+        passes: forward passes of one shape.
+        limits: of the grid.
+        side: of the images.
+        moved: called before every turn.
+
+    """
+
+    # Few, so that a broken image has few more views in the pass that breaks it; several, since packing an image costs.
+    _VIEWS_PER_ROW = 4
+
+    def __init__(
+        self,
+        passes: Passes,
+        limits: SpatialLimits,
+        side: int,
+        moved: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._passes, self._moved = passes, moved
+        self._batch = passes.size
+        self._row = min(self._VIEWS_PER_ROW, self._batch)
+        params = grid(limits)
+        self._matrices = torch.from_numpy(matrices(params, side))
+        extent = np.abs(params) / np.maximum(np.abs(params).max(axis=0), 1e-12)
+        self._broke = np.sqrt((extent**2).sum(axis=1) / 3)  # a prior worth one image: far views first
+        self._met = np.ones(GRID_VIEWS)
+        self._pool: list[_Survivor] = []
+        self._settled: list[GridVerdict] = []
+
+    @property
+    def pending(self) -> int:
+        """Images whose verdict is still open."""
+        return len(self._pool)
+
+    def take_verdicts(self) -> list[GridVerdict]:
+        """The verdicts of the images settled since the last call."""
+        settled, self._settled = self._settled, []
+        return settled
+
+    def add(self, images_BSSC: Tensor, labels: list[int], indices: list[int]) -> None:
+        """Take in images, and judge while there are enough for full forward passes."""
+        for image, label, index in zip(images_BSSC, labels, indices):
+            order = np.argsort(-self._broke / self._met, kind="stable")
+            self._pool.append(_Survivor(image, label, index, order[order != GRID_IDENTITY]))
+        while len(self._pool) * self._row >= self._batch:
+            self.turn()
+
+    def turn(self) -> None:
+        """One forward pass: some views of each of the first images of the pool."""
+        self._moved()
+        playing = self._shares()
+        rows = [image for image, (_, share) in enumerate(playing) for _ in range(share)]
+        chosen = [
+            survivor.order[np.minimum(survivor.tried + np.arange(share * self._row), GRID_VIEWS - 2)]
+            for survivor, share in playing
+        ]
+        images_RSSC = torch.stack([survivor.image for survivor, _ in playing])[rows]
+        matrices_RV23 = self._matrices[np.concatenate(chosen).reshape(-1, self._row)].to(images_RSSC.device)
+        logits_RVK = self._passes.warped(images_RSSC, matrices_RV23)
+        labels_R = torch.tensor([survivor.label for survivor, _ in playing], device=logits_RVK.device)[rows]
+        wrong_RV = logits_RVK.argmax(dim=2) != labels_R[:, None]
+        margins_RV = margins_of(logits_RVK, labels_R).abs()
+        wrong_N, margins_N = torch.stack([wrong_RV, margins_RV]).flatten(1).cpu().numpy()  # in one transfer
+        wrong_N = wrong_N.astype(bool)
+        ends = np.cumsum([len(views) for views in chosen])[:-1]
+        finished = set()
+        for (survivor, _), views, wrong, margins in zip(
+            playing, chosen, np.split(wrong_N, ends), np.split(margins_N, ends)
+        ):
+            np.add.at(self._broke, views, wrong)
+            np.add.at(self._met, views, 1)
+            survivor.tried += len(views)
+            survivor.margin = float(margins[wrong].max() if wrong.any() else min(survivor.margin, margins.min()))
+            if wrong.any() or survivor.tried >= GRID_VIEWS - 1:
+                views_judged = min(survivor.tried, GRID_VIEWS - 1) + 1  # the natural view was judged before
+                self._settled.append(GridVerdict(survivor.index, not wrong.any(), views_judged, survivor.margin))
+                finished.add(id(survivor))
+        self._pool = [s for s in self._pool if id(s) not in finished]
+
+    def _shares(self) -> list[tuple[_Survivor, int]]:
+        """The images of the next forward pass, and how many rows of it each gets: as many as it has had, if it can."""
+        left = self._batch // self._row
+        shares = []
+        for place, survivor in enumerate(self._pool):
+            fair = left // (len(self._pool) - place)
+            missing = -(-(GRID_VIEWS - 1 - survivor.tried) // self._row)
+            share = min(max(1, fair, survivor.tried // self._row), missing, left)
+            shares.append((survivor, share))
+            left -= share
+            if not left:
+                break
+        return shares

@@ -1,0 +1,333 @@
+"""Judging a model on natural, random, worst-of-10 and exhaustive attacks.
+
+From Python, for any module that takes images in [0, 1]: see `evaluate`. From the command line: `launch.py evaluate`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fast_spatial.config.commands import EvaluateConfig
+from fast_spatial.config.fields import to_json
+from fast_spatial.config.modes import DIGITS
+from fast_spatial.data.loading import evaluation_loader
+from fast_spatial.data.placing import placement_of
+from fast_spatial.evaluation.attack import GridSurvivors, GridVerdict
+from fast_spatial.evaluation.deadline import RESERVE_SEC, Deadline, TimeUp
+from fast_spatial.evaluation.folded import Scorer
+from fast_spatial.evaluation.forward import FlipJudge, ModuleJudge, Passes, default_judge_batch
+from fast_spatial.evaluation.inputs import prepare
+from fast_spatial.evaluation.verdicts import (
+    NEAR_TIE,
+    ImageVerdict,
+    Summary,
+    broken_untouched,
+    judge_batches,
+    judge_grid,
+    merge_grid,
+    summarize,
+)
+from fast_spatial.kernels.limits import NOMINAL_SIDE, SpatialLimits
+from fast_spatial.kernels.sampling import EVALUATION, draw_matrices, pack_key, view_limits
+from fast_spatial.kernels.spatial import GRID_VIEWS
+from fast_spatial.kernels.warp import warp
+from fast_spatial.models.surgery import has_blurpool
+from fast_spatial.pipelines.dataset import ImageIndex
+from fast_spatial.pipelines.inspection.probe import Choice
+from fast_spatial.pipelines.loader import Batch
+from fast_spatial.runtime import distributed
+from fast_spatial.runtime.device import dtype_of, exact_float32, seed_everything
+from fast_spatial.runtime.distributed import World
+from fast_spatial.runtime.files import write_json
+from fast_spatial.runtime.runlog import Bar, say
+from fast_spatial.runtime.signals import stop_requests
+
+# An image's part in gathering and writing: 50,000 took 1.6 s on one core.
+_WRITING_SEC = 5e-5
+
+
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    degrees: float = 30.0,
+    translate_px: float | None = None,
+    views: int = 10,
+    grid: bool = True,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    judge_batch: int = 0,
+) -> Summary:
+    """Judge any classifier on any images.
+
+    Args:
+        model: takes images, float32 [B, 3, S, S] in [0, 1] (its normalization lives inside), and returns logits [B, K].
+            It is copied, so its mode, gradients and statistics stay as they are.
+        batches: pairs of images, float [B, 3, S, S] in [0, 1], and labels, int64 [B]. Views are made of the images as
+            8-bit pixels.
+        degrees: largest rotation, either way.
+        translate_px: largest translation in pixels at side 224; by default 24 for 30 degrees, 32 for 40.
+        views: random views of worst-of-10.
+        grid: whether to run the exhaustive attack.
+        dtype: arithmetic of the verdicts.
+        seed: of the random views, which depend on it and on each image's position alone.
+        judge_batch: views in one forward pass; 0 for 1024 on a GPU, 2^20 pixels' worth on a CPU.
+
+    Raises:
+        ValueError: on images outside [0, 1], not square, or none at all.
+
+    """
+    limits = SpatialLimits.from_px(degrees, translate_px)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    limits_V2 = view_limits(views, untouched_first=True, degrees=limits.degrees, translate=limits.translate)
+    with exact_float32(dtype == torch.float32):
+        found = list(
+            judge_batches(
+                ModuleJudge(model, dtype),
+                _views_of(batches, limits_V2, pack_key(EVALUATION, seed), device),
+                limits,
+                judge_batch=judge_batch,
+                wants_grid=(lambda index: True) if grid else None,
+            )
+        )
+    return summarize(found, limits, views, partial=False)
+
+
+def published_deviations(config: EvaluateConfig, side: int, *, blurpool: bool) -> tuple[str, ...]:
+    """What an evaluation does otherwise than the published one of ImageNet; the digits have no published side."""
+    found = {
+        f"views of {side} px instead of {NOMINAL_SIDE}": side != NOMINAL_SIDE and config.data != DIGITS,
+        "logits averaged over every view and its mirror image": config.flip,
+        "a network with BlurPool": blurpool,
+    }
+    return tuple(text for text, so in found.items() if so)
+
+
+def grid_deviations(per_class: int, cut: int | None) -> tuple[str, ...]:
+    """What is said of a grid that met few images.
+
+    Args:
+        per_class: how many of each class were to meet it; 0: all.
+        cut: how many of each class did when its time was up; None: it was not.
+
+    """
+    if cut is None:
+        return (f"grid on {_of_each(per_class)}",) if per_class else ()
+    return (f"grid on the first {_of_each(cut)}: its time was up" if cut else "no grid: its time was up",)
+
+
+def _of_each(count: int) -> str:
+    return f"{count} {'image' if count == 1 else 'images'} of each class"
+
+
+def _no_time(config: EvaluateConfig) -> str:
+    return (
+        f"the evaluation's time was up before an image of every class was judged: {config.checkpoint}\n"
+        f"give it more, or judge the checkpoint by hand, without a limit: launch.py evaluate --checkpoint "
+        f"{config.checkpoint} --data {config.data}"
+    )
+
+
+def _views_of(
+    batches: Iterable[tuple[Tensor, Tensor]], limits_V2: np.ndarray[Any, Any], key: int, device: torch.device
+) -> Iterator[Batch]:
+    """Views of a user's images."""
+    seen = 0
+    for images, labels in batches:
+        B, S = images.shape[0], images.shape[-1]
+        if images.shape != (B, 3, S, S) or not images.is_floating_point():
+            raise ValueError(f"images are {images.dtype} {tuple(images.shape)}: expected float [B, 3, S, S] in [0, 1]")
+        if images.min() < 0 or images.max() > 1:
+            raise ValueError("images reach outside [0, 1]; give pixels, and put the normalization into the model")
+        pixels_BSSC = images.to(device).permute(0, 2, 3, 1).mul(255).round().to(torch.uint8).contiguous()
+        indices = np.arange(seen, seen + B)
+        seen += B
+        matrices_BV23 = torch.from_numpy(draw_matrices(key, 0, indices, limits_V2, S)).to(device)
+        yield Batch(warp(pixels_BSSC, matrices_BV23), labels.to(device), torch.from_numpy(indices))
+
+
+def evaluate_checkpoint(config: EvaluateConfig, world: World, until: float | None = None) -> None:
+    """Judge a checkpoint with all processes; rank 0 prints the table and writes the JSON.
+
+    This is one pass over the images. With a deadline it is two, in rounds of an image of every class: all attacks but
+    the grid, then the grid, for as long as the time allows. If it is up before the end, the result is that of the
+    rounds that were finished, a fixed subset with a name: the first so many images of each class.
+
+    Args:
+        config: what is judged, and how.
+        world: the processes.
+        until: when all is to be written, in this machine's `time.monotonic()`.
+
+    Raises:
+        ValueError: on a checkpoint that does not fit, or if the time is up before the first round is finished.
+
+    """
+    seed_everything(0, deterministic=False)
+    torch.backends.cudnn.benchmark = False  # verdicts should not depend on which algorithm won a race
+    model, images, on_grid, side = prepare(config)
+    left_out = images.describe_left_out()
+    if left_out and world.rank == 0:
+        say(left_out)
+    limits = config.limits
+    scorer = Scorer(model.to(world.device), dtype_of(config.dtype, world.device))
+    judge = FlipJudge(scorer) if config.flip else scorer
+    meets = (set(range(len(images))) if on_grid is None else on_grid) if config.grid else set()
+
+    failed: list[str] = []
+
+    def failed_on_gpu(what: str) -> None:
+        say(what)
+        failed.append(f"process {world.rank}: {what}")
+
+    def batches(title: str, among: World, **options: Any) -> Bar:
+        loader = evaluation_loader(
+            images,
+            among,
+            side=side,
+            batch_size_per_process=config.batch_size_per_process,
+            threads=config.workers,
+            placement=placement_of(config, among, exact=True),
+            on_gpu_failure=failed_on_gpu,
+            **options,
+        )
+        return Bar(
+            loader.epoch(0),
+            total=loader.steps_per_epoch,
+            images_per_batch=config.batch_size_per_process * among.world_size,
+            title=title,
+            show=world.rank == 0,
+        )
+
+    with stop_requests() as request:
+
+        def moved() -> None:
+            distributed.progress(config.stall_minutes)
+            request.obey()
+
+        in_rounds = None if until is None else images.balanced_order()
+        bar = batches("evaluate", world, warps=config.views, limits=limits, seed=config.seed, order=in_rounds)
+        deadline = Deadline(until, reserve_sec=RESERVE_SEC + _WRITING_SEC * len(images))
+        mine: list[ImageVerdict] = []
+        on_time: list[GridVerdict] = []
+        judged_all = False
+        with suppress(TimeUp):
+            for verdict in judge_batches(
+                judge,
+                deadline.guard(bar),
+                limits,
+                judge_batch=config.judge_batch,
+                wants_grid=meets.__contains__ if until is None else None,
+                moved=moved,
+            ):
+                mine.append(verdict)
+            judged_all = True
+        if in_rounds is not None and judged_all:
+
+            def moved_in_time() -> None:
+                moved()
+                deadline.check()
+
+            passes = Passes(judge, config.judge_batch or default_judge_batch(world.device, side), pad=True)
+            right = [v.index for v in mine if v.natural and v.index in meets]
+            # Every process goes on with its own images, so that none has to know what the others found.
+            alone = dataclasses.replace(world, rank=0, world_size=1)
+            on_time = [broken_untouched(v.index) for v in mine if not v.natural and v.index in meets] + judge_grid(
+                GridSurvivors(passes, limits, side, moved_in_time),
+                batches("grid", alone, order=in_rounds[np.isin(in_rounds, right)]),
+            )
+    distributed.progress(4 * config.stall_minutes)  # others may have more survivors
+    parts = distributed.gather((mine, on_time, failed))
+    if world.rank == 0:
+        found = sorted((verdict for part, *_ in parts for verdict in part), key=lambda v: v.index)
+        cut = rounds = None
+        if until is not None and len(found) < len(images):
+            rounds = images.balanced_rounds({v.index for v in found})
+            if not rounds:
+                raise ValueError(_no_time(config))
+            kept = set(images.balanced_positions(rounds).tolist())
+            found, cut = [v for v in found if v.index in kept], 0 if meets else None
+        elif [v.index for v in found] != list(range(len(images))):
+            raise RuntimeError(f"{len(found)} verdicts for {len(images)} images: an image was missed or judged twice")
+        elif until is not None:
+            found, cut = merge_grid(found, [verdict for _, part, _ in parts for verdict in part], images, meets)
+        limited = config.max_images or config.allow_partial_classes or config.grid_images or images.left_out.names
+        few = bool(config.grid_per_class) and len(meets) < len(images)
+        summary = summarize(
+            found,
+            limits,
+            config.views,
+            partial=bool(limited) or rounds is not None,
+            grid_per_class=config.grid_per_class if cut is None else cut,
+            deviations=(
+                *published_deviations(config, side, blurpool=has_blurpool(model)),
+                *([f"all attacks on the first {_of_each(rounds)}: the time was up"] if rounds else []),
+                *grid_deviations(config.grid_per_class if few else 0, cut),
+            ),
+        )
+        say(summary_table(summary))
+        if config.json:
+            failures = [what for *_, part in parts for what in part]
+            write_report(Path(config.json), config, summary, found, images, world.decoding, failures)
+    distributed.barrier()
+
+
+def summary_table(summary: Summary) -> str:
+    """The table an evaluation prints."""
+    rows = [
+        ("natural", summary.natural_top1_pct, ""),
+        ("random view", summary.random_top1_pct, ""),
+        (f"worst of {summary.views}", summary.worst10_top1_pct, "view of highest loss, the untouched image included"),
+        (f"any of {summary.views}", summary.worst10_any_top1_pct, "right on every one of these views"),
+    ]
+    if summary.grid_top1_pct is not None:
+        few = f", {summary.grid_num_images} images" if summary.grid_num_images != summary.num_images else ""
+        judged = f"; {summary.grid_views_per_image:.0f} views judged per image"
+        if summary.grid_views_per_broken_image is not None:
+            judged += f", {summary.grid_views_per_broken_image:.1f} per image they broke"
+        rows.append((f"grid of {GRID_VIEWS}", summary.grid_top1_pct, "right on every view" + few + judged))
+    head = (
+        f"top-1 accuracy on {summary.num_images} images, up to {summary.degrees:g} degrees and "
+        f"{summary.translate_px:g} px (at side 224)" + (", PARTIAL" if summary.partial else "")
+    )
+    lines = [head, *(f"  {name:<14}{value:6.1f} %   {note}".rstrip() for name, value, note in rows)]
+    if summary.deviations:
+        lines.append(f"  not the published protocol: {', '.join(summary.deviations)}")
+    if summary.near_ties:
+        few = "an image hangs" if summary.near_ties == 1 else f"{summary.near_ties} images hang"
+        lines.append(f"  {few} on a margin below {NEAR_TIE:g} and may be judged otherwise elsewhere (listed in --json)")
+    return "\n".join(lines)
+
+
+def write_report(
+    path: Path,
+    config: EvaluateConfig,
+    summary: Summary,
+    found: list[ImageVerdict],
+    images: ImageIndex,
+    decoding: Choice | None = None,
+    decoding_failures: Sequence[str] = (),
+) -> None:
+    """Write the summary, every image's verdicts, and what GPUs failed to decode, atomically."""
+    rows = []
+    for verdict in found:
+        values = dataclasses.asdict(verdict)
+        del values["index"], values["grid_views"], values["margin"]  # the same rows for any number of processes
+        rows.append({"path": images.relative_path(verdict.index), **values})
+    near_ties = [images.relative_path(verdict.index) for verdict in found if verdict.near_tie]
+    content = {
+        "summary": dataclasses.asdict(summary),
+        "config": to_json(config),
+        "near_ties": near_ties,
+        "decoding": None if decoding is None else decoding.to_json(),
+        "decoding_failures": [*decoding_failures],
+        "images": rows,
+    }
+    write_json(path, content)

@@ -1,0 +1,83 @@
+"""What an evaluation is about: a checkpoint's model and a folder's images, matched before anything starts."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from fast_spatial.config.commands import EvaluateConfig
+from fast_spatial.data.images import load_split
+from fast_spatial.models import checkpoint
+from fast_spatial.models.classifier import Classifier
+from fast_spatial.pipelines.dataset import ImageIndex
+
+
+def prepare(config: EvaluateConfig) -> tuple[Classifier, ImageIndex, set[int] | None, int]:
+    """What an evaluation needs, validated: model, images, the positions that meet the grid (None: all) and the side.
+
+    Raises:
+        ValueError: on a checkpoint that does not fit the architecture or the folder's classes.
+
+    """
+    path = Path(config.checkpoint)
+    weights = checkpoint.read_weights(path)
+    model = checkpoint.build_classifier(path, weights, config.arch)
+    images = load_split(config.data, "val", exclude=config.exclude)
+    if weights.classes is not None and images.classes[: len(weights.classes)] == weights.classes:
+        images = images.first_classes(len(weights.classes))
+    elif weights.classes is not None:
+        images = _relabel(images, weights.classes, path, config)
+    elif len(images.classes) < weights.num_classes and not config.allow_partial_classes:
+        raise ValueError(
+            f"--data {config.data}: it has {len(images.classes)} classes, the model {weights.num_classes} outputs\n"
+            f"if the folders are the model's first outputs, in order, add --allow-partial-classes"
+        )
+    if len(images.classes) > weights.num_classes:
+        raise ValueError(
+            f"--data {config.data}: it has {len(images.classes)} classes, the model {weights.num_classes} outputs\n"
+            f"name the folder that the model was trained on, or one with some of its classes"
+        )
+    if config.max_images:
+        images = images.random_subset(config.max_images)
+    on_grid = None
+    if config.grid_images:
+        on_grid = _positions_of(Path(config.grid_images), images)
+    elif config.grid_per_class:
+        try:
+            on_grid = set(images.balanced_positions(config.grid_per_class).tolist())
+        except ValueError as error:
+            raise ValueError(
+                f"--grid-per-class {config.grid_per_class}: {error}\nask for as many as every class has"
+            ) from None
+    return model.eval(), images, on_grid, config.side or weights.side or 224
+
+
+def _relabel(images: ImageIndex, classes: tuple[str, ...], path: Path, config: EvaluateConfig) -> ImageIndex:
+    """Labels by class name, for a folder that holds only some of the model's classes."""
+    unknown = [name for name in images.classes if name not in classes]
+    if unknown:
+        raise ValueError(
+            f"--data {config.data}: its class {unknown[0]} is none of the {len(classes)} that {path} was trained on"
+        )
+    if not config.allow_partial_classes:
+        raise ValueError(
+            f"--data {config.data}: it has {len(images.classes)} of the {len(classes)} classes of {path}\n"
+            f"to judge on these alone, add --allow-partial-classes"
+        )
+    positions = np.array([classes.index(name) for name in images.classes])
+    return dataclasses.replace(images, labels=positions[images.labels])
+
+
+def _positions_of(listing: Path, images: ImageIndex) -> set[int]:
+    if not listing.is_file():
+        raise ValueError(f"--grid-images {listing}: there is no such file; give one path a line, as in the JSON")
+    wanted = {line.strip() for line in listing.read_text(encoding="utf-8").splitlines() if line.strip()}
+    where = {images.relative_path(position): position for position in range(len(images))}
+    missing = sorted(wanted - where.keys())
+    if missing:
+        raise ValueError(
+            f"--grid-images {listing}: {missing[0]} is not among the images; paths look like {next(iter(where))}"
+        )
+    return {where[name] for name in wanted}

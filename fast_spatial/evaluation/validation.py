@@ -1,0 +1,98 @@
+"""The evaluation of a training between its epochs: one pass over the validation images, under the training attack."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fast_spatial.config.train import TrainConfig
+from fast_spatial.data.loading import evaluation_loader
+from fast_spatial.data.placing import placement_of
+from fast_spatial.evaluation.attack import verdicts
+from fast_spatial.evaluation.folded import Scorer
+from fast_spatial.evaluation.forward import FlipJudge, Passes, default_pass_size
+from fast_spatial.pipelines.dataset import ImageIndex
+from fast_spatial.runtime.distributed import World
+from fast_spatial.runtime.metrics import EachOnce, Tally
+from fast_spatial.runtime.runlog import Bar, say
+
+
+class Validation:
+    """Judges as the mode trains: nothing but the untouched image, one random view, or the worst of all.
+
+    Args:
+        config: the training.
+        world: the processes.
+        images: the validation images.
+        judge: under the weights as of its last refresh.
+        on_gpu_failure: as `Loader` takes it.
+
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        world: World,
+        images: ImageIndex,
+        judge: Scorer,
+        *,
+        on_gpu_failure: Callable[[str], None] = say,
+    ) -> None:
+        self._config, self._world, self._images, self._judge = config, world, images, judge
+        limits_V2, side = config.view_limits(), config.eval_side or config.side
+        self._warps = int((limits_V2 != 0).any(axis=1).sum())
+        # On GPUs of the training passes' shape.
+        size = config.score_chunk or default_pass_size(world.device, side)
+        self._passes = Passes(
+            FlipJudge(judge) if config.eval_flip else judge,
+            size or config.global_batch_size // world.world_size * len(limits_V2),
+            pad=judge.compiled,  # which would be compiled again for another shape
+        )
+        self._epochs = 0
+        self._loader = evaluation_loader(
+            images,
+            world,
+            side=side,
+            batch_size_per_process=config.global_batch_size // world.world_size,
+            warps=self._warps,
+            limits=config.limits,
+            threads=config.workers,
+            placement=placement_of(config, world, exact=True),
+            on_gpu_failure=on_gpu_failure,
+        )
+
+    def __call__(self, moved: Callable[[], None]) -> dict[str, float | None]:
+        """Natural top-1, top-5 and loss, and accuracy under the training attack (None without).
+
+        `moved` is called after every batch.
+
+        Raises:
+            RuntimeError: if not each image was judged exactly once.
+
+        """
+        self._judge.refresh()
+        bar = Bar(
+            self._loader.epoch(self._epochs),  # each time the same views: epochs only tell what was read ahead
+            total=self._loader.steps_per_epoch,
+            images_per_batch=self._config.global_batch_size,
+            title="evaluate",
+            show=self._world.rank == 0,
+        )
+        self._epochs += 1
+        tally, once = (
+            Tally(self._world.device, "top1", "top5", "loss", "attacked"),
+            EachOnce(len(self._images), self._world.device),
+        )
+        for batch in bar:
+            once.add(batch.index)
+            found = verdicts(self._passes(batch.views), batch.labels)
+            attacked = found.random if self._warps == 1 else found.worst
+            tally.add(found.natural, found.natural_top5, found.natural_loss, attacked)
+            moved()
+        once.check()
+        means = tally.means(over_ranks=True)
+        return {
+            "top1_pct": 100 * means["top1"],
+            "top5_pct": 100 * means["top5"],
+            "loss": means["loss"],
+            "attacked_top1_pct": 100 * means["attacked"] if self._warps else None,
+        }

@@ -1,0 +1,234 @@
+"""From batches to every image's verdicts, and from verdicts to percentages."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from fast_spatial.evaluation.attack import GridSurvivors, GridVerdict, verdicts
+from fast_spatial.evaluation.deadline import TimeUp
+from fast_spatial.evaluation.forward import Judge, Passes, default_judge_batch
+from fast_spatial.kernels.limits import SpatialLimits
+from fast_spatial.pipelines.dataset import ImageIndex
+from fast_spatial.pipelines.loader import Batch
+
+# Below it, verdicts in float32 may differ where sums are taken in another order: another judging shape or machine.
+NEAR_TIE = 1e-4
+
+
+@dataclass(frozen=True)
+class ImageVerdict:
+    """What one image survived; `grid` is None where the image did not meet the grid.
+
+    `natural_margin` is the gap between the two largest logits of the untouched image: near 0, arithmetic decides.
+    `margin` is the smallest that a verdict hangs on (`attack.Verdicts`, `attack.GridVerdict`). `grid_views` is how many
+    of the grid's 775 views were judged to know the answer, the untouched image included.
+    """
+
+    index: int
+    label: int
+    natural: bool
+    random: bool
+    worst10: bool
+    worst10_any: bool
+    grid: bool | None
+    natural_margin: float
+    # These depend on the order in which the grid's views are tried, which is learnt.
+    margin: float = field(default=float("inf"), compare=False)
+    grid_views: int = field(default=0, compare=False)
+
+    @property
+    def near_tie(self) -> bool:
+        """Whether a verdict may differ where the same network is computed in another order."""
+        return self.margin < NEAR_TIE
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Top-1 accuracy in percent under each attack, over `num_images` distinct images.
+
+    `worst10` counts the view of highest loss among the untouched image and the random ones, `worst10_any` is right on
+    all of them, `grid` on all 775 views of the grid, over `grid_num_images` images: `grid_per_class` of every class, if
+    that is not 0. `grid_views_per_image` is how many of the views were judged, on average, to know the answer;
+    `grid_views_per_broken_image` the same of images that are right untouched and broken by another view. `near_ties`
+    counts images of which a verdict hangs on a margin below 1e-4. `partial` marks a result that was limited on purpose,
+    `deviations` what was otherwise than in the published protocol.
+    """
+
+    natural_top1_pct: float
+    random_top1_pct: float
+    worst10_top1_pct: float
+    worst10_any_top1_pct: float
+    grid_top1_pct: float | None
+    num_images: int
+    grid_num_images: int
+    grid_per_class: int
+    grid_views_per_image: float | None = field(compare=False)
+    grid_views_per_broken_image: float | None = field(compare=False)
+    near_ties: int = field(compare=False)
+    degrees: float
+    translate_px: float
+    views: int
+    partial: bool
+    deviations: tuple[str, ...] = ()
+
+
+def judge_batches(
+    judge: Judge,
+    batches: Iterable[Batch],
+    limits: SpatialLimits,
+    *,
+    judge_batch: int,
+    wants_grid: Callable[[int], bool] | None,
+    moved: Callable[[], None] = lambda: None,
+) -> Iterator[ImageVerdict]:
+    """The verdicts of batches whose views are the untouched image and random ones; in any order.
+
+    Args:
+        judge_batch: views in every forward pass: one fixed shape, whatever the batches' sizes; 0: the default.
+        wants_grid: whether an image, by index, is to meet the grid; None for no grid at all.
+        moved: called after every batch, and before every forward pass over the grid.
+
+    """
+    passes: Passes | None = None
+    survivors: GridSurvivors | None = None
+    waiting: dict[int, ImageVerdict] = {}
+    for batch in batches:
+        if passes is None:
+            size = judge_batch or default_judge_batch(batch.labels.device, batch.side)
+            passes = Passes(judge, size, pad=True)
+        found = verdicts(passes(batch.views), batch.labels)
+        columns = zip(
+            batch.index.tolist(),
+            batch.labels.tolist(),
+            *(t.tolist() for t in (found.natural, found.random, found.worst, found.all_views)),
+            *(t.tolist() for t in (found.natural_margin, found.margin)),
+        )
+        for_grid = []
+        for row, (index, label, natural, random, worst, all_views, natural_margin, margin) in enumerate(columns):
+            meets = wants_grid is not None and wants_grid(index)
+            grid = False if meets else None
+            verdict = ImageVerdict(
+                index, label, natural, random, worst, all_views, grid, natural_margin, margin, int(meets)
+            )
+            if meets and natural:
+                waiting[index] = verdict
+                for_grid.append(row)
+            else:
+                yield verdict
+        if for_grid:
+            if survivors is None:
+                survivors = GridSurvivors(passes, limits, batch.side, moved)
+            images = batch.views[for_grid, 0]
+            survivors.add(images, batch.labels[for_grid].tolist(), batch.index[for_grid].tolist())
+            yield from _settled(survivors, waiting)
+        moved()
+    if survivors is not None:
+        while survivors.pending:
+            survivors.turn()
+        yield from _settled(survivors, waiting)
+    assert not waiting
+
+
+def _settled(survivors: GridSurvivors, waiting: dict[int, ImageVerdict]) -> Iterator[ImageVerdict]:
+    for found in survivors.take_verdicts():
+        yield with_grid(waiting.pop(found.index), found)
+
+
+def with_grid(verdict: ImageVerdict, found: GridVerdict) -> ImageVerdict:
+    """An image's verdict, that of the grid included."""
+    margin = min(verdict.margin, found.margin)
+    return dataclasses.replace(verdict, grid=found.survived, grid_views=found.views_judged, margin=margin)
+
+
+def broken_untouched(index: int) -> GridVerdict:
+    """The grid's verdict of an image that is wrong untouched, which is one of the 775 views."""
+    return GridVerdict(index, survived=False, views_judged=1, margin=float("inf"))
+
+
+def merge_grid(
+    found: list[ImageVerdict], on_time: list[GridVerdict], images: ImageIndex, meets: Collection[int]
+) -> tuple[list[ImageVerdict], int | None]:
+    """Verdicts and those of the grid that were reached in time, as one result.
+
+    Args:
+        found: the verdicts without the grid.
+        on_time: the grid's, maybe not all.
+        images: the split.
+        meets: the positions that were to meet the grid.
+
+    Returns:
+        All verdicts; and None or, if some are missing, of how many images of each class the grid's are kept: of those
+        that come first in `balanced_order`.
+
+    """
+    grid = {verdict.index: verdict for verdict in on_time}
+    if len(grid) == len(meets):
+        kept, cut = meets, None
+    else:
+        cut = images.balanced_rounds(grid)
+        kept = set(images.balanced_positions(cut).tolist())
+    return [with_grid(v, grid[v.index]) if v.index in kept else v for v in found], cut
+
+
+def judge_grid(survivors: GridSurvivors, batches: Iterable[Batch]) -> list[GridVerdict]:
+    """The grid's verdicts of images that are right untouched, which is view 0 of each.
+
+    Where the survivors' `moved` raises `TimeUp`, images that no verdict was reached for are missing.
+    """
+    with suppress(TimeUp):
+        for batch in batches:
+            survivors.add(batch.views[:, 0], batch.labels.tolist(), batch.index.tolist())
+        while survivors.pending:
+            survivors.turn()
+    return survivors.take_verdicts()
+
+
+def summarize(
+    found: list[ImageVerdict],
+    limits: SpatialLimits,
+    views: int,
+    *,
+    partial: bool,
+    grid_per_class: int = 0,
+    deviations: tuple[str, ...] = (),
+) -> Summary:
+    """Percentages over distinct images.
+
+    Raises:
+        ValueError: if there are none, or an image was judged twice.
+
+    """
+    if not found:
+        raise ValueError("there is nothing to report: no image was judged")
+    if len({v.index for v in found}) != len(found):
+        raise ValueError("an image was judged more than once; the percentages would be wrong")
+    on_grid = [v for v in found if v.grid is not None]
+    broken = [v for v in on_grid if v.natural and not v.grid]
+
+    def mean_views(values: list[ImageVerdict]) -> float | None:
+        return sum(v.grid_views for v in values) / len(values) if values else None
+
+    def pct(values: list[bool | None]) -> float:
+        return 100 * sum(map(bool, values)) / len(values)
+
+    return Summary(
+        natural_top1_pct=pct([v.natural for v in found]),
+        random_top1_pct=pct([v.random for v in found]),
+        worst10_top1_pct=pct([v.worst10 for v in found]),
+        worst10_any_top1_pct=pct([v.worst10_any for v in found]),
+        grid_top1_pct=pct([v.grid for v in on_grid]) if on_grid else None,
+        num_images=len(found),
+        grid_num_images=len(on_grid),
+        grid_per_class=grid_per_class,
+        grid_views_per_image=mean_views(on_grid),
+        grid_views_per_broken_image=mean_views(broken),
+        near_ties=sum(v.near_tie for v in found),
+        degrees=limits.degrees,
+        translate_px=limits.translate_px,
+        views=views,
+        partial=partial,
+        deviations=deviations,
+    )

@@ -1,0 +1,1 @@
+"""Networks and their files: classifiers, changes to them, checkpoints, averages, exports."""

@@ -1,0 +1,250 @@
+"""Checkpoints: read without running code, whoever wrote them.
+
+Ours are `{"format", "model", "arch", "classes", "config", "epoch", "optimizer", ...}` with torchvision's parameter
+names. The original code's (`{"model": {"module.model.*": ...}}`, saved with dill) and plain state dicts (.pt, .pth,
+.safetensors) are read too, in float32, bfloat16, float16 and float64; a network computes in float32.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fast_spatial.kernels.limits import MAX_SIDE
+from fast_spatial.models import classifier, surgery, untrusted
+from fast_spatial.models.classifier import Classifier
+from fast_spatial.pipelines.text import some
+
+FORMAT = "fast_spatial 1"
+DEFAULT_ARCH = "resnet18"
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Everything a file holds, on the CPU: tensors and plain values, and no more bytes than the file has.
+
+    Raises:
+        ValueError: if it cannot be read, is damaged, or holds more than that.
+
+    """
+    if os.path.isdir(path):
+        raise ValueError(f"--checkpoint {path}: that is a folder\nname a file; of a run, its best.pt")
+    if not os.path.isfile(path):
+        raise ValueError(f"--checkpoint {path}: there is no such file\nname a file that training or torch.save wrote")
+    if not os.access(path, os.R_OK):
+        raise ValueError(f"--checkpoint {path}: you may not read it\nask its owner, or name another file")
+    try:
+        return _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    except untrusted.Refused as error:
+        raise ValueError(f"--checkpoint {path}: {error}") from None
+    except Exception as error:  # unpicklers, zip readers and safetensors raise dozens of kinds
+        reason = "it does not fit the memory" if isinstance(error, MemoryError) else ""
+        raise ValueError(f"--checkpoint {path}: {untrusted.unsafe(reason)}") from None
+
+
+def _read_torch(path: Path) -> dict[str, Any]:
+    untrusted.check_file(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    untrusted.check_content(content, path.stat().st_size)
+    if not isinstance(content, dict):
+        raise untrusted.Refused(
+            f"holds a {type(content).__name__}, not a dictionary of tensors\nexpected the state_dict() of a classifier"
+        )
+    return content
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    """Tensors under "model"; beside them, what an export of ours says about them."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        about = file.metadata() or {}
+        content: dict[str, Any] = {"model": {name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118
+    if about.get("format") == FORMAT:
+        content |= {"format": FORMAT, "arch": about.get("arch")}
+        content |= {name: json.loads(about[name]) for name in ("classes", "mean", "std")}
+        content["config"] = {"side": json.loads(about["side"])}
+    return content
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A classifier's weights as found in a file, and what the file says about them (None where it is silent).
+
+    `side` is what its evaluations judged at.
+    """
+
+    state: dict[str, Tensor]
+    num_classes: int
+    arch: str | None = None
+    classes: tuple[str, ...] | None = None
+    side: int | None = None
+    blurpool: bool = False
+    mean: tuple[float, ...] = classifier.IMAGENET_MEAN
+    std: tuple[float, ...] = classifier.IMAGENET_STD
+
+
+def read_weights(path: Path) -> Weights:
+    """The weights in a checkpoint of ours, of the original code, or in a plain state dict.
+
+    Raises:
+        ValueError: if the file holds no classifier's weights.
+
+    """
+    content = load(path)
+    kind = content.get("format")
+    if kind == FORMAT:
+        return _read_ours(path, content)
+    if isinstance(kind, str) and kind.startswith("fast_spatial "):
+        raise ValueError(
+            f"--checkpoint {path}: its format is {some([kind])}, this version reads {FORMAT}\n"
+            f"use the version of the program that wrote it"
+        )
+    return _read_others(path, content)
+
+
+def _read_ours(path: Path, content: dict[str, Any]) -> Weights:
+    arch, classes, config, state = (content.get(key) for key in ("arch", "classes", "config", "model"))
+    config = config if isinstance(config, dict) else {}
+    side, blurpool = config.get("eval_side") or config.get("side"), config.get("blurpool", False)
+    mean, std = content.get("mean", classifier.IMAGENET_MEAN), content.get("std", classifier.IMAGENET_STD)
+    unnamed = classes is None and path.suffix == ".safetensors"  # an export of weights that came without names
+    right = {
+        "model": isinstance(state, dict) and all(isinstance(name, str) for name in state),
+        "arch": isinstance(arch, str) and arch in classifier.known_archs(),
+        "classes": unnamed or _are_names(classes),
+        "config.blurpool": type(blurpool) is bool,
+        "config.side": type(side) is int and 1 <= side <= MAX_SIDE,
+        "mean and std": _is_normalization(mean, std),
+    }
+    if not all(right.values()):
+        raise ValueError(
+            f"--checkpoint {path}: missing or not as this program writes it: "
+            f"{', '.join(name for name, well in right.items() if not well)}\nuse another checkpoint"
+        )
+    assert isinstance(state, dict)
+    others = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    if others:
+        raise ValueError(f"--checkpoint {path}: its model holds other than tensors: {some(others)}\nuse another one")
+    num_classes = _outputs(path, state) if classes is None else len(classes)
+    return Weights(state, num_classes, arch, classes and tuple(classes), side, blurpool, tuple(mean), tuple(std))
+
+
+def _are_names(classes: Any) -> bool:
+    listed = isinstance(classes, (list, tuple)) and all(isinstance(name, str) for name in classes)
+    return listed and len(set(classes)) == len(classes) > 0
+
+
+def _is_normalization(mean: Any, std: Any) -> bool:
+    return all(
+        isinstance(values, (list, tuple))
+        and len(values) == 3
+        and all(type(value) is float and math.isfinite(value) for value in values)
+        for values in (mean, std)
+    ) and all(value > 0 for value in std)
+
+
+def _read_others(path: Path, content: dict[str, Any]) -> Weights:
+    found = content
+    for key in ("model", "state_dict"):
+        if isinstance(content.get(key), dict):
+            found = content[key]
+            break
+    state = {name: value for name, value in found.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    mean, std = classifier.IMAGENET_MEAN, classifier.IMAGENET_STD
+    if any(name.startswith("module.model.") for name in state):
+        numbers = [state.get(f"module.normalizer.{name}") for name in ("new_mean", "new_std")]
+        if any(value is not None for value in numbers):
+            mean, std = (
+                tuple(value.double().flatten().tolist()) if value is not None and value.numel() == 3 else ()
+                for value in numbers
+            )
+            if not _is_normalization(mean, std):
+                raise ValueError(
+                    f"--checkpoint {path}: its module.normalizer holds no mean and deviation of three colours\n"
+                    f"use another checkpoint"
+                )
+        state = {k.removeprefix("module.model."): v for k, v in state.items() if k.startswith("module.model.")}
+    elif state and all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): value for name, value in state.items()}
+    return Weights(state, _outputs(path, state or content), mean=mean, std=std)
+
+
+def _outputs(path: Path, state: dict[Any, Any]) -> int:
+    """The number of outputs: rows of the last tensor of what torchvision calls a head."""
+    names = [name for name in state if isinstance(name, str)]
+    heads = [name for name in names if name.split(".", maxsplit=1)[0] in ("fc", "classifier", "head", "heads")]
+    last = max(heads, key=lambda name: [(part.isdigit(), part.zfill(3)) for part in name.split(".")], default="")
+    shape = state[last].shape if last and isinstance(state[last], Tensor) else ()
+    if not shape or not shape[0]:
+        raise ValueError(
+            f"--checkpoint {path}: holds no weights of a classifier (its keys: {some(names)})\n"
+            f"expected the state_dict() of a torchvision classifier, by itself or under model or state_dict"
+        )
+    return int(shape[0])
+
+
+def build_classifier(path: Path, weights: Weights, arch: str) -> Classifier:
+    """The classifier with these weights, in float32; `arch` is what was asked for, or empty.
+
+    Raises:
+        ValueError: if the weights are of another architecture, or no finite numbers.
+
+    """
+    if arch and weights.arch and arch != weights.arch:
+        raise ValueError(f"--checkpoint {path}: it is a {weights.arch}, not a {arch}\nleave --arch away")
+    arch = arch or weights.arch or DEFAULT_ARCH
+    differences = _differences(weights.state, classifier.shapes_of(arch, weights.num_classes).state_dict())
+    if differences:
+        advice = "the file contradicts itself; use another one" if weights.arch else "name the right one with --arch"
+        raise ValueError(
+            f"--checkpoint {path}: these are not the weights of a {arch} with {weights.num_classes} classes\n"
+            f"{differences}; {advice}"
+        )
+    net: nn.Module = classifier.build(arch, weights.num_classes)
+    if weights.blurpool:
+        surgery.blur_before_strides(net)
+    set_weights(net, weights.state)
+    broken = [name for name, value in net.state_dict().items() if not torch.isfinite(value).all()]
+    if broken:
+        raise ValueError(
+            f"--checkpoint {path}: some of its weights are not finite numbers: {some(broken)}\n"
+            f"the training diverged, or the file is damaged; use another checkpoint"
+        )
+    return Classifier(net, weights.mean, weights.std)
+
+
+def set_weights(net: nn.Module, state: dict[str, Tensor]) -> None:
+    """Copy a state into a network that has the same names; `load_state_dict` of some wants a version beside them."""
+    for name, value in net.state_dict().items():
+        value.copy_(state[name])
+
+
+def _differences(found: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
+    """What is missing, unexpected, of another shape or another type, the first of each by name; empty if nothing."""
+    both = [name for name in expected if name in found]
+    kinds = {
+        "missing": [name for name in expected if name not in found],
+        "unexpected": [name for name in found if name not in expected],
+        "of another shape": [
+            f"{name} {list(found[name].shape)} instead of {list(expected[name].shape)}"
+            for name in both
+            if found[name].shape != expected[name].shape
+        ],
+        "of another type": [
+            f"{name} {found[name].dtype} instead of {expected[name].dtype}"
+            for name in both
+            if found[name].dtype not in (_FLOATS if expected[name].dtype in _FLOATS else (expected[name].dtype,))
+        ],
+    }
+    return "; ".join(f"{len(names)} {what}: {some(names)}" for what, names in kinds.items() if names)

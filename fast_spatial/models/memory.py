@@ -1,0 +1,63 @@
+"""An estimate of the GPU memory a training run needs, before it starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fast_spatial.models import classifier
+
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """What a process will hold at its peak, in GiB (weights with their gradients and momentum; saved activations)."""
+
+    weights_gib: float
+    activations_gib: float
+    views_gib: float
+
+    @property
+    def total_gib(self) -> float:
+        """The sum."""
+        return self.weights_gib + self.activations_gib + self.views_gib
+
+
+def estimate(
+    arch: str, num_classes: int, side: int, batch: int, accumulate: int, views: int, half: bool
+) -> MemoryEstimate:
+    """Estimate from one forward pass on shapes alone.
+
+    Args:
+        batch: images per step and process; `accumulate` parts of it are trained on one after the other.
+        views: views of each image that the loader holds (uint8), in three batches.
+        half: whether activations are 16 bits wide.
+
+    """
+    saved: dict[int, int] = {}
+
+    def count(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            saved[id(tensor.untyped_storage())] = tensor.untyped_storage().nbytes()
+        keep.append(tensor)
+        return tensor
+
+    keep: list[Tensor] = []
+    probe = 2
+    net = classifier.shapes_of(arch, num_classes)
+    with torch.device("meta"):
+        images = torch.empty(probe, 3, side, side).to(memory_format=torch.channels_last)
+    parameters = sum(p.numel() for p in net.parameters())
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        net(images)
+    per_image = sum(saved.values()) / probe / (2 if half else 1)
+    part = -(-batch // accumulate)
+    scored = batch * views * 64 * (side / 2) ** 2 * 2 * (2 if half else 4) if views > 1 else 0.0
+    return MemoryEstimate(
+        weights_gib=parameters * (4 + 4 + 4 + (2 if half else 4)) / _GIB,
+        activations_gib=max(per_image * part, scored) / _GIB,
+        views_gib=3 * batch * views * side * side * 3 / _GIB,
+    )

@@ -1,0 +1,65 @@
+"""The two small tables, ours and the published one, in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from fast_spatial.config.modes import MODES, PUBLISHED, row_name
+from fast_spatial.reporting.document import DASH
+from fast_spatial.runtime.text import aligned
+
+ATTACKS = ("natural", "random", "worst10", "grid")
+HEADS = ("Natural", "Random", "Worst-of-10", "Exhaustive (775)")
+
+
+def results_table(results: Sequence[dict[str, Any]], title: str) -> str:
+    """Top-1 accuracy in percent of every row (the mean over its seeds, +- half their range), as aligned Markdown."""
+    rows: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for result in results:
+        rows.setdefault((result["mode"], result["degrees"]), []).append(result)
+    lines = [[title, *HEADS]]
+    for (mode, degrees), runs in rows.items():
+        cells = []
+        for attack in ATTACKS:
+            values = [run[f"{attack}_top1_pct"] for run in runs if run[f"{attack}_top1_pct"] is not None]
+            spread = f" ±{(max(values) - min(values)) / 2:.1f}" if len(values) > 1 else ""
+            cells.append(f"{sum(values) / len(values):.1f}{spread}" if values else DASH)
+        lines.append([row_name(mode, degrees), *cells])
+    return aligned(lines)
+
+
+def grid_images(judged: dict[str, Any]) -> int:
+    """How many images met the grid: of an evaluation's summary, or a reproduction's result; all, unless it says so."""
+    return int(judged.get("grid_num_images", judged["num_images"]))
+
+
+def grid_note(judged: Iterable[tuple[str, dict[str, Any]]]) -> str:
+    """A sentence on rows whose grid met fewer images than the other attacks; "" if there are none.
+
+    Args:
+        judged: the name of the row and the summary, or result, of every run.
+
+    """
+    few = dict.fromkeys(
+        f"{_count(grid_images(found))} of {found['num_images']:,} ({name})"
+        for name, found in judged
+        if grid_images(found) < found["num_images"]
+    )
+    return f"The grid met fewer images than the other attacks: {', '.join(few)}." if few else ""
+
+
+def _count(images: int) -> str:
+    return f"{images:,}" if images else "none"
+
+
+def published_table(rows: Sequence[tuple[str, float]]) -> str:
+    """The published rows of ImageNet for these (mode, degrees)."""
+    known = {(mode, 0.0 if MODES[mode].warps == 0 else degrees) for mode, degrees in rows}
+    lines = [["published, ImageNet", *HEADS]]
+    lines += [
+        [row_name(mode, degrees), *(f"{value:.1f}" for value in values)]
+        for (mode, degrees), values in PUBLISHED.items()
+        if (mode, degrees) in known
+    ]
+    return aligned(lines)

@@ -1,0 +1,1 @@
+"""What every process stands on: devices, the process group, logs, files. Knows no options."""

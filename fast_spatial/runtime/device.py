@@ -1,0 +1,67 @@
+"""How a device computes: its arithmetic, its random state, how much of it a judging pass may take."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from fast_spatial.kernels.host import cpus_per_process
+from fast_spatial.kernels.sampling import NETWORK, TRAINING, draw_bits, pack_key
+
+
+def dtype_of(name: str, device: torch.device) -> torch.dtype:
+    """The arithmetic that an option means on a device; also sets whether float32 products may use TF32."""
+    tf32 = "tf32" if name in ("auto", "tf32", "bfloat16", "float16") else "ieee"
+    torch.backends.cuda.matmul.fp32_precision = tf32
+    torch.backends.cudnn.conv.fp32_precision = tf32  # type: ignore[attr-defined]
+    if name == "auto":
+        if has_bfloat16(device):
+            return torch.bfloat16
+        return torch.float16 if device.type == "cuda" else torch.float32
+    return torch.float32 if name == "tf32" else getattr(torch, name)  # type: ignore[no-any-return]
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a device computes in bfloat16 by itself, without emulation."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # an old torch may not tell
+    return any(bool(able.get(name)) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+@contextlib.contextmanager
+def exact_float32(exact: bool) -> Iterator[None]:
+    """Keep float32 convolutions and products out of TF32 for a while, if asked to."""
+    owners = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
+    before = [owner.fp32_precision for owner in owners]
+    try:
+        if exact:
+            for owner in owners:
+                owner.fp32_precision = "ieee"
+        yield
+    finally:
+        for owner, value in zip(owners, before):
+            owner.fp32_precision = value
+
+
+def seed_everything(seed: int, *, deterministic: bool) -> None:
+    """Seed the weights (the stream needs none) and choose between repeatable and fast kernels."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    torch.set_num_threads(cpus_per_process())
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def seed_step(seed: int, epoch: int, step: int, rank: int) -> None:
+    """Make what a network draws in a step (dropout) a function of the position, as all draws of the stream are."""
+    torch.manual_seed(int(draw_bits(pack_key(TRAINING, seed), epoch, step, NETWORK, rank)) >> 1)

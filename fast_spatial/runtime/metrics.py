@@ -1,0 +1,76 @@
+"""Counting without waiting for the device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fast_spatial.runtime.distributed import smallest, sum_over_ranks
+
+
+class Tally:
+    """Running sums of named quantities over images, on the device; read only when somebody asks."""
+
+    def __init__(self, device: torch.device, *names: str) -> None:
+        self._names = names
+        self._sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=device)
+
+    def add(self, *values: Tensor) -> None:
+        """Add per-image values, [B] each, in the order of the names."""
+        assert len(values) == len(self._names)
+        count = torch.full((), len(values[0]), dtype=torch.float64, device=self._sums.device)
+        self._sums += torch.stack([*(v.detach().double().sum() for v in values), count])
+
+    def means(self, *, over_ranks: bool) -> dict[str, float]:
+        """The mean of each quantity over this process's images, or everyone's; waits for the device."""
+        sums = sum_over_ranks(self._sums.clone()) if over_ranks else self._sums
+        *totals, count = sums.tolist()
+        return {name: total / count if count else float("nan") for name, total in zip(self._names, totals)}
+
+    def state(self) -> list[float]:
+        """Everyone's sums, to go on from with `load`; waits for the device."""
+        return sum_over_ranks(self._sums.clone()).tolist()  # type: ignore[no-any-return]
+
+    def load(self, state: list[float]) -> None:
+        """Go on from such sums; on one process alone, since they are everyone's."""
+        self._sums.copy_(torch.tensor(state, dtype=torch.float64))
+
+
+class Divergence:
+    """The first step whose loss or weights were no finite numbers: noted on the device, read when somebody asks."""
+
+    _NEVER = 2**62
+
+    def __init__(self, device: torch.device) -> None:
+        self._first = torch.full((), self._NEVER, dtype=torch.int64, device=device)
+
+    def note(self, step: int, *values: Tensor) -> None:
+        """Look at a step's losses, or at its weights."""
+        finite = torch.stack([value.isfinite().all() for value in values]).all()
+        self._first = torch.where(finite, self._first, self._first.clamp(max=step))
+
+    def first_step(self) -> int | None:
+        """The first such step of any process, known to all; waits for the device."""
+        first = int(smallest(self._first.clone()))
+        return None if first == self._NEVER else first
+
+
+class EachOnce:
+    """Counts how often each image of a split was judged, over all processes."""
+
+    def __init__(self, images: int, device: torch.device) -> None:
+        self._counts, self._device = torch.zeros(images, dtype=torch.int32), device
+
+    def add(self, index: Tensor) -> None:
+        """Add a batch's positions in the split, int64 [B], on the CPU."""
+        self._counts += torch.bincount(index, minlength=len(self._counts)).to(torch.int32)
+
+    def check(self) -> None:
+        """Raise a RuntimeError unless every image was judged exactly once."""
+        counts = sum_over_ranks(self._counts.to(self._device))
+        missed, repeated = int((counts == 0).sum()), int((counts > 1).sum())
+        if missed or repeated:
+            raise RuntimeError(
+                f"of {len(counts)} images, {missed} were not judged and {repeated} more than once: "
+                f"the percentages would be wrong, and are not reported"
+            )

@@ -1,0 +1,219 @@
+"""What a run says: a progress bar, one JSON record per epoch and evaluation, TensorBoard scalars; on rank 0 alone."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from tqdm import tqdm
+
+from fast_spatial.runtime.energy import EnergyMeter, local_gpus
+from fast_spatial.runtime.run_files import LOG, TENSORBOARD
+from fast_spatial.runtime.waiting import Clock, HostClock
+
+# A process that was told to stop may be writing its last checkpoint.
+_LOCK_PATIENCE_SEC = 30.0
+
+
+class Bar:
+    """Iterates over batches with a progress bar (on rank 0, on a terminal) and measures the wait for data.
+
+    Args:
+        batches: what it iterates over.
+        total: how many there are.
+        images_per_batch: of all processes.
+        title: what stands before the bar.
+        show: whether there is one.
+        initial: batches that were done before.
+        wait: the clock of the wait for data.
+
+    """
+
+    def __init__(
+        self,
+        batches: Iterable[Any],
+        *,
+        total: int,
+        images_per_batch: int,
+        title: str,
+        show: bool,
+        initial: int = 0,
+        wait: Clock | None = None,
+    ) -> None:
+        self._batches, self._images_per_batch = batches, images_per_batch
+        layout = "{desc} {percentage:3.0f}% |{bar:16}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
+        self._bar = tqdm(
+            total=total, initial=initial, desc=title, bar_format=layout, disable=None if show else True, leave=False
+        )
+        self._wait = wait or HostClock()
+        self.steps = 0
+        self._start = time.perf_counter()
+
+    def __iter__(self) -> Iterator[Any]:
+        iterator = iter(self._batches)
+        while True:
+            self._wait.start()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                break
+            self._wait.stop()
+            yield batch
+            self.steps += 1
+            self._bar.update()
+        self.close()
+
+    def close(self) -> None:
+        """Take the bar away; for those who stop before its end."""
+        self._bar.close()
+
+    @property
+    def images_per_sec(self) -> float:
+        """Images of all processes per second since the start."""
+        return self.steps * self._images_per_batch / max(time.perf_counter() - self._start, 1e-9)
+
+    @property
+    def data_wait_pct(self) -> float:
+        """Share of the time that the device spent waiting for the loader."""
+        return 100 * self._wait.seconds / max(time.perf_counter() - self._start, 1e-9)
+
+    def show(self, **values: float) -> None:
+        """Show numbers beside the bar."""
+        if not self._bar.disable:
+            shown = {name: f"{value:.4g}" for name, value in values.items()}
+            rates = {"img/s": f"{self.images_per_sec:.0f}", "data wait": f"{self.data_wait_pct:.0f}%"}
+            self._bar.set_postfix(shown | rates)
+
+
+class RunLog:
+    """`log.jsonl` and TensorBoard scalars of a run's folder; silent on other ranks than 0.
+
+    Opening it claims the folder: two processes that write one run would ruin it.
+
+    Raises:
+        ValueError: if another process has the folder, or it cannot be written.
+
+    """
+
+    def __init__(self, out: Path, *, rank: int, gpus: int) -> None:
+        self._active, self._gpus, self._out = rank == 0, gpus, out
+        self._start = time.time()
+        self._board: Any = None
+        self._meter = EnergyMeter(local_gpus(gpus) if self._active else [])
+        if self._active:
+            try:
+                out.mkdir(parents=True, exist_ok=True)
+                self._file = open(out / LOG, "a", encoding="utf-8")  # noqa: SIM115  (closed by `close`)
+            except OSError as error:
+                raise ValueError(f"--out {out}: it cannot be written ({error.strerror})\nname another folder") from None
+            _lock(self._file, out)
+
+    def begin(self, *, elapsed_sec: float = 0.0, size: int = 0, step: int = 0) -> None:
+        """Go on from where a checkpoint was saved: what was written after it, by a run that was killed, goes.
+
+        Args:
+            elapsed_sec: seconds in use until then.
+            size: bytes of `log.jsonl` then.
+            step: steps done then.
+
+        """
+        self._start = time.time() - elapsed_sec
+        if self._active:
+            from torch.utils.tensorboard import SummaryWriter
+
+            before = os.fstat(self._file.fileno()).st_size
+            if before and not size:
+                say(f"{self._out} holds a log, but no checkpoint to continue from: this run starts anew")
+            self._file.truncate(min(size, before))
+            self._board = SummaryWriter(str(self._out / TENSORBOARD), purge_step=step + 1)  # of what comes again
+
+    @property
+    def size(self) -> int:
+        """Bytes of `log.jsonl`, all of them on the disk, as TensorBoard's are."""
+        if not self._active:
+            return 0
+        self._board.flush()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return os.fstat(self._file.fileno()).st_size
+
+    @property
+    def elapsed_sec(self) -> float:
+        """Seconds in use, earlier parts of the run included."""
+        return time.time() - self._start
+
+    @property
+    def gpu_hours(self) -> float:
+        """GPUs times hours in use."""
+        return self.elapsed_sec / 3600 * self._gpus
+
+    def record(self, event: str, step: int, **values: Any) -> None:
+        """Write one record, its numbers as scalars, and a line for people."""
+        self.note(event, step, **values)
+        if self._active:
+            shown = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items() if v is not None)
+            say(f"{event}: " + ", ".join(shown))
+
+    def note(self, event: str, step: int, **values: Any) -> None:
+        """Write one record, and its numbers as scalars.
+
+        Where it can be told, `energy_kwh` is what this machine's GPUs used since the record before, or since this
+        process began; what a run that was killed used after its last record is not in the log.
+        """
+        if not self._active:
+            return
+        energy_kwh = self._meter.take_kwh()
+        line = {
+            "event": event,
+            **values,
+            "elapsed_sec": round(self.elapsed_sec, 2),
+            "gpu_hours": round(self.gpu_hours, 5),
+            **({} if energy_kwh is None else {"energy_kwh": round(energy_kwh, 6)}),
+        }
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        self.scalars(event, step, **values)
+
+    def scalars(self, group: str, step: int, **values: Any) -> None:
+        """TensorBoard scalars alone."""
+        if self._active:
+            for name, value in values.items():
+                if isinstance(value, (int, float)) and not isinstance(value, bool):
+                    self._board.add_scalar(f"{group}/{name}", value, step)
+
+    def close(self) -> None:
+        """Flush and close the files; the folder is free then."""
+        if self._board is not None:
+            self._board.close()
+        if self._active:
+            self._file.close()
+
+
+def _lock(file: IO[str], out: Path) -> None:
+    """Keep other processes out of a run's folder for as long as the file is open."""
+    deadline = time.monotonic() + _LOCK_PATIENCE_SEC
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise ValueError(
+                    f"--out {out}: another process is writing this run\nstop that one, or name a new folder"
+                ) from None
+            time.sleep(0.2)
+            continue
+        except OSError:  # a file system without locks
+            say(f"{out} cannot be locked: make sure that no other process writes this run")
+        return
+
+
+def say(text: str) -> None:
+    """A line for people, above any progress bar."""
+    tqdm.write(text, file=sys.stdout)
+    sys.stdout.flush()

@@ -1,0 +1,1 @@
+"""Commands that look at the machine or the data: doctor, check, recipes."""

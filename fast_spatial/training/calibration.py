@@ -1,0 +1,237 @@
+"""How fast this machine trains and judges, measured on a few steps; what a whole training costs, from that.
+
+`measure_steps` times steps alone, on random pixels, in this process: for a table of recipes. `calibrate` is a task of
+all processes, which times what they will do: load real images and train on them, and judge.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import statistics
+import time
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fast_spatial.config.commands import CalibrateConfig
+from fast_spatial.config.fields import from_json, identity
+from fast_spatial.config.train import TrainConfig
+from fast_spatial.data.images import load_split
+from fast_spatial.data.loading import training_loader
+from fast_spatial.evaluation.folded import Scorer
+from fast_spatial.evaluation.forward import Passes, default_judge_batch
+from fast_spatial.evaluation.validation import Validation
+from fast_spatial.kernels.limits import SpatialLimits
+from fast_spatial.kernels.spatial import GRID_VIEWS, grid, matrices
+from fast_spatial.models import classifier
+from fast_spatial.models.classifier import Classifier
+from fast_spatial.pipelines.dataset import ImageIndex
+from fast_spatial.pipelines.loader import Batch, Loader
+from fast_spatial.runtime import distributed
+from fast_spatial.runtime.device import dtype_of, seed_everything
+from fast_spatial.runtime.distributed import World
+from fast_spatial.runtime.files import write_json
+from fast_spatial.training.optim import set_lr
+from fast_spatial.training.schedule import mean_over_rest
+from fast_spatial.training.step import make_step
+
+# Of the images trained on in a measured step: a step of more is hardly faster for each of them.
+MOST_PIXELS = {"cpu": 1 << 19, "cuda": 1 << 24}
+
+
+def measure_steps(
+    config: TrainConfig,
+    device: torch.device,
+    sides: Collection[int],
+    *,
+    num_classes: int,
+    processes: int = 1,
+    seconds: float = 1.0,
+) -> dict[int, float]:
+    """Images per second of one process in a training's steps, at each side; of random pixels, so without the loader.
+
+    Args:
+        config: the training: its mode, network and arithmetic; its weights start afresh.
+        device: what computes.
+        sides: of the views, pixels.
+        num_classes: outputs of the network.
+        processes: that share a batch.
+        seconds: how long each side is timed, at the least, and for three steps; two steps before that are not.
+
+    """
+    seed_everything(config.seed, deterministic=config.deterministic)
+    step = make_step(config, num_classes, device, dtype_of(config.dtype, device))
+    found = {}
+    for side in sides:
+        batch = min(config.global_batch_size // processes, MOST_PIXELS[device.type] // side**2)
+        labels = torch.arange(batch, device=device) % num_classes
+        shape = (batch, len(config.view_limits()), side, side, 3)
+        images = Batch(torch.randint(256, shape, dtype=torch.uint8, device=device), labels, torch.arange(batch))
+        for _ in range(2):
+            step(images)
+        taken: list[float] = []
+        while len(taken) < 3 or sum(taken) < seconds:
+            _wait(device)
+            start = time.perf_counter()
+            step(images)
+            _wait(device)
+            taken.append(time.perf_counter() - start)
+        found[side] = batch / statistics.median(taken)
+    return found
+
+
+def calibrate(config: CalibrateConfig, world: World, until: float) -> None:
+    """Measure trainings and their judging with all processes; rank 0 writes what they found.
+
+    Written are, as JSON: `trainings`, a record for each (`images_per_sec` by side, `validation_images_per_sec`), the
+    `views_per_sec` of verdicts in float32, how many `images`, `val_images` and `classes` there are, the fewest
+    `val_images_of_a_class`, `gpus`, the seconds that measuring and trying decoders took (`busy_sec`), and those that
+    were left then until `until`, a `time.monotonic()` of rank 0's machine (`left_sec`).
+    """
+    trainings = [from_json(TrainConfig, values) for values in config.trainings]
+    first = trainings[0]
+    images = load_split(
+        first.data, "train", exclude=first.exclude, classes=first.classes, max_images=first.max_train_images
+    )
+    val_images = load_split(first.data, "val", exclude=first.exclude, classes=first.classes)
+    found: dict[str, dict[str, Any]] = {}
+    start = time.monotonic()
+    for training in trainings:
+        if _kind(training) in found:
+            continue
+        rates = measure_training(training, images, world, config.sides, seconds=config.seconds)
+        validated = measure_validation(training, val_images, world)
+        found[_kind(training)] = {"images_per_sec": rates, "validation_images_per_sec": validated}
+        distributed.progress(config.stall_minutes)
+        if world.device.type == "cuda":
+            torch.cuda.empty_cache()  # the next training is another network, of other shapes
+    judged = measure_verdicts(first, len(images.classes), world, seconds=config.seconds)
+    distributed.barrier()
+    if world.rank == 0:
+        content: dict[str, Any] = {
+            "trainings": [found[_kind(training)] for training in trainings],
+            "views_per_sec": judged,
+            "images": len(images),
+            "val_images": len(val_images),
+            "classes": len(images.classes),
+            "val_images_of_a_class": int(val_images.class_counts().min()),
+            "gpus": world.world_size if world.device.type == "cuda" else 0,
+            "busy_sec": time.monotonic() - start + world.probe_sec,
+            "left_sec": until - time.monotonic(),
+        }
+        write_json(Path(config.json), content)
+
+
+def measure_training(
+    config: TrainConfig, images: ImageIndex, world: World, sides: Collection[int], *, seconds: float
+) -> dict[int, float]:
+    """Images per second, over all processes, of loading and training, at each side.
+
+    On CPUs of smaller batches than the training's, and of weights that do not change. Some steps that are not timed
+    come first, until what was loaded ahead is used up.
+
+    Args:
+        config: the training.
+        images: its images.
+        world: the processes.
+        sides: of the views, pixels.
+        seconds: how long each side is timed, at the least, and for four steps.
+
+    """
+    seed_everything(config.seed, deterministic=config.deterministic)
+    step = make_step(config, len(images.classes), world.device, dtype_of(config.dtype, world.device))
+    set_lr(step.optimizer, 0.0)
+    found = {}
+    for side in sides:
+        batch = world.world_size * _images_per_process(config, world, side)
+        batches = _endless(training_loader(config, images, world, side=side, global_batch_size=batch))
+
+        def steps(count: int) -> float:
+            _wait(world.device)
+            start = time.perf_counter()
+            for images_of_step in itertools.islice(batches, count):  # noqa: B023  (called at once)
+                step(images_of_step)
+            _wait(world.device)
+            return time.perf_counter() - start
+
+        steps(3)
+        count = distributed.of_first(max(4, math.ceil(seconds / (steps(2) / 2))), world.device)
+        found[side] = batch * count / steps(count)
+    return found
+
+
+def measure_validation(config: TrainConfig, images: ImageIndex, world: World) -> float:
+    """Images per second, over all processes, of a training's evaluations between epochs; on some of the images."""
+    device = world.device
+    dtype = dtype_of(config.dtype, device)
+    count = min(len(images), world.world_size * _images_per_process(config, world, config.eval_side or config.side))
+    part = images.random_subset(count)
+    judge = Scorer(Classifier(classifier.build(config.arch, len(images.classes))).to(device), dtype)
+    validate = Validation(
+        dataclasses.replace(
+            config, global_batch_size=max(world.world_size, count // world.world_size * world.world_size)
+        ),
+        world,
+        part,
+        judge,
+    )
+    validate(lambda: None)
+    _wait(device)
+    start = time.perf_counter()
+    validate(lambda: None)
+    _wait(device)
+    return count / (time.perf_counter() - start)
+
+
+def measure_verdicts(config: TrainConfig, num_classes: int, world: World, *, seconds: float) -> float:
+    """Views per second, over all processes, that are warped and judged in float32."""
+    device = world.device
+    dtype = dtype_of("float32", device)
+    side = config.eval_side or config.side
+    size = default_judge_batch(device, side)
+    passes = Passes(Scorer(Classifier(classifier.build(config.arch, num_classes)).to(device), dtype), size, pad=True)
+    matrices_G23 = torch.from_numpy(matrices(grid(SpatialLimits.from_px(30.0)), side)).to(device)
+    views = matrices_G23[torch.arange(size, device=device) % GRID_VIEWS][None]
+    image = torch.randint(256, (1, side, side, 3), dtype=torch.uint8, device=device)
+    passes.warped(image, views)
+    _wait(device)
+    start, judged = time.perf_counter(), 0
+    while judged < 3 * size or time.perf_counter() - start < seconds:
+        passes.warped(image, views)
+        _wait(device)
+        judged += size
+    return world.world_size * judged / (time.perf_counter() - start)
+
+
+def _images_per_process(config: TrainConfig, world: World, side: int) -> int:
+    """How many images a process is timed on at a time: its part of a batch, or what a CPU is about as fast with."""
+    of_training = config.global_batch_size // world.world_size
+    unit = config.accumulate * max(1, config.bn_group)
+    return min(of_training, max(unit, MOST_PIXELS[world.device.type] // side**2 // unit * unit))
+
+
+def _kind(config: TrainConfig) -> str:
+    """What decides how fast a training is: neither how far its views move, nor its seed."""
+    values = {**identity(config), "degrees": None, "translate_px": None, "seed": None}
+    return json.dumps(values)
+
+
+def _endless(loader: Loader) -> Iterator[Batch]:
+    for epoch in itertools.count():
+        yield from loader.epoch(epoch)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def training_hours(config: TrainConfig, images: int, images_per_sec: Mapping[int, float]) -> float:
+    """Hours that a training's steps take, from the rate at each of its sides; evaluations are not counted."""
+    seconds_per_image = mean_over_rest(config, 0.0, {side: 1 / rate for side, rate in images_per_sec.items()})
+    return config.epochs * images * seconds_per_image / 3600

@@ -1,0 +1,77 @@
+"""What a training says about itself: before it starts, where it goes on, why it ended."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fast_spatial.config.train import TrainConfig
+from fast_spatial.models.memory import estimate
+from fast_spatial.runtime.distributed import World
+from fast_spatial.runtime.run_files import LAST, PREVIOUS
+from fast_spatial.training.schedule import Segment
+
+
+def describe(
+    config: TrainConfig,
+    world: World,
+    dtype: torch.dtype,
+    train_images: int,
+    val_images: int,
+    classes: int,
+    epochs: str,
+) -> str:
+    """What is about to run, memory included."""
+    batch = config.global_batch_size // world.world_size
+    views = len(config.view_limits())
+    need = estimate(config.arch, classes, config.side, batch, config.accumulate, views, dtype != torch.float32)
+    where = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
+    recipe = f", recipe {config.recipe}" if config.recipe else ""
+    lines = [
+        f"train {config.mode}{recipe}: {config.arch}, {classes} classes, {train_images} training and {val_images} "
+        f"validation images, {epochs}, batch {config.global_batch_size} = {world.world_size} x {batch} "
+        f"on {where}, {str(dtype).removeprefix('torch.')}",
+        f"memory per process, estimated: {need.total_gib:.1f} GiB (weights {need.weights_gib:.1f}, activations "
+        f"{need.activations_gib:.1f}, views {need.views_gib:.1f})",
+    ]
+    if config.blurpool:
+        lines.append("with BlurPool: a network that is blurred inside has another robustness than the published ones")
+    if world.device.type == "cuda":
+        free_gib = torch.cuda.mem_get_info(world.device)[0] / (1 << 30)
+        if need.total_gib > free_gib:
+            lines.append(
+                f"this GPU has {free_gib:.1f} GiB free: if it runs out, add --accumulate {2 * config.accumulate}"
+            )
+    return "\n".join(lines)
+
+
+def describe_resume(saved: dict[str, Any], config: TrainConfig, world: World, done: int, *, finished: bool) -> str:
+    """Where a run goes on, and what is different from there on."""
+    lines = [f"continued after {done} steps (in epoch {saved['epoch'] + 1})"]
+    if finished:
+        lines = ["this run is finished"]
+    elif saved["world_size"] != world.world_size:
+        same = "the images and their draws stay the same"
+        lines.append(f"on {world.world_size} processes instead of {saved['world_size']}: {same}")
+        if not config.bn_group:
+            lines.append("BatchNorm normalizes over batches of another size (--bn-group fixes their size)")
+    return "\n".join(lines)
+
+
+def time_was_up(segment: Segment) -> str:
+    """What to say about a training that was stopped before its learning rate was down."""
+    return (
+        f"the time was up: the training is stopped after {segment.start} steps, "
+        f"{100 * segment.progress:.0f} % of its schedule, and judged as it is"
+    )
+
+
+def diverged(step: int, steps_per_epoch: int, out: Path) -> str:
+    """What to say about a loss that is no number any more."""
+    kept = next((f"; {out / name} was saved before" for name in (LAST, PREVIOUS) if (out / name).is_file()), "")
+    return (
+        f"the loss is no finite number since step {step} (epoch {(step - 1) // steps_per_epoch + 1}): training "
+        f"diverged{kept}\ntry a smaller --lr, or --dtype float32, in a new folder"
+    )

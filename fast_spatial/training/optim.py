@@ -1,0 +1,56 @@
+"""The optimizer and its learning rate."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import nn
+
+from fast_spatial.config.train import TrainConfig
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """SGD over every parameter, fused into one kernel.
+
+    Without `bn_weight_decay`, parameters of one dimension are a group of their own that does not decay: those of
+    BatchNorm (and of its kin), and biases.
+    """
+    settings: dict[str, Any] = {"lr": config.lr, "momentum": config.momentum, "weight_decay": config.weight_decay}
+    groups: list[dict[str, Any]] = [{"params": list(model.parameters())}]
+    if not config.bn_weight_decay:
+        groups = [
+            {"params": [p for p in model.parameters() if p.ndim > 1]},
+            {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+    if config.optimizer == "apex":
+        optimizer: torch.optim.Optimizer = find_apex_sgd()(groups, **settings)
+        return optimizer
+    return torch.optim.SGD(groups, **settings, fused=True)
+
+
+def find_apex_sgd() -> type[torch.optim.Optimizer]:
+    """NVIDIA apex's FusedSGD.
+
+    Raises:
+        ValueError: if apex is missing, or is another package of that name (the one that `pip install apex` brings).
+
+    """
+    try:
+        importlib.import_module("amp_C")  # the compiled kernels: only NVIDIA's apex has them
+        found = importlib.import_module("apex.optimizers").FusedSGD
+    except (ImportError, AttributeError):
+        raise ValueError(
+            "--optimizer apex: NVIDIA's apex with its CUDA kernels is not installed (`pip install apex` is another "
+            "package)\nuse --optimizer sgd, or an environment that has it (NVIDIA's PyTorch images)"
+        ) from None
+    if not torch.cuda.is_available():
+        raise ValueError("--optimizer apex: apex's FusedSGD needs a GPU, and none is visible\nuse --optimizer sgd")
+    return found  # type: ignore[no-any-return]

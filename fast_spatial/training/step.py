@@ -1,0 +1,165 @@
+"""One training step: from a batch of views to new weights."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import record_function
+
+from fast_spatial.config.train import TrainConfig
+from fast_spatial.evaluation.attack import losses_of, take_views, worst_view
+from fast_spatial.evaluation.folded import Scorer
+from fast_spatial.evaluation.forward import Passes, default_pass_size
+from fast_spatial.kernels.crops import Crops
+from fast_spatial.models import classifier, surgery
+from fast_spatial.models.classifier import Classifier, compile_network
+from fast_spatial.pipelines.loader import Batch
+from fast_spatial.runtime import distributed
+from fast_spatial.training.optim import make_optimizer
+
+
+class StepResult(NamedTuple):
+    """Of one process's images [B]: plain cross-entropy of the view trained on, whether it was correct, which it was."""
+
+    loss: Tensor
+    correct: Tensor
+    choice: Tensor
+
+
+def make_step(config: TrainConfig, num_classes: int, device: torch.device, dtype: torch.dtype) -> TrainStep:
+    """The steps of a training, on a network of fresh weights."""
+    net = classifier.build(config.arch, num_classes)
+    if config.bn_group:
+        surgery.group_batch_norm(net, config.bn_group)
+    if config.blurpool:
+        surgery.blur_before_strides(net)
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        surgery.widen_before_strides(net)
+    model = Classifier(net).to(device)
+    return TrainStep(
+        model,
+        make_optimizer(config, model),
+        dtype=dtype,
+        scored=len(config.view_limits()) > 1,
+        accumulate=config.accumulate,
+        score_chunk=config.score_chunk,
+        score_side=config.score_side,
+        label_smoothing=config.label_smoothing,
+        compiled=config.is_compiled(on_gpu=device.type == "cuda"),
+    )
+
+
+class TrainStep:
+    """One step: judge the views, train on the worst, keep every process's BatchNorm and the scorer's weights in line.
+
+    Args:
+        model: the classifier, on its device.
+        optimizer: over its parameters.
+        dtype: float32 or a half precision for autocast; float16 brings a gradient scaler.
+        scored: whether batches have several views to choose from.
+        accumulate: parts of a batch trained on one after the other, as one step.
+        score_chunk: views in one judging pass; 0: as many as are best at their side (`default_pass_size`).
+        score_side: judge the views at this smaller side, and train at the full one; 0: judge them as they are.
+        label_smoothing: share of the training target spread over all classes. It changes the gradient alone: views are
+            chosen, and losses returned, by plain cross-entropy.
+        compiled: let torch.compile fuse the network, and the scorer's as `Scorer` takes it.
+
+    """
+
+    def __init__(
+        self,
+        model: Classifier,
+        optimizer: torch.optim.Optimizer,
+        *,
+        dtype: torch.dtype,
+        scored: bool,
+        accumulate: int = 1,
+        score_chunk: int = 0,
+        score_side: int = 0,
+        label_smoothing: float = 0.0,
+        compiled: bool = False,
+    ) -> None:
+        self.model, self.optimizer, self.dtype = model, optimizer, dtype
+        self._accumulate, self._label_smoothing = accumulate, label_smoothing
+        self._device = model.scale.device
+        self.scaler = torch.amp.GradScaler(self._device.type, enabled=dtype == torch.float16)
+        self.scorer = Scorer(model, dtype, compiled=compiled) if scored else None
+        self._score_chunk, self._score_side = score_chunk, score_side
+        self._passes: dict[int, Passes] = {}  # by the side of the views, which may grow
+        if compiled:
+            compile_network(model.net)
+        self._parallel: nn.Module = model
+        if torch.distributed.is_initialized():
+            devices = [self._device.index] if self._device.type == "cuda" else None
+            # Buffers are averaged after each step, not taken from rank 0 before the next; the option was renamed.
+            known = inspect.signature(DistributedDataParallel).parameters
+            name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+            keep_buffers: dict[str, Any] = {name: False}
+            self._parallel = DistributedDataParallel(
+                model, device_ids=devices, gradient_as_bucket_view=True, **keep_buffers
+            )
+
+    def __call__(self, batch: Batch) -> StepResult:
+        self.model.train()
+        with record_function("score"):
+            views, choice = self._choose(batch)
+        normalized = views.dtype != torch.uint8
+        self.optimizer.zero_grad(set_to_none=True)
+        losses, corrects = [], []
+        parts = list(zip(views.tensor_split(self._accumulate), batch.labels.tensor_split(self._accumulate)))
+        for number, (part, labels) in enumerate(parts):
+            with self._sync(last=number == len(parts) - 1):
+                with record_function("forward"), self._autocast():
+                    logits = self._parallel(part, normalized=normalized)
+                    loss = plain = cross_entropy(logits, labels, reduction="none")
+                    if self._label_smoothing:
+                        loss = cross_entropy(logits, labels, reduction="none", label_smoothing=self._label_smoothing)
+                with record_function("backward"):
+                    self.scaler.scale(loss.sum() / len(views)).backward()  # type: ignore[no-untyped-call]
+            losses.append(plain.detach())
+            corrects.append(logits.detach().argmax(dim=1) == labels)
+        with record_function("optimizer"):
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            distributed.average_buffers(self.model.net)
+            if self.scorer is not None:
+                self.scorer.refresh()
+        return StepResult(torch.cat(losses), torch.cat(corrects), choice)
+
+    def _choose(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The view of each image to train on, uint8 [B, S, S, 3] or normalized [B, 3, S, S], and which it is, [B].
+
+        Of crops, all views are made once and normalized, for the judge as for the training.
+        """
+        if isinstance(batch.made, Crops) and not self._score_side:
+            B, V = batch.made.matrices.shape[:2]
+            views_NCSS = batch.made.normalized(self.model.scale, self.model.shift, self.dtype)
+            choice = self._worst(batch, lambda passes: passes.prepared(views_NCSS, V))
+            views_BVSSC = views_NCSS.permute(0, 2, 3, 1).view(B, V, batch.side, batch.side, 3)
+            return take_views(views_BVSSC, choice).permute(0, 3, 1, 2), choice
+        choice = self._worst(batch, lambda passes: passes(batch.views))
+        return take_views(batch.views, choice), choice
+
+    def _worst(self, batch: Batch, logits: Callable[[Passes], Tensor]) -> Tensor:
+        if self.scorer is None:
+            return torch.zeros_like(batch.labels)
+        side = batch.side
+        if side not in self._passes:
+            size = self._score_chunk or default_pass_size(self._device, self._score_side or side)
+            self._passes[side] = Passes(self.scorer, size, pad=self.scorer.compiled, side=self._score_side)
+        return worst_view(losses_of(logits(self._passes[side]), batch.labels))
+
+    def _autocast(self) -> Any:
+        return torch.autocast(self._device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def _sync(self, *, last: bool) -> Any:
+        if last or not isinstance(self._parallel, DistributedDataParallel):
+            return contextlib.nullcontext()
+        return self._parallel.no_sync()

@@ -1,0 +1,1 @@
+"""What is wrong with files, and which decoding gives right pixels on this machine."""

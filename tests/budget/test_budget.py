@@ -1,0 +1,145 @@
+"""What may be spent, and the clock that counts what was."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fast_spatial.budget import clock as budget
+from fast_spatial.budget.clock import Clock, budget_of, moment_of
+from fast_spatial.config.train import BudgetOptions
+from fast_spatial.runtime.run_files import USAGE
+
+NOW = datetime.datetime(2030, 1, 31, 17, 0).astimezone()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("18:30", "2030-01-31 18:30"),
+        ("16:30", "2030-02-01 16:30"),  # today's is over
+        ("2030-02-03T06:00", "2030-02-03 06:00"),
+        ("2030-02-03", "2030-02-03 00:00"),
+    ],
+)
+def test_a_time_of_the_clock_is_the_next_one(text, expected):
+    assert moment_of(text, NOW) == datetime.datetime.fromisoformat(expected).astimezone()
+
+
+def test_a_time_with_a_zone_is_taken_as_that():
+    assert moment_of("2030-02-03T06:00+00:00", NOW).timestamp() == 1896328800
+    in_the_east = datetime.datetime.fromisoformat("2030-02-01T05:00+09:00")
+    assert moment_of("21:00+00:00", in_the_east) - in_the_east == datetime.timedelta(hours=1)
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [("2030-01-31T16:59", "that is over"), ("tomorrow", "expected a time"), ("25:00", "expected a time")],
+)
+def test_other_times_are_refused(text, error):
+    with pytest.raises(ValueError, match=f"--until {text}: {error}"):
+        moment_of(text, NOW)
+
+
+@pytest.mark.parametrize(
+    ("options", "gpus", "hours"),
+    [
+        ({"hours": 3.0}, 0, 3.0),
+        ({"hours": 3.0}, 8, 3.0),
+        ({"gpu_hours": 24.0}, 8, 3.0),
+        ({"budget": 30.0, "price": 2.5}, 4, 3.0),
+    ],
+)
+def test_gpu_hours_and_money_are_hours_of_all_gpus(options, gpus, hours):
+    assert budget_of(BudgetOptions(**options), gpus).hours == hours
+
+
+@pytest.mark.parametrize("options", [{"gpu_hours": 24.0}, {"budget": 30.0, "price": 2.5}])
+def test_gpu_hours_need_gpus(options):
+    with pytest.raises(ValueError, match="none is visible\ngive --hours, or --until"):
+        budget_of(BudgetOptions(**options), 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"hours": 1.0, "until": "18:00"}, "--hours and --until: give one budget"),
+        ({"budget": 30.0}, "--budget 30: the price of a GPU-hour is needed"),
+        ({"hours": -1.0}, "--hours -1"),
+        ({"hours": 0.0}, "--hours 0: it must be more than 0"),
+        ({"plan_only": True}, "--plan-only: there is nothing to plan"),
+    ],
+)
+def test_contradictions_are_refused(options, error):
+    with pytest.raises(ValueError, match=error):
+        BudgetOptions(**options)
+
+
+def parts(folder: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((folder / USAGE).read_text())["parts"]
+    return found
+
+
+def test_the_time_between_two_starts_does_not_count(tmp_path):
+    with Clock(tmp_path, time.monotonic() - 100.0):
+        pass
+    time.sleep(0.3)
+    with Clock(tmp_path, time.monotonic() - 20.0) as clock:
+        assert 120.0 <= clock.used_sec < 120.2
+        hours = budget_of(BudgetOptions(hours=0.1), 0)
+        assert hours.until(clock) - time.monotonic() == pytest.approx(240.0, abs=0.2)
+    assert [(round(part["seconds"]), part["ended"]) for part in parts(tmp_path)] == [(100, True), (20, True)]
+
+
+def test_the_time_of_a_process_that_was_killed_counts(tmp_path):
+    code = (
+        "import pathlib, sys, time; from fast_spatial.budget.clock import Clock\n"
+        "with Clock(pathlib.Path(sys.argv[1]), time.monotonic() - 50): print('open', flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.readline()
+    started = time.monotonic()
+    time.sleep(1.5)
+    process.kill()
+    process.wait()
+    ran = 50 + time.monotonic() - started
+    assert parts(tmp_path)[0]["ended"] is False
+    assert 0 <= Clock(tmp_path, time.monotonic()).used_before_sec - ran <= 1.3
+
+
+def test_another_time_of_the_clock_does_not_depend_on_use(tmp_path):
+    options = BudgetOptions(until="18:30")
+    first = budget_of(options, 0)
+    assert first.moment is not None
+    known = (first.moment - datetime.timedelta(days=1)).isoformat()
+    again = budget_of(options, 0, known)  # a restart after midnight means the same time
+    assert again.moment == first.moment - datetime.timedelta(days=1)
+    with Clock(tmp_path, time.monotonic() - 1000.0) as clock:
+        left = first.until(clock) - time.monotonic()
+    assert left == pytest.approx(first.moment.timestamp() - time.time(), abs=0.2)
+
+
+def test_a_record_that_cannot_be_read_is_no_free_time(tmp_path):
+    (tmp_path / USAGE).write_text("{")
+    with pytest.raises(ValueError, match="nobody knows how much of the budget is used\nname a new folder"):
+        Clock(tmp_path, time.monotonic())
+
+
+def test_a_record_that_cannot_be_written_any_more_does_not_end_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(budget, "_BEAT_SEC", 0.02)
+    with Clock(tmp_path, time.monotonic()):
+
+        def full(*_: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(budget, "write_json", full)
+            time.sleep(0.1)
+    assert parts(tmp_path)[0]["ended"] is True

@@ -1,0 +1,43 @@
+"""What torchrun is asked for, under versions of torch that know different options."""
+
+from __future__ import annotations
+
+import argparse
+
+import pytest
+from torch.distributed import run
+
+from fast_spatial import launcher
+from fast_spatial.config.train import TrainConfig
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_the_time_to_shut_down_is_named_where_torchrun_knows_it(monkeypatch, known):
+    real = run.get_args_parser()
+    asked: list[str] = []
+
+    def parser():
+        made = argparse.ArgumentParser(add_help=False, conflict_handler="resolve")
+        for action in real._actions:
+            if "--shutdown-timeout" not in action.option_strings:
+                made._add_action(action)
+        if known:
+            made.add_argument("--shutdown-timeout", "--shutdown_timeout", type=int)
+        return made
+
+    monkeypatch.setattr(run, "get_args_parser", parser)
+    monkeypatch.setattr(run, "main", asked.extend)
+    monkeypatch.setattr(launcher, "set_environment", lambda: None)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    launcher.torchrun(TrainConfig(data="d", mode="standard", out="o"), "job", 2, ["train", "{}", "null"])
+    assert ("--shutdown-timeout=120" in asked) == known
+    parsed = parser().parse_args(asked)
+    assert parsed.nproc_per_node == "2"
+    assert parsed.training_script == "fast_spatial.worker"
+    assert parsed.training_script_args == ["train", "{}", "null"]
+
+
+def test_the_installed_torchrun_takes_all_options():
+    options = ["--standalone", *launcher._shutdown_options(), "-m", "fast_spatial.worker"]
+    assert run.get_args_parser().parse_args(options).training_script == "fast_spatial.worker"
