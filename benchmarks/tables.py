@@ -113,13 +113,11 @@ _COMPARED = ("standard", "random", "worst10")
 
 
 class _Cost(NamedTuple):
-    """What one measurement shows of the cost of worst10: its value in each mode, and how much slower worst10 is."""
+    """What one measurement shows of the cost of worst10: by mode, and how much slower worst10 is."""
 
     what: str
     where: str
-    standard: str
-    random: str
-    worst10: str
+    values: Sequence[str]  # standard, random, worst10
     ratio: float
 
 
@@ -133,29 +131,29 @@ def _costs() -> list[_Cost]:
             for mode in _COMPARED
         ]
         shown = [f"{value:.0f} s" for value in times]
-        found.append(_Cost(what, digits_["hardware"], *shown, ratio=times[2] / times[0]))
+        found.append(_Cost(what, digits_["hardware"], shown, times[2] / times[0]))
     plan = read("plan")
     size = max(step["side"] for step in plan["steps"])
     steps = {step["row"].split(",")[0]: step["measured_step_sec"] for step in plan["steps"] if step["side"] == size}
     shown = [f"{steps[mode]:.1f} s" for mode in _COMPARED]
     what = f"a step of {plan['batch']} images at {size} px"
-    found.append(_Cost(what, plan["hardware"], *shown, ratio=steps["worst10"] / steps["standard"]))
+    found.append(_Cost(what, plan["hardware"], shown, steps["worst10"] / steps["standard"]))
     for result in gpu_results():
         rates = {row.what: row.value for row in goals.rows(result)}
         standard, worst = (rates[f"{mode}, from files"] for mode in ("standard", "worst10"))
         if standard and worst:
             where, ratio = f"one {result['environment']['gpus'][0]}", standard / worst
             shown = [f"{rate:,.0f} images/s" for rate in (standard, worst)]
-            found.append(_Cost("training from files", where, shown[0], "", shown[1], ratio))
+            found.append(_Cost("training from files", where, [shown[0], "", shown[1]], ratio))
             shown = [f"{_EPOCHS * _TRAINING_IMAGES / rate / 3600:.1f} h" for rate in (standard, worst)]
-            what = f"{_EPOCHS} epochs of ImageNet, extrapolated from that rate"
-            found.append(_Cost(what, where, shown[0], "", shown[1], ratio))
+            what = f"{_EPOCHS} epochs of ImageNet (extrapolated from that rate)"
+            found.append(_Cost(what, where, [shown[0], "", shown[1]], ratio))
     return found
 
 
 def cost() -> str:
     """The cost of worst-of-10 training beside that of standard training."""
-    rows = [[*found[:5], f"{found.ratio:.1f}"] for found in _costs()]
+    rows = [[found.what, found.where, *found.values, f"{found.ratio:.1f}"] for found in _costs()]
     return aligned([["measured", "on", *_COMPARED, "worst10 / standard"], *rows])
 
 
@@ -165,7 +163,7 @@ def cost_in_short() -> str:
     sentences = []
     for where in dict.fromkeys(found.where for found in costs):
         parts = [
-            f"{found.what} takes {found.ratio:.1f} times as long ({found.worst10} against {found.standard})"
+            f"{found.what} takes {found.ratio:.1f} times as long ({found.values[2]} against {found.values[0]})"
             for found in costs
             if found.where == where
         ]
