@@ -1,4 +1,4 @@
-"""The Slurm scripts of docs/slurm.md, run as they stand: with stand-ins for srun and scontrol, and real training on CPUs."""
+"""The scripts of docs/slurm.md, run as they stand: with stand-ins for srun and scontrol, and real training on CPUs."""
 
 from __future__ import annotations
 
