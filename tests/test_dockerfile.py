@@ -145,7 +145,7 @@ def test_every_cache_lies_where_any_user_may_write():
         name: Path(settings[name]) for name in ("HOME", "XDG_CACHE_HOME", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
     }
     assert [name for name, path in caches.items() if folder not in (path, *path.parents)] == []
-    assert "NUMBA_CACHE_DIR" not in settings  # kernels/cache.py would no longer name it after the kernels' sources
+    assert "NUMBA_CACHE_DIR" not in settings  # kernels/host.py would no longer name it after the kernels' sources
 
 
 def test_what_follows_the_images_name_is_a_command_line():
