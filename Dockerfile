@@ -34,7 +34,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 FROM ${BASE}
 COPY --from=packages /opt/venv /opt/venv
 # Writable by whoever `--user` names, who has neither a name nor a home here. A volume at /cache keeps what was compiled.
-# Not filled now: numba compiles for the CPU it runs on. Its folder is chosen by kernels/cache.py, by the kernels' sources.
+# Not filled now: numba compiles for the CPU it runs on. Its folder is chosen by kernels/host.py, by the kernels' sources.
 RUN mkdir --mode=1777 /cache
 ENV PATH=/opt/venv/bin:$PATH \
     HOME=/cache \

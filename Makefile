@@ -29,6 +29,7 @@ lint: install
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	$(RUN) -m codespell_lib
 	$(VENV)/bin/hadolint Dockerfile
 
 reproduce: install

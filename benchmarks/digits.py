@@ -2,7 +2,7 @@
 
     python -m benchmarks.digits --out DIR --json_file benchmarks/results/digits.json
 
-Rows that DIR already holds are not trained again. `python -m benchmarks.tables` then writes the README's table.
+Rows that DIR already holds are not trained again. `python -m benchmarks.tables` then updates the documents' tables.
 """
 
 from __future__ import annotations

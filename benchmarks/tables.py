@@ -1,22 +1,30 @@
-"""Write the README's tables from the result files: `python -m benchmarks.tables`; `--check` only compares."""
+"""Fill the generated blocks of README.md and docs/ from result files: `python -m benchmarks.tables`.
+
+With `--check`, compare only and name the documents that are stale.
+"""
 
 from __future__ import annotations
 
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.on_gpu import goals, ran
 from fast_spatial.config.modes import row_name
 from fast_spatial.pipelines.placement import HW_DECODER_LOAD
 from fast_spatial.reporting.tables import grid_note, published_table, results_table
 from fast_spatial.runtime.text import aligned
+from fast_spatial.config.recipes import PUBLISHED_CONDITIONS, PUBLISHED_LADDER
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+# The speed table of the README: one line per part of the program.
+_CHOSEN = ("warp.opencv", "pipeline.standard", "pipeline.ffcv_jpg", "step.worst10", "grid")
+_TRAINING_IMAGES, _EPOCHS = 1_281_167, 110  # ImageNet, the reference recipe
 
 
 def digits(content: dict[str, Any]) -> str:
@@ -28,69 +36,166 @@ def digits(content: dict[str, Any]) -> str:
     minutes = sum(row["seconds_train"] + row["seconds_evaluate"] for row in rows) / seeds / 60
     return (
         f"{results_table(rows, 'ours, digits')}\n\n{published}\n\n"
-        f"(Top-1 accuracy in percent, judged at 30 degrees and 24 px; mean of {seeds} seeds ± half their range; "
-        f"{minutes:.0f} minutes a seed on {content['hardware']}.{note and ' ' + note})"
+        f"(Top-1 accuracy in percent, evaluated at 30 degrees and 24 px. Ours: mean of {seeds} seeds ± half their "
+        f"range, {minutes:.0f} minutes per seed on {content['hardware']}.{note and ' ' + note})"
     )
 
 
 def speed(content: dict[str, Any]) -> str:
-    """Ours against what it replaces."""
-    rows = [["part", "ours", "theirs", "times faster", "they are"]]
-    for found in content["comparisons"]:
+    """All comparisons of a result file of `launch.py bench`."""
+    rounds = {found["rounds"] for found in content["comparisons"]}
+    return (
+        f"{_comparisons(content['comparisons'])}\n\n(Median and range of {' or '.join(map(str, sorted(rounds)))} "
+        f"interleaved rounds on {content['hardware']} ({', '.join(content['cpu_flags'])}), torch "
+        f"{content['versions']['torch']}: `{content['command']}`.)"
+    )
+
+
+def chosen_speed(content: dict[str, Any]) -> str:
+    """One comparison per part of the program."""
+    by_name = {found["name"]: found for found in content["comparisons"]}
+    return _comparisons([by_name[name] for name in _CHOSEN], f"on {content['hardware']}")
+
+
+def _comparisons(comparisons: Sequence[dict[str, Any]], head: str = "part") -> str:
+    rows = [[head, "ours", "baseline", "speedup", "baseline setup"], ["---", "---:", "---:", "---:", "---"]]
+    for found in comparisons:
         unit = found["unit"]
         ratio = f"**{found['ratio']:.1f}** ({found['ratio_min']:.1f} to {found['ratio_max']:.1f})"
         rates = [f"{number(found[side]['median'])} {unit}" for side in ("ours", "baseline")]
         rows.append([f"`{found['name']}`", *rates, ratio, found["baseline"]["what"]])
-    rows.insert(1, ["---", "---:", "---:", "---:", "---"])
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    rounds = {found["rounds"] for found in content["comparisons"]}
-    about = (
-        f"(Median and range of {' or '.join(map(str, sorted(rounds)))} rounds in which all took turns, on "
-        f"{content['hardware']} ({', '.join(content['cpu_flags'])}), torch {content['versions']['torch']}: "
-        f"`{content['command']}`.)"
-    )
-    return "\n".join([*lines, "", about])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def faults(content: dict[str, Any]) -> str:
-    """What the fault drill found, in words."""
+    """The result of the fault drill, in words."""
+    same, resumed = content["bit_identical"], content["resumed"]
+    identical = "all" if same == resumed else f"{same} of them"
     return (
-        f"A drill killed {content['kills']} runs of the digits, in one and in two processes, at every kind of moment "
-        f"({', '.join(content['by_phase'])}) and in every way ({', '.join(content['by_way'])}). "
-        f"{content['resumed']} were continued to their end, {content['bit_identical']} of them to the same bits as a "
-        f"run that nothing interrupted. With a checkpoint every {content['checkpoint_every_steps']} steps, "
-        f"{content['lost_steps_max']} steps were lost at most, and {content['lost_steps_max_sigterm']} to SIGTERM.\n\n"
+        f"A drill killed {content['kills']} runs of the digits, in one and in two processes. Runs were killed in each "
+        f"phase ({', '.join(content['by_phase'])}) and in each way ({', '.join(content['by_way'])}). "
+        f"{resumed} of {content['kills']} resumed and finished, {identical} bit-identical to an uninterrupted run. "
+        f"With a checkpoint every {content['checkpoint_every_steps']} steps, a kill lost at most "
+        f"{content['lost_steps_max']} steps; SIGTERM lost {content['lost_steps_max_sigterm']}.\n\n"
         f"(On {content['hardware']}: `{content['command']}`.)"
     )
 
 
 def budgets(content: dict[str, Any]) -> str:
-    """How budgets were kept, in words, and what a table came to."""
+    """How budgets were kept, in words, and the table that one of them bought."""
     runs, table, killed = content["runs"], content["table"], content["killed"]
     slow = sum(bool(run["slow"]) for run in runs)
     used = [run["took_sec"] for run in runs]
     epochs = ", ".join(f"{row['mode']} {row['epochs']:.1f}" for row in table["results"])
     return (
-        f"Timed from outside, start-up and report included: {len(runs)} reproductions of one row within "
-        f"{runs[0]['budget_sec']:.0f} s, {slow} of them while other processes took all cores for a part of it, ended "
-        f"after {min(used):.1f} to {max(used):.1f} s. The table of the digits, within {table['budget_sec']:.0f} s, "
-        f"ended after {table['took_sec']:.1f} s; killed half-way without a warning and started again, after "
-        f"{killed['took_sec']:.1f} s in use. It came to (epochs: {epochs}):\n\n"
+        f"Timed from outside, start-up and report included: {len(runs)} reproductions of one row with a budget of "
+        f"{runs[0]['budget_sec']:.0f} s ended after {min(used):.1f} to {max(used):.1f} s. During {slow} of them, other "
+        f"processes took all cores for a part of the time. The table of the digits, with a budget of "
+        f"{table['budget_sec']:.0f} s, ended after {table['took_sec']:.1f} s. Killed half-way and restarted, it ended "
+        f"after {killed['took_sec']:.1f} s of use. Epochs trained: {epochs}.\n\n"
         f"{results_table(table['results'], 'ours, digits')}\n\n"
         f"(On {content['hardware']}: `{content['command']}`.)"
     )
 
 
 def foresight(content: dict[str, Any]) -> str:
-    """What plans expected of steps, and what they took."""
-    rows = [["row", "side", "step, planned", "step, measured", "off"]]
+    """The step times that plans expected, and the measured ones."""
+    rows = [["row", "image size", "step, planned", "step, measured", "error"]]
     for found in content["steps"]:
         seconds = [f"{found[f'{name}_step_sec']:.3g} s" for name in ("planned", "measured")]
         rows.append([found["row"], str(found["side"]), *seconds, f"{round(found['off_pct']):+d} %"])
     return (
-        f"{aligned(rows)}\n\n(1,000 classes of synthetic JPEG files, {content['batch']} images a step, measured in a "
-        f"process of its own after the plan was made, on {content['hardware']}: `{content['command']}`.)"
+        f"{aligned(rows)}\n\n(1,000 classes of synthetic JPEG files, {content['batch']} images per step. Measured "
+        f"after the plan, in a separate process, on {content['hardware']}: `{content['command']}`.)"
     )
+
+
+_COMPARED = ("standard", "random", "worst10")
+
+
+class _Cost(NamedTuple):
+    """What one measurement shows of the cost of worst10: by mode, and how much slower worst10 is."""
+
+    what: str
+    where: str
+    values: Sequence[str]  # standard, random, worst10
+    ratio: float
+
+
+def _costs() -> list[_Cost]:
+    """Every result file that shows it, CPUs first."""
+    found = []
+    digits_ = read("digits")
+    for kind, what in (("train", "training on the digits"), ("evaluate", "all four attacks on 300 digits")):
+        times = [
+            statistics.fmean(row[f"seconds_{kind}"] for row in digits_["results"] if row["mode"] == mode)
+            for mode in _COMPARED
+        ]
+        shown = [f"{value:.0f} s" for value in times]
+        found.append(_Cost(what, digits_["hardware"], shown, times[2] / times[0]))
+    plan = read("plan")
+    size = max(step["side"] for step in plan["steps"])
+    steps = {step["row"].split(",")[0]: step["measured_step_sec"] for step in plan["steps"] if step["side"] == size}
+    shown = [f"{steps[mode]:.1f} s" for mode in _COMPARED]
+    what = f"a step of {plan['batch']} images at {size} px"
+    found.append(_Cost(what, plan["hardware"], shown, steps["worst10"] / steps["standard"]))
+    for result in gpu_results():
+        rates = {row.what: row.value for row in goals.rows(result)}
+        standard, worst = (rates[f"{mode}, from files"] for mode in ("standard", "worst10"))
+        if standard and worst:
+            where, ratio = f"one {result['environment']['gpus'][0]}", standard / worst
+            shown = [f"{rate:,.0f} images/s" for rate in (standard, worst)]
+            found.append(_Cost("training from files", where, [shown[0], "", shown[1]], ratio))
+            shown = [f"{_EPOCHS * _TRAINING_IMAGES / rate / 3600:.1f} h" for rate in (standard, worst)]
+            what = f"{_EPOCHS} epochs of ImageNet (extrapolated from that rate)"
+            found.append(_Cost(what, where, [shown[0], "", shown[1]], ratio))
+    return found
+
+
+def cost() -> str:
+    """The cost of worst-of-10 training beside that of standard training."""
+    rows = [[found.what, found.where, *found.values, f"{found.ratio:.1f}"] for found in _costs()]
+    return aligned([["measured", "on", *_COMPARED, "worst10 / standard"], *rows])
+
+
+def cost_in_short() -> str:
+    """The same in a few sentences, without evaluations."""
+    costs = [found for found in _costs() if "attacks" not in found.what]
+    sentences = []
+    for where in dict.fromkeys(found.where for found in costs):
+        parts = [
+            f"{found.what} takes {found.ratio:.1f} times as long ({found.values[2]} against {found.values[0]})"
+            for found in costs
+            if found.where == where
+        ]
+        sentences.append(f"On {where}, {'; '.join(parts)}.")
+    return f"**What does worst10 cost**, compared with `standard`? {' '.join(sentences)}"
+
+
+def ladder() -> str:
+    """Accuracy by epochs, as published elsewhere."""
+    rows = [["epochs", "natural accuracy", "minutes on one A100"]]
+    rows += [[str(epochs), f"{run.top1_pct:.1f} %", f"{run.minutes:.0f}"] for epochs, run in PUBLISHED_LADDER.items()]
+    return f"{aligned(rows)}\n\nConditions: {PUBLISHED_CONDITIONS}."
+
+
+def status(results: Sequence[dict[str, Any]]) -> str:
+    """Which parts have run on a GPU, in a few sentences."""
+    if not results:
+        return "- **GPU**: no part has run on a GPU yet."
+    words = {"ran in part": "Failed in part", "failed": "Failed", "cut off": "Cut off", "untried": "Not run"}
+    lines = []
+    for result in results:
+        about = result["environment"]
+        by_state: dict[str, list[str]] = {}
+        for part in ran.PARTS:
+            by_state.setdefault(ran.state(part, result), []).append(re.sub(r" \(`[^`]*`\)$", "", part.what))
+        others = "".join(f" {word}: {', '.join(by_state[kind])}." for kind, word in words.items() if kind in by_state)
+        lines.append(
+            f"- **GPU**: {len(by_state.get('ran', []))} of {len(ran.PARTS)} parts ran on {', '.join(about['gpus'])} "
+            f"({ran.versions(about)}).{others}"
+        )
+    return "\n".join(lines)
 
 
 def gpus(results: Sequence[dict[str, Any]]) -> str:
@@ -106,10 +211,7 @@ def gpus(results: Sequence[dict[str, Any]]) -> str:
         about = result["environment"]
         tables.append(f"{aligned(lines)}\n\n(On {about['hardware']}, {ran.versions(about)}: `benchmarks/gpu.sh OUT`.)")
         if placed := placements(result):
-            tables.append(
-                "Images per second on the same machine, by where images are decoded and views made (blank: not "
-                f"measured):\n\n{placed}"
-            )
+            tables.append(f"Images per second on the same machine, by placement (blank: not measured):\n\n{placed}")
     return "\n\n".join(tables)
 
 
@@ -143,18 +245,30 @@ def number(value: float) -> str:
     return f"{float(f'{value:.3g}'):,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
-    "digits": digits,
-    "cpu": speed,
-    "grid-224": speed,
-    "faults": faults,
-    "budget": budgets,
-    "plan": foresight,
+# Block to (result file, what is written of it).
+TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "digits": ("digits", digits),
+    "cpu": ("cpu", speed),
+    "cpu-chosen": ("cpu", chosen_speed),
+    "grid-224": ("grid-224", speed),
+    "faults": ("faults", faults),
+    "budget": ("budget", budgets),
+    "plan": ("plan", foresight),
 }
+# Of all result files of GPUs, `gpu-CARD.json`, which may be none.
+OF_GPUS: dict[str, Callable[[Sequence[dict[str, Any]]], str]] = {
+    "gpus": gpus,
+    "gpus-ran": ran.what_ran,
+    "status": status,
+}
+# Of several sources.
+OTHERS: dict[str, Callable[[], str]] = {"cost": cost, "cost-short": cost_in_short, "ladder": ladder}
 
 
-# Of all result files of GPUs, `gpu-CARD.json`, be they none.
-OF_GPUS: dict[str, Callable[[Sequence[dict[str, Any]]], str]] = {"gpus": gpus, "gpus-ran": ran.what_ran}
+def read(name: str) -> dict[str, Any]:
+    """A result file's content."""
+    content: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return content
 
 
 def gpu_results() -> list[dict[str, Any]]:
@@ -179,19 +293,35 @@ def fill(text: str) -> str:
         name = match[1]
         if name in OF_GPUS:
             made = OF_GPUS[name](gpu_results())
+        elif name in OTHERS:
+            made = OTHERS[name]()
         else:
-            made = TABLES[name](json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")))
+            file, made_of = TABLES[name]
+            made = made_of(read(file))
         return f"<!-- results: {name} -->\n{made}\n<!-- end -->"
 
     return re.sub(r"<!-- results: ([\w-]+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
 
 
-if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    if sys.argv[1:] == ["--check"]:
-        sys.exit(0 if fill(text) == text else "README.md is stale: run python -m benchmarks.tables")
+def documents() -> list[Path]:
+    """The documents that may hold generated blocks."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def main(words: Sequence[str]) -> int | str:
+    """Fill or check all documents; the exit status, or what is wrong."""
     try:
-        readme.write_text(fill(text), encoding="utf-8")
+        made = {path: fill(path.read_text(encoding="utf-8")) for path in documents()}
     except ValueError as error:
-        sys.exit(str(error))
+        return str(error)
+    stale = [path for path, text in made.items() if path.read_text(encoding="utf-8") != text]
+    if [*words] == ["--check"]:
+        names = ", ".join(str(path.relative_to(ROOT)) for path in stale)
+        return f"{names}: stale; run python -m benchmarks.tables" if stale else 0
+    for path in stale:
+        path.write_text(made[path], encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -77,7 +77,7 @@ def state(part: Part, result: dict[str, Any]) -> str:
 
 
 def what_ran(results: Sequence[dict[str, Any]]) -> str:
-    """A list for the README, of all result files."""
+    """The list of docs/gpu.md, of all result files."""
     if not results:
         everything = "\n".join(f"- {part.what}" for part in PARTS)
         return f"**No part has run on a GPU yet.** Untried until a result file says otherwise:\n\n{everything}"

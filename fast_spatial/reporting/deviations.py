@@ -8,13 +8,13 @@ from typing import Any
 from fast_spatial.config.fields import flag, identity
 from fast_spatial.config.train import TrainConfig
 
-# (ours, the reference, why and how much), as in ARCHITECTURE.md.
+# (ours, the reference, why and how much), as in docs/deviations.md.
 BUILT_IN = (
     (
-        "BatchNorm over each process's batch (or its parts, with `--accumulate`)",
+        "BatchNorm over each process's batch (or its parts, with `--grad-accum-steps`)",
         "32 images (8 GPUs), replica 0's statistics",
-        "speed; `--bn-group 32` normalizes as the reference, and averages the running statistics of each process's "
-        "first group",
+        "speed; `--bn-group-size 32` normalizes as the reference, and averages the running statistics of each "
+        "process's first group",
     ),
     ("the remainder of an epoch is dropped", "trained on", "143 of 1,281,167 images"),
     ("views are rounded to 8 bits", "float", "at most 0.53/255 from the exact warp"),

@@ -1,4 +1,4 @@
-"""The README's Slurm scripts, run as they stand: with stand-ins for srun and scontrol, and real training on CPUs."""
+"""The scripts of docs/slurm.md, run as they stand: with stand-ins for srun and scontrol, and real training on CPUs."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ exec {sys.executable} {ROOT}/launch.py "${{@:2}}" --epochs 4 {SMALL}
 
 def scripts() -> dict[str, str]:
     """The scripts by their jobs' names."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "slurm.md").read_text(encoding="utf-8")
     found = re.findall(r"```bash\n(#!/bin/bash\n.*?)```", text, flags=re.DOTALL)
     return {re.search(r"--job-name=(\w+)", script)[1]: script for script in found}  # type: ignore[index]
 

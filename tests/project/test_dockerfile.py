@@ -151,8 +151,8 @@ def test_every_cache_lies_where_any_user_may_write():
 def test_what_follows_the_images_name_is_a_command_line():
     assert [json.loads(line) for line in FINAL.all("ENTRYPOINT")] == [["python3"]]
     assert FINAL.all("WORKDIR") == ["/opt/fast_spatial"]
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    found = re.findall(r"^ {4}docker run(?:\\\n|.)*", readme, flags=re.MULTILINE)
+    text = (ROOT / "docs" / "docker.md").read_text(encoding="utf-8")
+    found = re.findall(r"^docker run(?:\\\n|.)*", text, flags=re.MULTILINE)
     runs = [shlex.split(line.replace("\\\n", "")) for line in found]
     assert len(runs) >= 2
     for words in runs:
