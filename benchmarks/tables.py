@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 from benchmarks.on_gpu import goals, ran
 from fast_spatial.config.modes import row_name
+from fast_spatial.config.recipes import PUBLISHED_CONDITIONS, PUBLISHED_LADDER
 from fast_spatial.pipelines.placement import HW_DECODER_LOAD
 from fast_spatial.reporting.tables import grid_note, published_table, results_table
 from fast_spatial.runtime.text import aligned
-from fast_spatial.config.recipes import PUBLISHED_CONDITIONS, PUBLISHED_LADDER
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -28,7 +28,8 @@ from fast_spatial.config.fields import decides_numbers, parse, to_json
 from fast_spatial.config.recipes import train_config
 from fast_spatial.config.rows import DECIDED, RowRequest, requests
 from fast_spatial.config.train import TrainConfig
-from fast_spatial.launcher import launch, set_environment
+from fast_spatial.errors import UserError
+from fast_spatial.launcher import launch, set_environment, show_error
 from fast_spatial.runtime.run_files import REPORT
 
 if TYPE_CHECKING:  # it imports torch
@@ -99,7 +100,7 @@ def _in_budget(
     kept = ("recipe", "eval_every", "exclude")
     flags = {name: value for name, value in raw.items() if name in kept or decides_numbers(known[name])}
     if "epochs" in flags and raw.get("recipe", "") == "":
-        raise ValueError(f"--epochs {flags['epochs']}: the budget decides how many; leave one of them away")
+        raise UserError(f"--epochs {flags['epochs']}: the budget decides how many; leave one of them away")
     asked = spending.Asked(config, Path(config.out), flags, rows, raw.get("recipe", ""), config.data, judged, may_drop)
     budget, found = spending.check(asked)
     with Clock(asked.out, STARTED, writes=config.node_rank == 0 and not config.plan_only) as clock:
@@ -213,11 +214,9 @@ def main(argv: list[str]) -> int:
     """Run a command line; wrong input ends in exit status 2 and two lines."""
     try:
         dispatch(COMMANDS, argv)
-    except ValueError as error:
+    except UserError as error:
         known = argv[0] + " " if argv and argv[0] in COMMANDS else ""
-        message, _, advice = str(error).partition("\n")
-        print(f"{NAME}: {message}", file=sys.stderr)
-        print(advice or f"see {NAME} {known}--help", file=sys.stderr)
+        show_error(error, f"see {NAME} {known}--help")
         return 2
     except KeyboardInterrupt:
         return 130

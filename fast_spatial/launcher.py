@@ -17,8 +17,10 @@ from typing import Any
 from fast_spatial.config.cli import NAME
 from fast_spatial.config.fields import to_json
 from fast_spatial.config.train import LaunchOptions
+from fast_spatial.errors import UserError
 from fast_spatial.kernels.host import environment_of_children, usable_cpus
 from fast_spatial.runtime.environment import COMMAND_VARIABLE
+from fast_spatial.runtime.failures import user_error_of
 from fast_spatial.runtime.signals import SIGNALS
 from fast_spatial.training.pacing import Pace
 
@@ -119,22 +121,22 @@ def _shutdown_options() -> list[str]:
 
 def _report(failures: dict[int, Any]) -> int:
     """Say which process failed, and why; the exit status."""
-
-    def message(rank: int) -> str:
-        found = failures[rank].message
-        return str(found if isinstance(found, str) else found.get("message", "")).strip()
-
-    # An error that we raise comes before what its end does to the others.
-    rank = min(failures, key=lambda rank: (not message(rank).startswith("ValueError: "), failures[rank].timestamp))
-    status = failures[rank].exitcode
-    if status - 128 in list(SIGNALS):
-        return int(status)
-    text = message(rank) or "it left no message"
-    if text.startswith("ValueError: "):
-        print(f"{NAME}: {text.removeprefix('ValueError: ')}", file=sys.stderr)
+    # A user's error comes before what its end does to the others.
+    rank = min(failures, key=lambda rank: (user_error_of(failures[rank]) is None, failures[rank].timestamp))
+    failure = failures[rank]
+    if failure.exitcode - 128 in list(SIGNALS):
+        return int(failure.exitcode)
+    if error := user_error_of(failure):
+        show_error(error)
     else:
-        print(f"{NAME}: rank {rank} failed with exit status {status}: {text.splitlines()[0]}", file=sys.stderr)
+        reason = str(failure.message).strip() or "it left no message"
+        print(f"{NAME}: rank {rank} failed with exit status {failure.exitcode}: {reason}", file=sys.stderr)
     return 1
+
+
+def show_error(error: UserError, advice: str = "") -> None:
+    """Say in two lines what is wrong and what to do; `advice` where the error has none."""
+    print("\n".join(filter(None, [f"{NAME}: {error.message}", error.advice or advice])), file=sys.stderr)
 
 
 def set_environment() -> None:

@@ -20,6 +20,7 @@ from fast_spatial.config.fields import flag, identity, to_json
 from fast_spatial.config.train import LaunchOptions, TrainConfig
 from fast_spatial.data.images import data_folder, load_split
 from fast_spatial.data.placing import choose_placement
+from fast_spatial.errors import UserError
 from fast_spatial.pipelines.dataset import (
     check_classes_agree,
     check_divides,
@@ -34,42 +35,44 @@ from fast_spatial.training.run_folder import read_segments
 
 
 def check_train(config: TrainConfig) -> None:
-    """Raise a ValueError if this training cannot work, or would mix with another run."""
+    """Raise a UserError if this training cannot work, or would mix with another run."""
     processes = check_launch(config)
     _check_data(config)
     check_divides(config.global_batch_size, processes)
     per_process = config.global_batch_size // processes
     if config.accumulate > per_process:
-        raise ValueError(f"--accumulate {config.accumulate}: each process has only {per_process} images of a batch")
+        raise UserError(f"--accumulate {config.accumulate}: each process has only {per_process} images of a batch")
     if config.bn_group and per_process % (config.accumulate * config.bn_group):
-        raise ValueError(
+        raise UserError(
             f"--bn-group {config.bn_group}: each process has {per_process} images of a batch in --accumulate "
             f"{config.accumulate} parts, which such groups do not divide"
         )
     if 0 < config.max_train_images < config.global_batch_size:
-        raise ValueError(
+        raise UserError(
             f"--max-train-images {config.max_train_images}: less than one batch; "
             f"lower --global-batch-size {config.global_batch_size}"
         )
     check_out(config)
     if config.replay:
         _check_replay(config)
-    _check_model(config)
+    _check_model(config, per_process)
 
 
 def check_bench(config: BenchConfig) -> None:
-    """Raise a ValueError if this benchmark cannot work."""
+    """Raise a UserError if this benchmark cannot work."""
     check_writable("--json", config.json)
     if config.what == "gpu" and not gpu_count():
-        raise ValueError("bench gpu: no GPU is visible\nlaunch.py doctor says more; leave gpu away for the other parts")
+        raise UserError(
+            "bench gpu: no GPU is visible", "launch.py doctor says more; leave gpu away for the other parts"
+        )
     if config.data != SYNTHETIC:
         folder = data_folder(config.data)
         for split in ("train", "val") if config.what in ("pipeline", "all") else ("val",):
             read_index(folder, split)
     if config.read_latency_ms and not has_compiler("cc"):
-        raise ValueError("--read-latency-ms: it needs a C compiler, and there is none\ninstall gcc")
+        raise UserError("--read-latency-ms: it needs a C compiler, and there is none", "install gcc")
     if config.ffcv_python and not Path(config.ffcv_python).is_file():
-        raise ValueError(f"--ffcv-python {config.ffcv_python}: there is no such file; name a Python that has FFCV")
+        raise UserError(f"--ffcv-python {config.ffcv_python}: there is no such file; name a Python that has FFCV")
     if config.checkpoint:
         from fast_spatial.evaluation.inputs import prepare
 
@@ -77,16 +80,16 @@ def check_bench(config: BenchConfig) -> None:
 
 
 def check_check(config: CheckConfig) -> None:
-    """Raise a ValueError if this check cannot work, would change the data folder, or overwrite a list of exclusions."""
+    """Raise a UserError if this check cannot work, would change the data folder, or overwrite a list of exclusions."""
     folder = data_folder(config.data)
     check_writable("--json", config.json)
     listing = Path(config.write_exclusions)
     if config.write_exclusions and os.path.lexists(listing):
-        raise ValueError(f"--write-exclusions {listing}: it exists already\nname a new file, or remove it first")
+        raise UserError(f"--write-exclusions {listing}: it exists already", "name a new file, or remove it first")
     for name in ("json", "write_exclusions"):
         written = getattr(config, name)
         if written and folder.resolve() in Path(written).resolve().parents:
-            raise ValueError(f"{flag(name)} {written}: the data folder is never written to\nname a file elsewhere")
+            raise UserError(f"{flag(name)} {written}: the data folder is never written to", "name a file elsewhere")
     for split in config.splits:
         if (folder / split).is_dir():
             return
@@ -94,7 +97,7 @@ def check_check(config: CheckConfig) -> None:
 
 
 def check_evaluate(config: EvaluateConfig) -> None:
-    """Raise a ValueError if this evaluation cannot work; reads the checkpoint and the folder's listing."""
+    """Raise a UserError if this evaluation cannot work; reads the checkpoint and the folder's listing."""
     from fast_spatial.evaluation.inputs import prepare
 
     check_launch(config)
@@ -103,7 +106,7 @@ def check_evaluate(config: EvaluateConfig) -> None:
 
 
 def check_landscape(config: LandscapeConfig) -> None:
-    """Raise a ValueError if this pass cannot work; reads the checkpoint and the folder's listing."""
+    """Raise a UserError if this pass cannot work; reads the checkpoint and the folder's listing."""
     from fast_spatial.evaluation.landscape import prepare
 
     check_launch(config)
@@ -112,14 +115,14 @@ def check_landscape(config: LandscapeConfig) -> None:
 
 
 def check_export(config: ExportConfig) -> None:
-    """Raise a ValueError if this export cannot work; reads the checkpoint."""
+    """Raise a UserError if this export cannot work; reads the checkpoint."""
     from fast_spatial.models import export
 
     for name in ("safetensors", "onnx"):
         file = getattr(config, name)
         check_writable(flag(name), file)
         if file and os.path.lexists(file):
-            raise ValueError(f"{flag(name)} {file}: there is such a file already\nremove it, or name another one")
+            raise UserError(f"{flag(name)} {file}: there is such a file already", "remove it, or name another one")
     if config.onnx:
         export.find_onnx()
     _, arch, side, _ = export.prepare(config)
@@ -133,21 +136,21 @@ def check_launch(config: LaunchOptions) -> int:
     except ValueError:
         nodes, most = 0, 0
     if not 1 <= nodes <= most or config.nnodes.count(":") > 1:
-        raise ValueError(f"--nnodes {config.nnodes}: expected a number, or MIN:MAX")
+        raise UserError(f"--nnodes {config.nnodes}: expected a number, or MIN:MAX")
     if config.nnodes != "1" and not config.rdzv_endpoint:
-        raise ValueError(f"--nnodes {config.nnodes}: several nodes meet at --rdzv-endpoint HOST:PORT, which is missing")
+        raise UserError(f"--nnodes {config.nnodes}: several nodes meet at --rdzv-endpoint HOST:PORT, which is missing")
     if config.max_restarts < 0 or config.node_rank < 0:
-        raise ValueError("--max-restarts and --node-rank must be at least 0")
+        raise UserError("--max-restarts and --node-rank must be at least 0")
     if config.stall_minutes <= 0:
-        raise ValueError(f"--stall-minutes {config.stall_minutes:g}: it must be more than 0")
+        raise UserError(f"--stall-minutes {config.stall_minutes:g}: it must be more than 0")
     gpus = gpu_count()
     if gpus and config.nproc_per_node > gpus:
-        raise ValueError(f"--nproc-per-node {config.nproc_per_node}: this node has {gpus} GPUs, one process each")
+        raise UserError(f"--nproc-per-node {config.nproc_per_node}: this node has {gpus} GPUs, one process each")
     if gpus and not has_compiler("cc"):
-        raise ValueError("there is no C compiler, which Triton needs to start its kernels on GPUs\ninstall gcc")
+        raise UserError("there is no C compiler, which Triton needs to start its kernels on GPUs", "install gcc")
     choose_placement(config.decode, config.warp, on_gpu=gpus > 0, exact=False)
     if config.in_process and (config.nproc_per_node > 1 or config.nnodes != "1"):
-        raise ValueError("--in-process: it runs one process; leave --nproc-per-node and --nnodes away")
+        raise UserError("--in-process: it runs one process; leave --nproc-per-node and --nnodes away")
     return nodes * local_processes(config)
 
 
@@ -170,14 +173,14 @@ def gpu_count() -> int:
 
 
 def check_out(config: TrainConfig) -> None:
-    """Raise a ValueError if the run's folder holds something else than this run."""
+    """Raise a UserError if the run's folder holds something else than this run."""
     out = Path(config.out)
     # os.path's tests say no where this user may not even look.
     nearest = next(folder for folder in (out, *out.absolute().parents) if os.path.exists(folder))
     if not os.path.isdir(nearest):
-        raise ValueError(f"--out {out}: {'that' if nearest == out else nearest} is a file; name a folder")
+        raise UserError(f"--out {out}: {'that' if nearest == out else nearest} is a file; name a folder")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise ValueError(f"--out {out}: {nearest} cannot be written by this user\nname another folder")
+        raise UserError(f"--out {out}: {nearest} cannot be written by this user", "name another folder")
     # Another node may be writing, and a plan may have been made.
     if nearest != out or all(
         path.name.startswith(".") or path.name in (PLAN, CALIBRATION, USAGE) for path in out.iterdir()
@@ -188,26 +191,28 @@ def check_out(config: TrainConfig) -> None:
         if not isinstance(stored, dict):
             raise ValueError
     except (OSError, ValueError):
-        raise ValueError(f"--out {out}: it holds files, but no run of this program; name a new folder") from None
+        raise UserError(f"--out {out}: it holds files, but no run of this program; name a new folder") from None
     # What there is before the processes meet does not count: on several nodes, the first one wrote it.
     if config.resume == "never" and any((out / name).exists() for name in (LOG, LAST, PREVIOUS, BEST)):
-        raise ValueError(f"--out {out}: it holds a run, and --resume never continues none\nname a new folder")
+        raise UserError(f"--out {out}: it holds a run, and --resume never continues none", "name a new folder")
     if differences := _differences(stored, config):
-        raise ValueError(f"--out {out}: it holds another run ({differences})\nname a new folder")
+        raise UserError(f"--out {out}: it holds another run ({differences})", "name a new folder")
 
 
 def _check_replay(config: TrainConfig) -> None:
-    """Raise a ValueError unless this is the training that is to be repeated."""
+    """Raise a UserError unless this is the training that is to be repeated."""
     read_segments(config.replay)
     file = Path(config.replay) / CONFIG
     try:
         stored: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"--replay {config.replay}: {file} cannot be read ({error})\nname a folder of train") from None
+        raise UserError(
+            f"--replay {config.replay}: {file} cannot be read ({error})", "name a folder of train"
+        ) from None
     if differences := _differences(stored, config):
-        raise ValueError(
-            f"--replay {config.replay}: that was another training ({differences})\n"
-            f"give its flags, and --recipe {stored.get('recipe')}"
+        raise UserError(
+            f"--replay {config.replay}: that was another training ({differences})",
+            f"give its flags, and --recipe {stored.get('recipe')}",
         )
 
 
@@ -227,7 +232,7 @@ def claim_out(config: TrainConfig) -> None:
     try:
         write_json(path, to_json(config))
     except OSError as error:
-        raise ValueError(f"--out {config.out}: it cannot be written ({error.strerror})\nname another folder") from None
+        raise UserError(f"--out {config.out}: it cannot be written ({error.strerror})", "name another folder") from None
 
 
 def _check_data(config: TrainConfig) -> None:
@@ -236,16 +241,16 @@ def _check_data(config: TrainConfig) -> None:
     for split in ("train", "val"):
         check_not_empty(folder, split, names)
     if config.classes > len(names):
-        raise ValueError(f"--classes {config.classes}: {config.data} has {len(names)} classes")
+        raise UserError(f"--classes {config.classes}: {config.data} has {len(names)} classes")
     if config.exclude:
         load_split(config.data, "val", exclude=config.exclude)
         found = len(load_split(config.data, "train", exclude=config.exclude, classes=config.classes))
     else:
         found = count_images(folder, "train", names[: config.classes or None], at_most=config.global_batch_size)
     if found < config.global_batch_size:
-        raise ValueError(
-            f"--global-batch-size {config.global_batch_size}: {config.data} holds only {found} training images\n"
-            f"lower --global-batch-size"
+        raise UserError(
+            f"--global-batch-size {config.global_batch_size}: {config.data} holds only {found} training images",
+            "lower --global-batch-size",
         )
 
 
@@ -259,10 +264,33 @@ def _check_side(arch: str, name: str, side: int) -> None:
         net(torch.empty(1, 3, side, side, device="meta"))
     except (AssertionError, RuntimeError) as error:
         reason = str(error).splitlines()[0][:100]
-        raise ValueError(f"--arch {arch} cannot take views of {flag(name)} {side}: {reason}") from None
+        raise UserError(f"--arch {arch} cannot take views of {flag(name)} {side}: {reason}") from None
 
 
-def _check_model(config: TrainConfig) -> None:
+def _check_batch_norm(config: TrainConfig, per_process: int) -> None:
+    """Raise a UserError if BatchNorm would meet a single value per channel, of which it cannot take a deviation."""
+    import torch
+
+    from fast_spatial.models import classifier
+
+    part = per_process // config.accumulate
+    if min(part, config.bn_group or part) > 1:
+        return
+    name = "start_side" if config.start_side else "side"
+    side = getattr(config, name)
+    net = classifier.shapes_of(config.arch, 10).train()
+    try:
+        net(torch.empty(1, 3, side, side, device="meta"))
+    except ValueError:  # by which torch says so
+        given = "bn_group" if config.bn_group == 1 else "accumulate" if config.accumulate > 1 else "global_batch_size"
+        raise UserError(
+            f"{flag(given)} {getattr(config, given)}: BatchNorm would meet one image, whose last maps "
+            f"are one pixel at {flag(name)} {side}",
+            "raise --global-batch-size, lower --accumulate, or leave --bn-group out",
+        ) from None
+
+
+def _check_model(config: TrainConfig, per_process: int) -> None:
     import torch
 
     from fast_spatial.training.optim import find_apex_sgd
@@ -270,9 +298,10 @@ def _check_model(config: TrainConfig) -> None:
     for name in ("start_side", "side", "eval_side"):
         if getattr(config, name):
             _check_side(config.arch, name, getattr(config, name))
+    _check_batch_norm(config, per_process)
     if config.optimizer == "apex":
         find_apex_sgd()
     if config.compile == "true" and not gpu_count() and not has_compiler("c++"):
-        raise ValueError("--compile true: on CPUs it needs a C++ compiler, and there is none\ninstall g++")
+        raise UserError("--compile true: on CPUs it needs a C++ compiler, and there is none", "install g++")
     if config.dtype == "float16" and not torch.cuda.is_available():
-        raise ValueError("--dtype float16: it needs a GPU, and none is visible; use float32 or bfloat16")
+        raise UserError("--dtype float16: it needs a GPU, and none is visible; use float32 or bfloat16")

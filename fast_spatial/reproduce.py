@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from fast_spatial.config.commands import EvaluateConfig, LandscapeConfig, Reprod
 from fast_spatial.config.modes import DIGITS, row_name
 from fast_spatial.config.rows import requests
 from fast_spatial.config.train import LaunchOptions, TrainConfig
+from fast_spatial.errors import UserError
 from fast_spatial.launcher import Launch
 from fast_spatial.reporting.report import write_report
 from fast_spatial.reporting.tables import grid_note, published_table, results_table
@@ -95,12 +97,18 @@ def reproduce(config: ReproduceConfig, rows: list[Row], launch: Launch, spending
             results.append(json.loads(row.result_file.read_text(encoding="utf-8")))
             write_json(Path(config.out) / RESULTS, results)
             map_landscape(row, launch, limits)
-        except (ValueError, RuntimeError, SystemExit) as error:
-            if isinstance(error, SystemExit) and error.code != 1:
+        except SystemExit as error:
+            if error.code != 1:
                 raise  # it was asked to stop
             failed.append(row.name)
-            reason = "" if isinstance(error, SystemExit) else f": {error}"
-            say(f"{title}: failed{reason}")
+            say(f"{title}: failed")  # why was said when the task ended
+        except UserError as error:
+            failed.append(row.name)
+            say(f"{title}: failed: {error}")
+        except Exception:
+            failed.append(row.name)
+            traceback.print_exc()
+            say(f"{title}: failed")
     if results:
         _write_tables(config, rows, results)
     if results or any((Path(row.train.out) / CONFIG).is_file() for row in rows):

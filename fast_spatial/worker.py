@@ -7,22 +7,24 @@ both of them JSON; a limit is when the task has to be done: a number, the fields
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
-from torch.distributed.elastic.multiprocessing.errors import record
-
 from fast_spatial.config.commands import CalibrateConfig, EvaluateConfig, LandscapeConfig
 from fast_spatial.config.fields import from_json
 from fast_spatial.config.train import TrainConfig
 from fast_spatial.data.decoders import find_decoding
+from fast_spatial.errors import UserError
 from fast_spatial.evaluation.evaluate import evaluate_checkpoint
 from fast_spatial.evaluation.landscape import landscape
 from fast_spatial.runtime import distributed
+from fast_spatial.runtime.failures import leave_failure
 from fast_spatial.runtime.signals import stop_with_parent
 from fast_spatial.training.calibration import calibrate
 from fast_spatial.training.pacing import Pace
@@ -49,27 +51,23 @@ def run(task: str, values: dict[str, Any], limit: Any = None) -> None:
     function(config, world, limit)
 
 
-@record
-def recorded() -> None:
-    """Run the task of the command line; torchrun learns of an error from the file that `record` writes."""
-    try:
-        run(sys.argv[1], *map(json.loads, sys.argv[2:]))
-    except ValueError:
-        sys.excepthook = lambda *_: None  # its text says it all, and is printed by the launcher
-        raise
-    except RuntimeError:
-        if distributed.is_shared():  # more likely the end of another process, which is to be reported first
-            time.sleep(2)
-        raise
-
-
 def main() -> None:
     """The entry that torchrun calls."""
+    faulthandler.enable(all_threads=True)
     stop_with_parent()
     try:
-        recorded()
+        run(sys.argv[1], *map(json.loads, sys.argv[2:]))
     except KeyboardInterrupt:  # where nothing listens for signals yet, or nothing is to be saved
         sys.exit(130)
+    except UserError as error:
+        leave_failure(error)
+        sys.exit(1)  # the launcher says why, once for all processes
+    except Exception as error:
+        if isinstance(error, RuntimeError) and distributed.is_shared():
+            time.sleep(2)  # more likely the end of another process, which is to be reported first
+        leave_failure(error)
+        print(f"rank {os.environ.get('RANK', '0')}:", file=sys.stderr)
+        raise
     finally:
         distributed.stop()
 

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fast_spatial.errors import UserError
 from fast_spatial.kernels.sampling import TRAINING, epoch_order, pack_key
 from fast_spatial.pipelines.text import some
 
@@ -101,7 +102,7 @@ class ImageIndex:
         """A fixed pseudo-random subset with so many images of every class that has any, in the split's order.
 
         Raises:
-            ValueError: if a class has fewer.
+            UserError: if a class has fewer.
 
         """
         return self._take(np.sort(self.balanced_positions(per_class)))
@@ -120,7 +121,7 @@ class ImageIndex:
         """The positions of `balanced_subset`: the first so many rounds of `balanced_order`.
 
         Raises:
-            ValueError: if a class has fewer images.
+            UserError: if a class has fewer images.
 
         """
         counts = self.class_counts()
@@ -147,7 +148,7 @@ class ImageIndex:
         comments. The positions of those that stay are counted anew, and with them their draws in the random stream.
 
         Raises:
-            ValueError: on a line that names anything else that is there, or if a class is left without images.
+            UserError: on a line that names anything else that is there, or if a class is left without images.
 
         """
         wanted = [line for line in read_exclusions(listing) if line.startswith(f"{self.root.name}/")]
@@ -158,16 +159,16 @@ class ImageIndex:
         unknown = sorted(set(wanted) - set(left_out))
         for line in unknown:
             if os.path.lexists(self.root.parent / line):
-                raise ValueError(
-                    f"--exclude {listing}: {line} is there, but is none of the images of {self.root}\n"
-                    f"name images as in {self.relative_path(0)}"
+                raise UserError(
+                    f"--exclude {listing}: {line} is there, but is none of the images of {self.root}",
+                    f"name images as in {self.relative_path(0)}",
                 )
         kept = self._take(np.delete(np.arange(len(self)), positions))
         emptied = np.setdiff1d(self.labels, kept.labels)
         if len(emptied):
-            raise ValueError(
-                f"--exclude {listing}: it leaves no images in class {self.classes[emptied[0]]} of {self.root}\n"
-                f"keep some, or take the class out of both train/ and val/"
+            raise UserError(
+                f"--exclude {listing}: it leaves no images in class {self.classes[emptied[0]]} of {self.root}",
+                "keep some, or take the class out of both train/ and val/",
             )
         return replace(kept, left_out=LeftOut(tuple(left_out), len(unknown)))
 
@@ -187,28 +188,28 @@ def list_classes(data: Path, split: str) -> list[str]:
     """The sorted class folders of a split.
 
     Raises:
-        ValueError: naming what is wrong with the layout, and the line that fixes a flat validation folder.
+        UserError: naming what is wrong with the layout, and the line that fixes a flat validation folder.
 
     """
     root = data / split
     if not data.is_dir():
-        raise ValueError(
+        raise UserError(
             f"--data {data}: there is no such folder; give the folder that holds train/ and val/, or digits"
         )
     if not root.is_dir():
         found = ", ".join(sorted(entry.name for entry in os.scandir(data))[:4]) or "nothing"
-        raise ValueError(f"--data {data}: it has no {split}/ (it holds {found}); expected {root}/<class>/<image>")
+        raise UserError(f"--data {data}: it has no {split}/ (it holds {found}); expected {root}/<class>/<image>")
     try:
         entries = list(os.scandir(root))
     except OSError as error:
-        raise ValueError(f"--data {data}: {root} cannot be read ({error.strerror}); mend it") from None
+        raise UserError(f"--data {data}: {root} cannot be read ({error.strerror}); mend it") from None
     classes = [entry.name for entry in entries if entry.is_dir()]
     files = sum(is_image(entry.name) for entry in entries if not entry.is_dir())
     if not classes and files:
         fix = FLAT_VAL_FIX.format(data=data.resolve()) if split == "val" else f"sort them into {root}/<class>/"
-        raise ValueError(f"--data {data}: {root} holds {files} images but no class folders; {fix}")
+        raise UserError(f"--data {data}: {root} holds {files} images but no class folders; {fix}")
     if not classes:
-        raise ValueError(f"--data {data}: {root} is empty; expected {root}/<class>/<image>")
+        raise UserError(f"--data {data}: {root} is empty; expected {root}/<class>/<image>")
     return sorted(classes)
 
 
@@ -216,23 +217,23 @@ def read_exclusions(listing: Path) -> list[str]:
     """The paths that an exclusion file names, each once.
 
     Raises:
-        ValueError: if it cannot be read, or names something that is in no split.
+        UserError: if it cannot be read, or names something that is in no split.
 
     """
     try:
         lines = listing.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
     except OSError as error:
-        raise ValueError(
-            f"--exclude {listing}: it cannot be read ({error.strerror})\n"
-            f"give a file with a path per line, as `check --write-exclusions FILE` writes it"
+        raise UserError(
+            f"--exclude {listing}: it cannot be read ({error.strerror})",
+            "give a file with a path per line, as `check --write-exclusions FILE` writes it",
         ) from None
     names = [line.rstrip("\r") for line in lines]
     names = [name for name in names if name.strip() and not name.startswith("#")]
     for name in names:
         if name.partition("/")[0] not in SPLITS:
-            raise ValueError(
-                f"--exclude {listing}: {name} is in no split\n"
-                f"paths are relative to the data folder, as in train/n01440764/n01440764_18.JPEG"
+            raise UserError(
+                f"--exclude {listing}: {name} is in no split",
+                "paths are relative to the data folder, as in train/n01440764/n01440764_18.JPEG",
             )
     return list(dict.fromkeys(names))
 
@@ -241,13 +242,13 @@ def check_classes_agree(data: Path) -> list[str]:
     """The classes of `data`, the same in train/ and val/.
 
     Raises:
-        ValueError: naming the first classes that only one of them has.
+        UserError: naming the first classes that only one of them has.
 
     """
     train, val = list_classes(data, "train"), list_classes(data, "val")
     if train != val:
         only_train, only_val = sorted(set(train) - set(val)), sorted(set(val) - set(train))
-        raise ValueError(
+        raise UserError(
             f"--data {data}: train/ and val/ have different classes (only in train: {some(only_train)}; only in val: "
             f"{some(only_val)}); labels would not mean the same, make the folders agree"
         )
@@ -255,7 +256,7 @@ def check_classes_agree(data: Path) -> list[str]:
 
 
 def check_not_empty(data: Path, split: str, classes: list[str]) -> None:
-    """Raise a ValueError that names the first class folder without an image."""
+    """Raise a UserError that names the first class folder without an image."""
     for name in classes:
         if next(iter(_images_below(data / split / name)), None) is None:
             raise _empty(data, data / split / name)
@@ -267,16 +268,16 @@ def count_images(data: Path, split: str, classes: list[str], *, at_most: int) ->
     return sum(1 for _ in islice(images, at_most))
 
 
-def _empty(data: Path, folder: Path) -> ValueError:
-    return ValueError(f"--data {data}: the class folder {folder} holds no images; fill or remove it")
+def _empty(data: Path, folder: Path) -> UserError:
+    return UserError(f"--data {data}: the class folder {folder} holds no images; fill or remove it")
 
 
 def check_divides(global_batch_size: int, world_size: int) -> None:
-    """Raise a ValueError unless every process gets the same number of images of a global batch."""
+    """Raise a UserError unless every process gets the same number of images of a global batch."""
     if global_batch_size % world_size:
         below = [n for n in range(1, world_size) if global_batch_size % n == 0][-1]
         above = -(-global_batch_size // world_size) * world_size
-        raise ValueError(
+        raise UserError(
             f"--global-batch-size {global_batch_size} does not divide among {world_size} processes; use {below} "
             f"processes, or --global-batch-size {above}"
         )
@@ -286,7 +287,7 @@ def read_index(data: Path, split: str) -> ImageIndex:
     """The index of `data/split`.
 
     Raises:
-        ValueError: on a layout that is not one folder per class, or a class without images.
+        UserError: on a layout that is not one folder per class, or a class without images.
 
     """
     root = (data / split).absolute()
@@ -338,4 +339,4 @@ def _holds(folder: str, other: str) -> bool:
 
 
 def _refuse(folder: str, why: str) -> None:
-    raise ValueError(f"--data: {folder} cannot be used: {why}\nmend or remove it")
+    raise UserError(f"--data: {folder} cannot be used: {why}", "mend or remove it")

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
+from fast_spatial.errors import UserError
 from fast_spatial.kernels.crops import Crops
 from fast_spatial.kernels.host import cpus_per_process
 from fast_spatial.kernels.sampling import CENTER, EPOCH, HEADER_WIDTH, INDEX, KEY, LABEL, SIDE, TICKET, epoch_order
@@ -100,7 +101,7 @@ class Loader:
     position) alone, so the stream stays a pure function, whenever the damage is found.
 
     Raises:
-        ValueError: if the world size does not divide the batch, the split is smaller than one batch, or images are to
+        UserError: if the world size does not divide the batch, the split is smaller than one batch, or images are to
             be decoded on a GPU for a loader without one.
 
     """
@@ -128,7 +129,7 @@ class Loader:
     ) -> None:
         check_divides(global_batch_size, world_size)
         if train and len(images) < global_batch_size:
-            raise ValueError(
+            raise UserError(
                 f"{images.root} holds {len(images)} images, less than one global batch of {global_batch_size}; "
                 f"lower --global-batch-size"
             )
@@ -345,7 +346,7 @@ class Loader:
 
     def _check_some_are_good(self) -> None:
         if len(self._bad_images) == len(self.images):
-            raise ValueError(f"{self.images.root}: none of its {len(self.images)} images can be decoded")
+            raise UserError(f"{self.images.root}: none of its {len(self.images)} images can be decoded")
 
     def _refuse(self, bad: dict[int, str], _: Collection[int]) -> None:
         raise undecodable(self.images, bad)
@@ -394,15 +395,15 @@ class Loader:
         return self.images.paths[positions], headers, *constants, *canvas
 
 
-def undecodable(images: ImageIndex, bad: dict[int, str], otherwise: str = "") -> ValueError:
+def undecodable(images: ImageIndex, bad: dict[int, str], otherwise: str = "") -> UserError:
     """The error that names images, by position, that cannot be decoded, and says what to do (or `otherwise`)."""
     position, reason = next(iter(bad.items()))
     more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
     data = images.root.parent
-    return ValueError(
-        f"{printable(images.path(position))}: {reason}{more}\n"
+    return UserError(
+        f"{printable(images.path(position))}: {reason}{more}",
         f"find all such files with launch.py check --data {data} --write-exclusions FILE, and leave them out with "
-        f"--exclude FILE{otherwise}"
+        f"--exclude FILE{otherwise}",
     )
 
 

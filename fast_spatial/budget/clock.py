@@ -17,6 +17,7 @@ from types import TracebackType
 
 from fast_spatial.config.fields import flag
 from fast_spatial.config.train import BudgetOptions
+from fast_spatial.errors import UserError
 from fast_spatial.runtime.files import write_json
 from fast_spatial.runtime.run_files import USAGE
 
@@ -57,7 +58,7 @@ def budget_of(options: BudgetOptions, gpus: int, known_moment: str | None = None
         known_moment: of `--until`, as an earlier start of the same command understood it.
 
     Raises:
-        ValueError: on GPU-hours without a GPU, or a time that is over or cannot be read.
+        UserError: on GPU-hours without a GPU, or a time that is over or cannot be read.
 
     """
     if options.until:
@@ -69,7 +70,7 @@ def budget_of(options: BudgetOptions, gpus: int, known_moment: str | None = None
     value = getattr(options, name)
     asked = f"{flag(name)} {value:g}"
     if not gpus:
-        raise ValueError(f"{asked}: it counts hours of GPUs, and none is visible\ngive --hours, or --until")
+        raise UserError(f"{asked}: it counts hours of GPUs, and none is visible", "give --hours, or --until")
     gpu_hours = value if name == "gpu_hours" else value / options.price
     return Budget(asked, gpu_hours / gpus, None, gpus)
 
@@ -78,7 +79,7 @@ def moment_of(text: str, now: datetime.datetime | None = None) -> datetime.datet
     """The next time of the clock, or the date and time, that a text names; in this machine's time zone, unless it says.
 
     Raises:
-        ValueError: if it cannot be read, or is over.
+        UserError: if it cannot be read, or is over.
 
     """
     now = (now or datetime.datetime.now()).astimezone()
@@ -88,14 +89,14 @@ def moment_of(text: str, now: datetime.datetime | None = None) -> datetime.datet
         try:
             found = datetime.datetime.fromisoformat(text).astimezone()
         except ValueError:
-            raise ValueError(f"--until {text}: expected a time, as in 18:30 or 2030-01-31T06:00") from None
+            raise UserError(f"--until {text}: expected a time, as in 18:30 or 2030-01-31T06:00") from None
     else:
         today = now.astimezone(time_of_day.tzinfo)
         found = datetime.datetime.combine(today, time_of_day).astimezone()
         if found <= now:
             found = datetime.datetime.combine(today + datetime.timedelta(days=1), time_of_day).astimezone()
     if found <= now:
-        raise ValueError(f"--until {text}: that is over")
+        raise UserError(f"--until {text}: that is over")
     return found
 
 
@@ -108,7 +109,7 @@ class Clock:
         writes: whether this process keeps the record; on several nodes, one does.
 
     Raises:
-        ValueError: if there is a record that cannot be read, or none can be written.
+        UserError: if there is a record that cannot be read, or none can be written.
 
     """
 
@@ -132,7 +133,7 @@ class Clock:
             try:
                 self._write(ended=False)
             except OSError as error:
-                raise ValueError(f"--out {self._file.parent}: it cannot be written ({error.strerror})") from None
+                raise UserError(f"--out {self._file.parent}: it cannot be written ({error.strerror})") from None
             self._thread.start()
         return self
 
@@ -162,7 +163,7 @@ def _parts(file: Path) -> list[dict[str, float]]:
             part["seconds"] + part["ended"]
         return list(found)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{file}: it cannot be read ({error}), so nobody knows how much of the budget is used\n"
-            f"name a new folder, or remove the file to begin the budget anew"
+        raise UserError(
+            f"{file}: it cannot be read ({error}), so nobody knows how much of the budget is used",
+            "name a new folder, or remove the file to begin the budget anew",
         ) from None

@@ -20,6 +20,7 @@ from fast_spatial.config.recipes import PUBLISHED_CONDITIONS, PUBLISHED_LADDER, 
 from fast_spatial.config.recipes import names as recipe_names
 from fast_spatial.config.rows import RowRequest
 from fast_spatial.config.train import TrainConfig
+from fast_spatial.errors import UserError
 from fast_spatial.kernels.spatial import GRID_VIEWS
 from fast_spatial.runtime.text import aligned
 from fast_spatial.training.schedule import mean_over_rest, side_starts
@@ -114,7 +115,7 @@ def candidate_recipes(asked: str, data: str, rows: Sequence[RowRequest]) -> list
     """The recipes that a budget may choose from: the one that is asked for, or those that fit the other flags.
 
     Raises:
-        ValueError: if none does.
+        UserError: if none does.
 
     """
     if asked:
@@ -125,7 +126,7 @@ def candidate_recipes(asked: str, data: str, rows: Sequence[RowRequest]) -> list
         try:
             for row in rows:
                 row.configure(name)
-        except ValueError:
+        except UserError:
             if name == known[-1]:
                 raise
             continue
@@ -155,7 +156,7 @@ def make_plan(
         keep_eval_every: whether evaluations between epochs stay as the recipe has them, whatever they cost.
 
     Raises:
-        ValueError: if the budget is too small for anything.
+        UserError: if the budget is too small for anything.
 
     """
     kept = list(requests)
@@ -180,11 +181,11 @@ def make_plan(
         )
         needed = sum(row.fixed_sec + row.epoch_sec for row in rows) + _end_sec(len(rows), measured["left_sec"], judged)
         fewer = f"{'fewer --rows, ' if judged else ''}or fewer images (--classes, --max-train-images)"
-        raise ValueError(
+        raise UserError(
             f"the budget is too small: {max(0.0, measured['left_sec']):.0f} s are left after measuring, and one epoch "
-            f"of {', '.join(row.name for row in rows)} with its judging takes {needed:.0f} s here\n"
+            f"of {', '.join(row.name for row in rows)} with its judging takes {needed:.0f} s here",
             f"give at least {math.ceil(needed - measured['left_sec'])} s more, {fewer}{compiling}; if other programs "
-            f"keep this machine busy, end them first"
+            f"keep this machine busy, end them first",
         )
     return Plan(rows, left_out + notes, _end_sec(len(rows), measured["left_sec"], judged))
 
@@ -226,10 +227,11 @@ def _attempt(
             return with_epochs(rows, needed), needed, judging.left_out
         if len(recipes) == 1:
             seconds = sum(row.fixed_sec + needed * row.epoch_sec for row in rows)
-            raise ValueError(
+            raise UserError(
                 f"--recipe {recipe}: its {needed} epochs with their milestones are never rescaled, and take "
                 f"{seconds / 3600:.2f} hours here for {', '.join(row.name for row in rows)}, where "
-                f"{left / 3600:.2f} are left\ngive more, or choose a recipe with a linear schedule"
+                f"{left / 3600:.2f} are left",
+                "give more, or choose a recipe with a linear schedule",
             )
     fitting = [(rows, epochs) for _, rows, epochs in ladder if rows[0].train.epochs <= epochs]
     rows, epochs = fitting[-1] if fitting else ladder[0][1:]

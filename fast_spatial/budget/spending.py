@@ -22,6 +22,7 @@ from fast_spatial.config.fields import to_json
 from fast_spatial.config.recipes import REFERENCE
 from fast_spatial.config.rows import RowRequest
 from fast_spatial.config.train import BudgetOptions, LaunchOptions
+from fast_spatial.errors import UserError
 from fast_spatial.kernels.spatial import GRID_VIEWS
 from fast_spatial.launcher import Launch
 from fast_spatial.runtime.files import write_json
@@ -117,7 +118,7 @@ class Limits:
         what a row has of its training already, it does not get again.
 
         Raises:
-            ValueError: if there is too little for a training that was not begun.
+            UserError: if there is too little for a training that was not begun.
 
         """
         row, now, rest = self.row, time.monotonic(), _rest(self.row)
@@ -125,9 +126,9 @@ class Limits:
         mine = rest * row.epoch_sec
         epochs = max(0.0, left) / (sum(_rest(r) * r.epoch_sec for r in self.others) + mine) if mine else 0.0
         if rest == 1 and epochs < _FEWEST_EPOCHS:
-            raise ValueError(
-                f"no time is left for {row.name}: {epochs:.2f} epochs of it\n"
-                f"give more (the same command, and a larger budget), or see what there is with launch.py report"
+            raise UserError(
+                f"no time is left for {row.name}: {epochs:.2f} epochs of it",
+                "give more (the same command, and a larger budget), or see what there is with launch.py report",
             )
         seconds = row.fixed_sec + epochs * mine
         return Pace(
@@ -161,7 +162,7 @@ def _rest(row: PlannedRow) -> float:
     """The share of a row's training that is not done yet."""
     try:
         saved = find_latest(Path(row.train.out)).state
-    except ValueError:  # the training itself will say so
+    except UserError:  # the training itself will say so
         return 1.0
     if saved is None or "segments" not in saved:
         return 1.0
@@ -172,29 +173,29 @@ def check(asked: Asked) -> tuple[Budget, dict[str, Any] | None]:
     """The budget, and the plan of an earlier start (None: this is the first one); nothing is written.
 
     Raises:
-        ValueError: on a budget that makes no sense here, a training that cannot work, or a folder with another plan.
+        UserError: on a budget that makes no sense here, a training that cannot work, or a folder with another plan.
 
     """
     if asked.options.nnodes != "1":
-        raise ValueError(f"--nnodes {asked.options.nnodes}: budgets are for one machine\nleave the budget away")
+        raise UserError(f"--nnodes {asked.options.nnodes}: budgets are for one machine", "leave the budget away")
     gpus = preflight.check_launch(asked.options) if preflight.gpu_count() else 0
     file = asked.out / PLAN
     found = _read(file, "flags", "budget", "begun", "start_sec", "text") if file.is_file() else None
     if found is not None and not found["begun"]:
         found = None  # it was only asked what a plan would be
     if found is not None and found["flags"] != asked.flags:
-        raise ValueError(
-            f"--out {asked.out}: what it holds was begun with other flags ({_differences(found['flags'], asked.flags)})"
-            f"\nname a new folder"
+        raise UserError(
+            f"--out {asked.out}: it was begun with other flags ({_differences(found['flags'], asked.flags)})",
+            "name a new folder",
         )
     moment = (
         found["budget"]["moment"] if found and found["budget"]["asked"] == f"--until {asked.options.until}" else None
     )
     budget = budget_of(asked.options, gpus, moment)
     if found is not None and found["budget"]["gpus"] != gpus and (asked.options.gpu_hours or asked.options.budget):
-        raise ValueError(
-            f"{budget.asked}: it was begun on {found['budget']['gpus']} GPUs, and here are {gpus}\n"
-            f"give as many, or --hours"
+        raise UserError(
+            f"{budget.asked}: it was begun on {found['budget']['gpus']} GPUs, and here are {gpus}",
+            "give as many, or --hours",
         )
     if found is None:
         for row in asked.rows:
@@ -206,15 +207,15 @@ def open_plan(asked: Asked, budget: Budget, found: dict[str, Any] | None, clock:
     """Measure and plan, or go on with the plan that was found; it is printed and written down.
 
     Raises:
-        ValueError: on a budget that is too small, or used up.
+        UserError: on a budget that is too small, or used up.
 
     """
     left = budget.until(clock) - time.monotonic()
     if left <= 0:
         over = "" if budget.moment is None else f"; it was over at {budget.moment:%Y-%m-%d %H:%M}"
-        raise ValueError(
-            f"{budget.asked}: all of it is used ({clock.used_sec / 3600:.2f} hours in use{over})\n"
-            f"give more, or see what there is: launch.py report {asked.out}"
+        raise UserError(
+            f"{budget.asked}: all of it is used ({clock.used_sec / 3600:.2f} hours in use{over})",
+            f"give more, or see what there is: launch.py report {asked.out}",
         )
     recipes = asked.recipes
     if found is None:
@@ -293,7 +294,7 @@ def _read(file: Path, *needed: str) -> dict[str, Any]:
         if missing := {*needed} - found.keys():
             raise KeyError(*sorted(missing))
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{file}: it cannot be read ({error})\nname a new folder") from None
+        raise UserError(f"{file}: it cannot be read ({error})", "name a new folder") from None
     return found
 
 

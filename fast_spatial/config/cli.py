@@ -21,6 +21,7 @@ from fire.decorators import SetParseFn
 
 from fast_spatial.config.fields import flag
 from fast_spatial.config.train import BudgetOptions, LaunchOptions
+from fast_spatial.errors import UserError
 
 NAME = "launch.py"
 Options = dict[str, "Field[Any]"]
@@ -51,7 +52,7 @@ def dispatch(commands: dict[str, Command], argv: Sequence[str]) -> None:
     """Run a command line.
 
     Raises:
-        ValueError: on anything that is not a known command with known flags and their values.
+        UserError: on anything that is not a known command with known flags and their values.
 
     """
     functions = {name: _function(command) for name, command in commands.items()}
@@ -60,7 +61,7 @@ def dispatch(commands: dict[str, Command], argv: Sequence[str]) -> None:
         return
     name, *words = argv
     if name not in commands:
-        raise ValueError(f"{name}: no such command{_nearest(name, commands)}; choose one of {', '.join(commands)}")
+        raise UserError(f"{name}: no such command{_nearest(name, commands)}; choose one of {', '.join(commands)}")
     if "--help" in words or "-h" in words:
         print(_help(name, functions[name]))
         return
@@ -77,7 +78,7 @@ def read_flags(words: Sequence[str], options: Options) -> dict[str, str]:
     """Raw values by field name, of `--flag value`, `--flag=value`, `--switch` and `--noswitch`.
 
     Raises:
-        ValueError: on a stray word, a one-letter flag, an unknown flag, a missing value, or a flag given twice.
+        UserError: on a stray word, a one-letter flag, an unknown flag, a missing value, or a flag given twice.
 
     """
     raw: dict[str, str] = {}
@@ -85,26 +86,26 @@ def read_flags(words: Sequence[str], options: Options) -> dict[str, str]:
     while queue:
         word = queue.pop(0)
         if re.fullmatch(r"-[A-Za-z](=.*)?", word):
-            raise ValueError(f"{word}: one-letter flags are not taken; write the flag out")
+            raise UserError(f"{word}: one-letter flags are not taken; write the flag out")
         if not word.startswith("--") or word == "--":
-            raise ValueError(f"{word}: a stray word; every value needs its flag, as in --data {word}")
+            raise UserError(f"{word}: a stray word; every value needs its flag, as in --data {word}")
         text, equals, value = word[2:].partition("=")
         name = text.replace("-", "_")
         off = name.removeprefix("no").removeprefix("_")
         if name not in options and off != name and off in options and _is_switch(options[off]):
             if equals:
-                raise ValueError(f"{word}: {flag(name)} takes no value")
+                raise UserError(f"{word}: {flag(name)} takes no value")
             name, value = off, "false"
         elif name not in options:
-            raise ValueError(f"{flag(name)}: no such flag{_nearest(flag(name), map(flag, options))}")
+            raise UserError(f"{flag(name)}: no such flag{_nearest(flag(name), map(flag, options))}")
         elif not equals and _is_switch(options[name]):
             value = queue.pop(0) if queue and queue[0].lower() in ("true", "false") else "true"
         elif not equals:
             if not queue or (queue[0].startswith("-") and not _is_number(queue[0])):
-                raise ValueError(f"{flag(name)}: its value is missing")
+                raise UserError(f"{flag(name)}: its value is missing")
             value = queue.pop(0)
         if name in raw:
-            raise ValueError(f"{flag(name)}: given twice")
+            raise UserError(f"{flag(name)}: given twice")
         raw[name] = value
     return raw
 

@@ -18,6 +18,7 @@ from fast_spatial.config.fields import (
 )
 from fast_spatial.config.modes import SPLITS, split_row
 from fast_spatial.config.train import BudgetOptions, LaunchOptions
+from fast_spatial.errors import UserError
 from fast_spatial.kernels.limits import SpatialLimits
 
 
@@ -63,7 +64,7 @@ class EvaluateConfig(LaunchOptions):
             other = (
                 "--grid-images names the images that meet the grid, too" if self.grid else "--no-grid leaves it away"
             )
-            raise ValueError(f"--grid-per-class {self.grid_per_class}: {other}\ngive one of the two")
+            raise UserError(f"--grid-per-class {self.grid_per_class}: {other}", "give one of the two")
         check_side(self)
 
     @property
@@ -121,9 +122,9 @@ class ReportConfig:
 
     def __post_init__(self) -> None:
         if not self.runs:
-            raise ValueError("a folder of train or reproduce is needed, as in launch.py report /runs/table")
+            raise UserError("a folder of train or reproduce is needed, as in launch.py report /runs/table")
         if len(self.runs) > 1 and not self.out:
-            raise ValueError("--out is needed: where the report of several runs goes")
+            raise UserError("--out is needed: where the report of several runs goes")
         check_at_least(self, 0, "price")
 
 
@@ -142,11 +143,11 @@ class ExportConfig:
     def __post_init__(self) -> None:
         check_given(self, "checkpoint")
         if not self.safetensors and not self.onnx:
-            raise ValueError("--safetensors or --onnx is needed: the file to write, or both")
+            raise UserError("--safetensors or --onnx is needed: the file to write, or both")
         for name in ("safetensors", "onnx"):
             file = getattr(self, name)
             if file and not file.endswith(f".{name}"):
-                raise ValueError(f"{flag(name)} {file}: the name must end in .{name}")
+                raise UserError(f"{flag(name)} {file}: the name must end in .{name}")
         check_at_least(self, 0, "side")
         check_side(self)
 
@@ -169,7 +170,7 @@ class CheckConfig:
         check_given(self, "data")
         check_at_least(self, 0, "workers")
         if not self.splits or len({*self.splits} & {*SPLITS}) < len(self.splits):
-            raise ValueError(f"--splits {','.join(self.splits)}: choose one or both of {', '.join(SPLITS)}")
+            raise UserError(f"--splits {','.join(self.splits)}: choose one or both of {', '.join(SPLITS)}")
 
 
 @dataclass(frozen=True)
@@ -231,13 +232,13 @@ class BenchConfig:
         check_side(self)
         check_at_least(self, 0, "workers")
         if self.read_latency_ms < 0 or (self.read_latency_ms and self.what != "pipeline"):
-            raise ValueError(
+            raise UserError(
                 f"--read-latency-ms {self.read_latency_ms:g}: it must be at least 0, and is for bench pipeline alone"
             )
         if self.seconds <= 0:
-            raise ValueError(f"--seconds {self.seconds:g}: it must be more than 0")
+            raise UserError(f"--seconds {self.seconds:g}: it must be more than 0")
         if self.checkpoint and self.data == SYNTHETIC:
-            raise ValueError(f"--checkpoint {self.checkpoint}: its images are needed; name their folder with --data")
+            raise UserError(f"--checkpoint {self.checkpoint}: its images are needed; name their folder with --data")
 
 
 @dataclass(frozen=True)
@@ -249,7 +250,7 @@ class RecipesConfig:
 
     def __post_init__(self) -> None:
         if self.seconds <= 0:
-            raise ValueError(f"--seconds {self.seconds:g}: it must be more than 0")
+            raise UserError(f"--seconds {self.seconds:g}: it must be more than 0")
 
 
 @dataclass(frozen=True)
@@ -278,10 +279,10 @@ class ReproduceConfig(BudgetOptions):
         super().__post_init__()
         for name in ("data", "out"):
             if not getattr(self, name):
-                raise ValueError(f"--{name} is needed")
+                raise UserError(f"--{name} is needed")
         if not self.seeds:
-            raise ValueError("--seeds: at least one is needed")
+            raise UserError("--seeds: at least one is needed")
         rows = [split_row(row) for row in self.rows]
         for name, values in (("rows", rows), ("seeds", self.seeds)):
             if len(set(values)) < len(values):
-                raise ValueError(f"--{name} {','.join(map(str, getattr(self, name)))}: one of them is named twice")
+                raise UserError(f"--{name} {','.join(map(str, getattr(self, name)))}: one of them is named twice")

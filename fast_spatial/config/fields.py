@@ -13,6 +13,7 @@ import typing
 from dataclasses import field
 from typing import Any, TypeVar
 
+from fast_spatial.errors import UserError
 from fast_spatial.kernels.limits import MAX_SIDE, NOMINAL_SIDE, SpatialLimits
 
 MAX_SEED = 2**31 - 1
@@ -37,7 +38,7 @@ def parse(kind: type[Config], raw: dict[str, str], preset: dict[str, Any] | None
     """Build a configuration from raw strings by field name; the preset replaces defaults, never what was given.
 
     Raises:
-        ValueError: naming the flag, the value and what is allowed.
+        UserError: naming the flag, the value and what is allowed.
 
     """
     hints = typing.get_type_hints(kind)
@@ -78,68 +79,68 @@ def _convert(name: str, text: str, hint: Any) -> Any:
         of = typing.get_args(kind)
         parts = [p for p in text.split(",") if p.strip()]
         if of[-1] is not Ellipsis and len(parts) != len(of):
-            raise ValueError(f"{flag(name)} {text}: expected {len(of)} numbers separated by commas")
+            raise UserError(f"{flag(name)} {text}: expected {len(of)} numbers separated by commas")
         return tuple(_convert(name, part.strip(), of[0]) for part in parts)
     if kind is bool:
         if text.lower() not in ("true", "false"):
-            raise ValueError(f"{flag(name)} {text}: expected true or false")
+            raise UserError(f"{flag(name)} {text}: expected true or false")
         return text.lower() == "true"
     if kind in (int, float):
         try:
             value = kind(text)
         except ValueError:
             what = "a whole number" if kind is int else "a number"
-            raise ValueError(f"{flag(name)} {text}: expected {what}") from None
+            raise UserError(f"{flag(name)} {text}: expected {what}") from None
         if not math.isfinite(value):
-            raise ValueError(f"{flag(name)} {text}: expected a finite number")
+            raise UserError(f"{flag(name)} {text}: expected a finite number")
         return value
     return text
 
 
 def check_given(config: Any, *names: str) -> None:
-    """Raise a ValueError if a required option is missing."""
+    """Raise a UserError if a required option is missing."""
     missing = [flag(name) for name in names if not getattr(config, name)]
     if missing:
-        raise ValueError(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} needed")
+        raise UserError(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} needed")
 
 
 def limits_of(config: Any) -> SpatialLimits:
-    """The limits that --degrees and --translate-px mean; raises a ValueError if they are out of range."""
+    """The limits that --degrees and --translate-px mean; raises a UserError if they are out of range."""
     if not 0 <= config.degrees <= 180:
-        raise ValueError(f"--degrees {config.degrees:g}: rotations reach from 0 to 180 degrees")
+        raise UserError(f"--degrees {config.degrees:g}: rotations reach from 0 to 180 degrees")
     px = config.translate_px
     if px is not None and not 0 <= px <= NOMINAL_SIDE:
-        raise ValueError(f"--translate-px {px:g}: translations reach from 0 to {NOMINAL_SIDE} pixels")
+        raise UserError(f"--translate-px {px:g}: translations reach from 0 to {NOMINAL_SIDE} pixels")
     return SpatialLimits.from_px(config.degrees, px)
 
 
 def check_seed(config: Any) -> None:
-    """Raise a ValueError if --seed is too large."""
+    """Raise a UserError if --seed is too large."""
     if config.seed > MAX_SEED:
-        raise ValueError(f"--seed {config.seed}: it must be at most {MAX_SEED}")
+        raise UserError(f"--seed {config.seed}: it must be at most {MAX_SEED}")
 
 
 def check_side(config: Any) -> None:
-    """Raise a ValueError if a side is too large."""
+    """Raise a UserError if a side is too large."""
     for name in ("side", "eval_side"):
         if getattr(config, name, 0) > MAX_SIDE:
-            raise ValueError(f"{flag(name)} {getattr(config, name)}: it must be at most {MAX_SIDE}")
+            raise UserError(f"{flag(name)} {getattr(config, name)}: it must be at most {MAX_SIDE}")
 
 
 def check_choice(config: Any, *names: str) -> None:
-    """Raise a ValueError if an option is none of its choices."""
+    """Raise a UserError if an option is none of its choices."""
     fields = {f.name: f for f in dataclasses.fields(config)}
     for name in names:
         choices = fields[name].metadata["choices"]
         if getattr(config, name) not in choices:
-            raise ValueError(f"{flag(name)} {getattr(config, name)}: choose one of {', '.join(choices)}")
+            raise UserError(f"{flag(name)} {getattr(config, name)}: choose one of {', '.join(choices)}")
 
 
 def check_at_least(config: Any, low: int, *names: str) -> None:
-    """Raise a ValueError if an option is below its minimum."""
+    """Raise a UserError if an option is below its minimum."""
     for name in names:
         if getattr(config, name) < low:
-            raise ValueError(f"{flag(name)} {getattr(config, name)}: it must be at least {low}")
+            raise UserError(f"{flag(name)} {getattr(config, name)}: it must be at least {low}")
 
 
 def show_numbers(values: tuple[Any, ...]) -> str:

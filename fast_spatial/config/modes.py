@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fast_spatial.errors import UserError
+
 DIGITS = "digits"
 SPLITS = ("train", "val")
 
@@ -47,13 +49,13 @@ def split_row(row: str) -> tuple[str, float]:
     """(mode, degrees) of "MODE:DEGREES" or "MODE"."""
     mode, _, degrees = row.partition(":")
     if mode not in MODES:
-        raise ValueError(f"--rows {row}: choose modes of {', '.join(MODES)}, as in random:40")
+        raise UserError(f"--rows {row}: choose modes of {', '.join(MODES)}, as in random:40")
     try:
         found = float(degrees or 30)
     except ValueError:
-        raise ValueError(f"--rows {row}: expected MODE:DEGREES, as in random:40") from None
+        raise UserError(f"--rows {row}: expected MODE:DEGREES, as in random:40") from None
     if not 0 <= found <= 180:
-        raise ValueError(f"--rows {row}: rotations reach from 0 to 180 degrees")
+        raise UserError(f"--rows {row}: rotations reach from 0 to 180 degrees")
     return mode, found
 
 

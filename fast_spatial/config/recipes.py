@@ -16,6 +16,7 @@ from typing import Any
 from fast_spatial.config.fields import identity, parse
 from fast_spatial.config.modes import DIGITS
 from fast_spatial.config.train import BUDGETS, TrainConfig
+from fast_spatial.errors import UserError
 
 FOLDER = Path(__file__).parent / "recipes"
 REFERENCE = "reference"
@@ -66,7 +67,7 @@ def train_config(raw: Mapping[str, str], preset: Mapping[str, Any] | None = None
     """A training from raw flags over its recipe, which goes over `preset`.
 
     Raises:
-        ValueError: on a bad recipe, or a bad flag.
+        UserError: on a bad recipe, or a bad flag.
 
     """
     limited = any(budget in raw for budget in BUDGETS)
@@ -78,18 +79,18 @@ def load(name: str) -> dict[str, Any]:
     """The values of a recipe by field name: of one that comes with the project, or of a TOML file.
 
     Raises:
-        ValueError: naming the file and the key.
+        UserError: naming the file and the key.
 
     """
     path = FOLDER / f"{name}.toml" if name in names() else Path(name)
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"--recipe {name}: there is no such file\nchoose one of {', '.join(names())}") from None
+        raise UserError(f"--recipe {name}: there is no such file", f"choose one of {', '.join(names())}") from None
     except OSError as error:
-        raise ValueError(f"--recipe {name}: it cannot be read: {error.strerror}\nname a TOML file") from None
+        raise UserError(f"--recipe {name}: it cannot be read: {error.strerror}", "name a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"--recipe {name}: it is no TOML file: {error}\nsee {FOLDER / 'reference.toml'}") from None
+        raise UserError(f"--recipe {name}: it is no TOML file: {error}", f"see {FOLDER / 'reference.toml'}") from None
     hints = typing.get_type_hints(TrainConfig)
     values = {}
     for key, value in content.items():
@@ -97,13 +98,13 @@ def load(name: str) -> dict[str, Any]:
             values[key] = _typed(name, key, value, hints[key])
         else:
             what = "it is no part of a recipe; give it as a flag" if key in hints else "no such option"
-            raise ValueError(f"--recipe {name}: {key}: {what}\na recipe may hold {', '.join(sorted(_KEYS))}")
+            raise UserError(f"--recipe {name}: {key}: {what}", f"a recipe may hold {', '.join(sorted(_KEYS))}")
     try:
         dataclasses.replace(_ANY, **values)
-    except ValueError as error:
+    except UserError as error:
         text = str(error).removeprefix("--")
         key, _, rest = text.partition(" ")
-        raise ValueError(f"--recipe {name}: {key.replace('-', '_')} = {rest}\ncorrect the file") from None
+        raise UserError(f"--recipe {name}: {key.replace('-', '_')} = {rest}", "correct the file") from None
     return values
 
 
@@ -120,4 +121,4 @@ def _typed(name: str, key: str, value: Any, hint: Any) -> Any:
         return float(value)
     else:
         expected = _EXPECTED[hint]
-    raise ValueError(f"--recipe {name}: {key} = {value}: expected {expected}\ncorrect the file")
+    raise UserError(f"--recipe {name}: {key} = {value}: expected {expected}", "correct the file")

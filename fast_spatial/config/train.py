@@ -18,6 +18,7 @@ from fast_spatial.config.fields import (
     show_numbers,
 )
 from fast_spatial.config.modes import MODES
+from fast_spatial.errors import UserError
 from fast_spatial.kernels.limits import SpatialLimits
 from fast_spatial.pipelines.placement import DECODERS, WARPS
 
@@ -91,13 +92,13 @@ class BudgetOptions(LaunchOptions):
         for name in ("hours", "gpu_hours", "budget"):
             value = getattr(self, name)
             if value is not None and value <= 0:
-                raise ValueError(f"{flag(name)} {value:g}: it must be more than 0")
+                raise UserError(f"{flag(name)} {value:g}: it must be more than 0")
         if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)}: give one budget")
+            raise UserError(f"{' and '.join(given)}: give one budget")
         if self.budget and not self.price:
-            raise ValueError(f"--budget {self.budget:g}: the price of a GPU-hour is needed, too; add --price")
+            raise UserError(f"--budget {self.budget:g}: the price of a GPU-hour is needed, too; add --price")
         if self.plan_only and not given:
-            raise ValueError(f"--plan-only: there is nothing to plan; add one of {', '.join(map(flag, BUDGETS))}")
+            raise UserError(f"--plan-only: there is nothing to plan; add one of {', '.join(map(flag, BUDGETS))}")
 
     @property
     def is_limited(self) -> bool:
@@ -229,7 +230,7 @@ class TrainConfig(BudgetOptions):
         super().__post_init__()
         check_given(self, "data", "mode", "out")
         if self.replay and self.is_limited:
-            raise ValueError(f"--replay {self.replay}: it repeats what a budget came to; leave the budget away")
+            raise UserError(f"--replay {self.replay}: it repeats what a budget came to; leave the budget away")
         check_choice(self, "mode", "schedule", "dtype", "optimizer", "compile", "resume", "on_bad_image")
         self.limits, self.checkpoint_steps  # noqa: B018  (validates them)
         check_at_least(self, 1, "epochs", "global_batch_size", "accumulate", "views", "log_every", "side")
@@ -253,37 +254,37 @@ class TrainConfig(BudgetOptions):
         check_side(self)
         smallest = "start_side" if self.start_side else "side"
         if self.start_side and (self.start_side >= self.side or (self.side - self.start_side) % SIDE_STEP):
-            raise ValueError(
+            raise UserError(
                 f"--start-side {self.start_side}: it must be below --side {self.side}, by a multiple of {SIDE_STEP}"
             )
         if self.score_side and not 8 <= self.score_side < getattr(self, smallest):
-            raise ValueError(
+            raise UserError(
                 f"--score-side {self.score_side}: it must be at least 8 and below {flag(smallest)} "
                 f"{getattr(self, smallest)}"
             )
         if self.warmup_epochs and self.schedule != "linear":
-            raise ValueError(f"--warmup-epochs {self.warmup_epochs:g}: it is for --schedule linear")
+            raise UserError(f"--warmup-epochs {self.warmup_epochs:g}: it is for --schedule linear")
         if self.warmup_epochs >= self.epochs:
-            raise ValueError(f"--warmup-epochs {self.warmup_epochs:g}: it must be below --epochs {self.epochs}")
+            raise UserError(f"--warmup-epochs {self.warmup_epochs:g}: it must be below --epochs {self.epochs}")
         for name in ("label_smoothing", "ema"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{flag(name)} {getattr(self, name):g}: it must be at least 0 and below 1")
+                raise UserError(f"{flag(name)} {getattr(self, name):g}: it must be at least 0 and below 1")
         if self.classes == 1:
-            raise ValueError("--classes 1: a classifier needs at least 2")
+            raise UserError("--classes 1: a classifier needs at least 2")
         if self.momentum >= 1:
-            raise ValueError(f"--momentum {self.momentum:g}: it must be below 1")
+            raise UserError(f"--momentum {self.momentum:g}: it must be below 1")
         if list(self.milestones) != sorted(set(self.milestones)):
-            raise ValueError(f"--milestones {show_numbers(self.milestones)}: they must increase")
+            raise UserError(f"--milestones {show_numbers(self.milestones)}: they must increase")
         for name, low, high in (("crop_scale", 0.0, 1.0), ("crop_ratio", 0.0, 100.0)):
             first, last = getattr(self, name)
             if not low < first <= last <= high:
-                raise ValueError(
+                raise UserError(
                     f"{flag(name)} {show_numbers((first, last))}: expected {low:g} < MIN <= MAX <= {high:g}"
                 )
         if not 0 <= self.flip_prob <= 1:
-            raise ValueError(f"--flip-prob {self.flip_prob:g}: a probability lies between 0 and 1")
+            raise UserError(f"--flip-prob {self.flip_prob:g}: a probability lies between 0 and 1")
         if min(self.jitter) < 0 or max(self.jitter) > 1:
-            raise ValueError(f"--jitter {show_numbers(self.jitter)}: each must lie between 0 and 1")
+            raise UserError(f"--jitter {show_numbers(self.jitter)}: each must lie between 0 and 1")
 
     @property
     def limits(self) -> SpatialLimits:
@@ -303,7 +304,7 @@ class TrainConfig(BudgetOptions):
     def _checkpoint_interval(self) -> tuple[int, float]:
         found = re.fullmatch(r"(\d+)|(\d+(?:\.\d+)?)min", self.checkpoint_every)
         if found is None:
-            raise ValueError(
+            raise UserError(
                 f"--checkpoint-every {self.checkpoint_every}: expected a number of steps, as in 500, or minutes, "
                 f"as in 15min"
             )

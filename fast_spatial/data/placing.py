@@ -8,6 +8,7 @@ import os
 from typing import TYPE_CHECKING
 
 from fast_spatial.config.train import LaunchOptions
+from fast_spatial.errors import UserError
 from fast_spatial.pipelines.placement import RUNGS, Decoding, Placement
 
 if TYPE_CHECKING:
@@ -35,19 +36,19 @@ def choose_placement(
         decoding: the fastest way that was found to work on this GPU; None: nobody looked.
 
     Raises:
-        ValueError: naming the option, if this cannot work.
+        UserError: naming the option, if this cannot work.
 
     """
     if warp == "triton":
         _check_triton(on_gpu=on_gpu)
     if warp == "numba" and decode.startswith("gpu"):
-        raise ValueError(
-            f"--warp numba: it makes views in host memory, of images that are decoded there\n"
-            f"replace --decode {decode} by --decode cpu, or leave --warp away"
+        raise UserError(
+            "--warp numba: it makes views in host memory, of images that are decoded there",
+            f"replace --decode {decode} by --decode cpu, or leave --warp away",
         )
     if not on_gpu and decode.startswith("gpu"):
-        raise ValueError(
-            f"--decode {decode}: no GPU is visible\nlaunch.py doctor says more; or replace it by --decode cpu"
+        raise UserError(
+            f"--decode {decode}: no GPU is visible", "launch.py doctor says more; or replace it by --decode cpu"
         )
     if decode == "cpu" or warp == "numba" or not on_gpu:
         chosen = Decoding("cpu")
@@ -62,6 +63,6 @@ def choose_placement(
 
 def _check_triton(*, on_gpu: bool) -> None:
     if importlib.util.find_spec("triton") is None:
-        raise ValueError("--warp triton: the package triton is not installed\ninstall it, or leave --warp away")
+        raise UserError("--warp triton: the package triton is not installed", "install it, or leave --warp away")
     if not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError("--warp triton: no GPU is visible\nlaunch.py doctor says more; or leave --warp away")
+        raise UserError("--warp triton: no GPU is visible", "launch.py doctor says more; or leave --warp away")

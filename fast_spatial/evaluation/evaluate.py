@@ -20,6 +20,7 @@ from fast_spatial.config.fields import to_json
 from fast_spatial.config.modes import DIGITS
 from fast_spatial.data.loading import evaluation_loader
 from fast_spatial.data.placing import placement_of
+from fast_spatial.errors import UserError
 from fast_spatial.evaluation.attack import GridSurvivors, GridVerdict
 from fast_spatial.evaluation.deadline import RESERVE_SEC, Deadline, TimeUp
 from fast_spatial.evaluation.folded import Scorer
@@ -82,7 +83,7 @@ def evaluate(
         judge_batch: views in one forward pass; 0 for 1024 on a GPU, 2^20 pixels' worth on a CPU.
 
     Raises:
-        ValueError: on images outside [0, 1], not square, or none at all.
+        UserError: on images outside [0, 1], not square, or none at all.
 
     """
     limits = SpatialLimits.from_px(degrees, translate_px)
@@ -128,11 +129,11 @@ def _of_each(count: int) -> str:
     return f"{count} {'image' if count == 1 else 'images'} of each class"
 
 
-def _no_time(config: EvaluateConfig) -> str:
-    return (
-        f"the evaluation's time was up before an image of every class was judged: {config.checkpoint}\n"
+def _no_time(config: EvaluateConfig) -> UserError:
+    return UserError(
+        f"the evaluation's time was up before an image of every class was judged: {config.checkpoint}",
         f"give it more, or judge the checkpoint by hand, without a limit: launch.py evaluate --checkpoint "
-        f"{config.checkpoint} --data {config.data}"
+        f"{config.checkpoint} --data {config.data}",
     )
 
 
@@ -167,7 +168,7 @@ def evaluate_checkpoint(config: EvaluateConfig, world: World, until: float | Non
         until: when all is to be written, in this machine's `time.monotonic()`.
 
     Raises:
-        ValueError: on a checkpoint that does not fit, or if the time is up before the first round is finished.
+        UserError: on a checkpoint that does not fit, or if the time is up before the first round is finished.
 
     """
     seed_everything(0, deterministic=False)
@@ -251,7 +252,7 @@ def evaluate_checkpoint(config: EvaluateConfig, world: World, until: float | Non
         if until is not None and len(found) < len(images):
             rounds = images.balanced_rounds({v.index for v in found})
             if not rounds:
-                raise ValueError(_no_time(config))
+                raise _no_time(config)
             kept = set(images.balanced_positions(rounds).tolist())
             found, cut = [v for v in found if v.index in kept], 0 if meets else None
         elif [v.index for v in found] != list(range(len(images))):

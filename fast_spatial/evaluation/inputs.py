@@ -9,6 +9,7 @@ import numpy as np
 
 from fast_spatial.config.commands import EvaluateConfig
 from fast_spatial.data.images import load_split
+from fast_spatial.errors import UserError
 from fast_spatial.models import checkpoint
 from fast_spatial.models.classifier import Classifier
 from fast_spatial.pipelines.dataset import ImageIndex
@@ -18,7 +19,7 @@ def prepare(config: EvaluateConfig) -> tuple[Classifier, ImageIndex, set[int] | 
     """What an evaluation needs, validated: model, images, the positions that meet the grid (None: all) and the side.
 
     Raises:
-        ValueError: on a checkpoint that does not fit the architecture or the folder's classes.
+        UserError: on a checkpoint that does not fit the architecture or the folder's classes.
 
     """
     path = Path(config.checkpoint)
@@ -30,14 +31,14 @@ def prepare(config: EvaluateConfig) -> tuple[Classifier, ImageIndex, set[int] | 
     elif weights.classes is not None:
         images = _relabel(images, weights.classes, path, config)
     elif len(images.classes) < weights.num_classes and not config.allow_partial_classes:
-        raise ValueError(
-            f"--data {config.data}: it has {len(images.classes)} classes, the model {weights.num_classes} outputs\n"
-            f"if the folders are the model's first outputs, in order, add --allow-partial-classes"
+        raise UserError(
+            f"--data {config.data}: it has {len(images.classes)} classes, the model {weights.num_classes} outputs",
+            "if the folders are the model's first outputs, in order, add --allow-partial-classes",
         )
     if len(images.classes) > weights.num_classes:
-        raise ValueError(
-            f"--data {config.data}: it has {len(images.classes)} classes, the model {weights.num_classes} outputs\n"
-            f"name the folder that the model was trained on, or one with some of its classes"
+        raise UserError(
+            f"--data {config.data}: it has {len(images.classes)} classes, the model {weights.num_classes} outputs",
+            "name the folder that the model was trained on, or one with some of its classes",
         )
     if config.max_images:
         images = images.random_subset(config.max_images)
@@ -48,8 +49,8 @@ def prepare(config: EvaluateConfig) -> tuple[Classifier, ImageIndex, set[int] | 
         try:
             on_grid = set(images.balanced_positions(config.grid_per_class).tolist())
         except ValueError as error:
-            raise ValueError(
-                f"--grid-per-class {config.grid_per_class}: {error}\nask for as many as every class has"
+            raise UserError(
+                f"--grid-per-class {config.grid_per_class}: {error}", "ask for as many as every class has"
             ) from None
     return model.eval(), images, on_grid, config.side or weights.side or 224
 
@@ -58,13 +59,13 @@ def _relabel(images: ImageIndex, classes: tuple[str, ...], path: Path, config: E
     """Labels by class name, for a folder that holds only some of the model's classes."""
     unknown = [name for name in images.classes if name not in classes]
     if unknown:
-        raise ValueError(
+        raise UserError(
             f"--data {config.data}: its class {unknown[0]} is none of the {len(classes)} that {path} was trained on"
         )
     if not config.allow_partial_classes:
-        raise ValueError(
-            f"--data {config.data}: it has {len(images.classes)} of the {len(classes)} classes of {path}\n"
-            f"to judge on these alone, add --allow-partial-classes"
+        raise UserError(
+            f"--data {config.data}: it has {len(images.classes)} of the {len(classes)} classes of {path}",
+            "to judge on these alone, add --allow-partial-classes",
         )
     positions = np.array([classes.index(name) for name in images.classes])
     return dataclasses.replace(images, labels=positions[images.labels])
@@ -72,12 +73,12 @@ def _relabel(images: ImageIndex, classes: tuple[str, ...], path: Path, config: E
 
 def _positions_of(listing: Path, images: ImageIndex) -> set[int]:
     if not listing.is_file():
-        raise ValueError(f"--grid-images {listing}: there is no such file; give one path a line, as in the JSON")
+        raise UserError(f"--grid-images {listing}: there is no such file; give one path a line, as in the JSON")
     wanted = {line.strip() for line in listing.read_text(encoding="utf-8").splitlines() if line.strip()}
     where = {images.relative_path(position): position for position in range(len(images))}
     missing = sorted(wanted - where.keys())
     if missing:
-        raise ValueError(
+        raise UserError(
             f"--grid-images {listing}: {missing[0]} is not among the images; paths look like {next(iter(where))}"
         )
     return {where[name] for name in wanted}

@@ -33,6 +33,7 @@ from fast_spatial.config.commands import DEFAULT_IMAGES, LandscapeConfig
 from fast_spatial.config.fields import to_json
 from fast_spatial.data.loading import evaluation_loader
 from fast_spatial.data.placing import placement_of
+from fast_spatial.errors import UserError
 from fast_spatial.evaluation import inputs
 from fast_spatial.evaluation.attack import losses_of, worst_view
 from fast_spatial.evaluation.deadline import Deadline, TimeUp
@@ -75,7 +76,7 @@ def prepare(config: LandscapeConfig) -> tuple[Classifier, ImageIndex, int, int]:
     """The model, the images, how many of each class are judged, and the side, validated.
 
     Raises:
-        ValueError: on a checkpoint that does not fit, or a class with too few images.
+        UserError: on a checkpoint that does not fit, or a class with too few images.
 
     """
     model, images, _, side = inputs.prepare(config.judged)
@@ -84,7 +85,7 @@ def prepare(config: LandscapeConfig) -> tuple[Classifier, ImageIndex, int, int]:
     try:
         images.balanced_positions(per_class)
     except ValueError as error:
-        raise ValueError(f"--images-per-class {per_class}: {error}") from None
+        raise UserError(f"--images-per-class {per_class}: {error}") from None
     return model, images, per_class, side
 
 
@@ -339,7 +340,7 @@ def read(folder: Path) -> Landscape | None:
     """The landscape in a run's folder, or None.
 
     Raises:
-        ValueError: if it is there, and damaged.
+        UserError: if it is there, and damaged.
 
     """
     if not (folder / LANDSCAPE).is_file():
@@ -354,4 +355,4 @@ def read(folder: Path) -> Landscape | None:
         shape = (about["num_images"], GRID_ANGLES, GRID_SHIFTS, GRID_SHIFTS)
         return Landscape(folder, about, loss.reshape(shape), correct.reshape(shape))
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{folder / LANDSCAPE}: it cannot be read ({error})\nrun launch.py landscape again") from None
+        raise UserError(f"{folder / LANDSCAPE}: it cannot be read ({error})", "run launch.py landscape again") from None

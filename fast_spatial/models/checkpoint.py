@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fast_spatial.errors import UserError
 from fast_spatial.kernels.limits import MAX_SIDE
 from fast_spatial.models import classifier, surgery, untrusted
 from fast_spatial.models.classifier import Classifier
@@ -28,26 +29,32 @@ DEFAULT_ARCH = "resnet18"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+class DamagedCheckpoint(UserError):
+    """A file that is no checkpoint, or not a whole one."""
+
+
 def load(path: Path) -> dict[str, Any]:
     """Everything a file holds, on the CPU: tensors and plain values, and no more bytes than the file has.
 
     Raises:
-        ValueError: if it cannot be read, is damaged, or holds more than that.
+        DamagedCheckpoint: if it is damaged, or holds more than that.
+        UserError: if it cannot be read.
 
     """
     if os.path.isdir(path):
-        raise ValueError(f"--checkpoint {path}: that is a folder\nname a file; of a run, its best.pt")
+        raise UserError(f"--checkpoint {path}: that is a folder", "name a file; of a run, its best.pt")
     if not os.path.isfile(path):
-        raise ValueError(f"--checkpoint {path}: there is no such file\nname a file that training or torch.save wrote")
+        raise UserError(f"--checkpoint {path}: there is no such file", "name a file that training or torch.save wrote")
     if not os.access(path, os.R_OK):
-        raise ValueError(f"--checkpoint {path}: you may not read it\nask its owner, or name another file")
+        raise UserError(f"--checkpoint {path}: you may not read it", "ask its owner, or name another file")
     try:
         return _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     except untrusted.Refused as error:
-        raise ValueError(f"--checkpoint {path}: {error}") from None
+        raise DamagedCheckpoint(f"--checkpoint {path}: {error.message}", error.advice) from None
     except Exception as error:  # unpicklers, zip readers and safetensors raise dozens of kinds
         reason = "it does not fit the memory" if isinstance(error, MemoryError) else ""
-        raise ValueError(f"--checkpoint {path}: {untrusted.unsafe(reason)}") from None
+        refused = untrusted.unsafe(reason)
+        raise DamagedCheckpoint(f"--checkpoint {path}: {refused.message}", refused.advice) from None
 
 
 def _read_torch(path: Path) -> dict[str, Any]:
@@ -58,7 +65,8 @@ def _read_torch(path: Path) -> dict[str, Any]:
     untrusted.check_content(content, path.stat().st_size)
     if not isinstance(content, dict):
         raise untrusted.Refused(
-            f"holds a {type(content).__name__}, not a dictionary of tensors\nexpected the state_dict() of a classifier"
+            f"holds a {type(content).__name__}, not a dictionary of tensors",
+            "expected the state_dict() of a classifier",
         )
     return content
 
@@ -98,7 +106,7 @@ def read_weights(path: Path) -> Weights:
     """The weights in a checkpoint of ours, of the original code, or in a plain state dict.
 
     Raises:
-        ValueError: if the file holds no classifier's weights.
+        UserError: if the file holds no classifier's weights.
 
     """
     content = load(path)
@@ -106,9 +114,9 @@ def read_weights(path: Path) -> Weights:
     if kind == FORMAT:
         return _read_ours(path, content)
     if isinstance(kind, str) and kind.startswith("fast_spatial "):
-        raise ValueError(
-            f"--checkpoint {path}: its format is {some([kind])}, this version reads {FORMAT}\n"
-            f"use the version of the program that wrote it"
+        raise UserError(
+            f"--checkpoint {path}: its format is {some([kind])}, this version reads {FORMAT}",
+            "use the version of the program that wrote it",
         )
     return _read_others(path, content)
 
@@ -128,14 +136,15 @@ def _read_ours(path: Path, content: dict[str, Any]) -> Weights:
         "mean and std": _is_normalization(mean, std),
     }
     if not all(right.values()):
-        raise ValueError(
+        raise UserError(
             f"--checkpoint {path}: missing or not as this program writes it: "
-            f"{', '.join(name for name, well in right.items() if not well)}\nuse another checkpoint"
+            f"{', '.join(name for name, well in right.items() if not well)}",
+            "use another checkpoint",
         )
     assert isinstance(state, dict)
     others = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if others:
-        raise ValueError(f"--checkpoint {path}: its model holds other than tensors: {some(others)}\nuse another one")
+        raise UserError(f"--checkpoint {path}: its model holds other than tensors: {some(others)}", "use another one")
     num_classes = _outputs(path, state) if classes is None else len(classes)
     return Weights(state, num_classes, arch, classes and tuple(classes), side, blurpool, tuple(mean), tuple(std))
 
@@ -170,9 +179,9 @@ def _read_others(path: Path, content: dict[str, Any]) -> Weights:
                 for value in numbers
             )
             if not _is_normalization(mean, std):
-                raise ValueError(
-                    f"--checkpoint {path}: its module.normalizer holds no mean and deviation of three colours\n"
-                    f"use another checkpoint"
+                raise UserError(
+                    f"--checkpoint {path}: its module.normalizer holds no mean and deviation of three colours",
+                    "use another checkpoint",
                 )
         state = {k.removeprefix("module.model."): v for k, v in state.items() if k.startswith("module.model.")}
     elif state and all(name.startswith("module.") for name in state):
@@ -187,9 +196,9 @@ def _outputs(path: Path, state: dict[Any, Any]) -> int:
     last = max(heads, key=lambda name: [(part.isdigit(), part.zfill(3)) for part in name.split(".")], default="")
     shape = state[last].shape if last and isinstance(state[last], Tensor) else ()
     if not shape or not shape[0]:
-        raise ValueError(
-            f"--checkpoint {path}: holds no weights of a classifier (its keys: {some(names)})\n"
-            f"expected the state_dict() of a torchvision classifier, by itself or under model or state_dict"
+        raise UserError(
+            f"--checkpoint {path}: holds no weights of a classifier (its keys: {some(names)})",
+            "expected the state_dict() of a torchvision classifier, by itself or under model or state_dict",
         )
     return int(shape[0])
 
@@ -198,18 +207,18 @@ def build_classifier(path: Path, weights: Weights, arch: str) -> Classifier:
     """The classifier with these weights, in float32; `arch` is what was asked for, or empty.
 
     Raises:
-        ValueError: if the weights are of another architecture, or no finite numbers.
+        UserError: if the weights are of another architecture, or no finite numbers.
 
     """
     if arch and weights.arch and arch != weights.arch:
-        raise ValueError(f"--checkpoint {path}: it is a {weights.arch}, not a {arch}\nleave --arch away")
+        raise UserError(f"--checkpoint {path}: it is a {weights.arch}, not a {arch}", "leave --arch away")
     arch = arch or weights.arch or DEFAULT_ARCH
     differences = _differences(weights.state, classifier.shapes_of(arch, weights.num_classes).state_dict())
     if differences:
         advice = "the file contradicts itself; use another one" if weights.arch else "name the right one with --arch"
-        raise ValueError(
-            f"--checkpoint {path}: these are not the weights of a {arch} with {weights.num_classes} classes\n"
-            f"{differences}; {advice}"
+        raise UserError(
+            f"--checkpoint {path}: these are not the weights of a {arch} with {weights.num_classes} classes",
+            f"{differences}; {advice}",
         )
     net: nn.Module = classifier.build(arch, weights.num_classes)
     if weights.blurpool:
@@ -217,9 +226,9 @@ def build_classifier(path: Path, weights: Weights, arch: str) -> Classifier:
     set_weights(net, weights.state)
     broken = [name for name, value in net.state_dict().items() if not torch.isfinite(value).all()]
     if broken:
-        raise ValueError(
-            f"--checkpoint {path}: some of its weights are not finite numbers: {some(broken)}\n"
-            f"the training diverged, or the file is damaged; use another checkpoint"
+        raise UserError(
+            f"--checkpoint {path}: some of its weights are not finite numbers: {some(broken)}",
+            "the training diverged, or the file is damaged; use another checkpoint",
         )
     return Classifier(net, weights.mean, weights.std)
 

@@ -10,6 +10,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from fast_spatial.errors import UserError
 from fast_spatial.kernels.warp import normalize
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -56,14 +57,14 @@ def build(arch: str, num_classes: int) -> nn.Module:
     """A torchvision classifier with fresh weights, channels_last.
 
     Raises:
-        ValueError: on an architecture torchvision does not have, or one that cannot be trained here.
+        UserError: on an architecture torchvision does not have, or one that cannot be trained here.
 
     """
     if arch not in known_archs():
         why = (
             "its training forward returns several tensors" if arch in _MANY_OUTPUTS else "torchvision has no such model"
         )
-        raise ValueError(
+        raise UserError(
             f"--arch {arch}: {why}; choose one of {', '.join(known_archs()[:6])}, ... (resnet18 by default)"
         )
     net: nn.Module = torchvision.models.get_model(arch, weights=None, num_classes=num_classes)

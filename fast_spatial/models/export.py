@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fast_spatial.config.commands import ExportConfig
+from fast_spatial.errors import UserError
 from fast_spatial.models import checkpoint
 from fast_spatial.models.classifier import Classifier
 from fast_spatial.runtime.files import write_atomically
@@ -32,7 +33,7 @@ def find_onnx() -> ModuleType:
     """Onnxruntime, if what an export to ONNX takes is installed.
 
     Raises:
-        ValueError: naming what is missing.
+        UserError: naming what is missing.
 
     """
     try:
@@ -40,8 +41,8 @@ def find_onnx() -> ModuleType:
         import onnxruntime
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ValueError(
-            f"--onnx: it needs the package {error.name}, which is not installed\npip install -e .[export]"
+        raise UserError(
+            f"--onnx: it needs the package {error.name}, which is not installed", "pip install -e .[export]"
         ) from None
     runtime: ModuleType = onnxruntime
     return runtime
@@ -51,21 +52,23 @@ def prepare(config: ExportConfig) -> tuple[Classifier, str, int, dict[str, str]]
     """What is exported, validated: the model, its architecture, the side of its images, and the files' metadata.
 
     Raises:
-        ValueError: on a checkpoint that cannot be read, or does not fit the architecture or one ONNX file.
+        UserError: on a checkpoint that cannot be read, or does not fit the architecture or one ONNX file.
 
     """
     path = Path(config.checkpoint)
     weights = checkpoint.read_weights(path)
     model = checkpoint.build_classifier(path, weights, config.arch).eval()
     if config.safetensors and weights.blurpool:
-        raise ValueError(
+        raise UserError(
             f"--safetensors {config.safetensors}: the network has BlurPool, which others would build the "
-            f"{weights.arch} without\nuse --onnx"
+            f"{weights.arch} without",
+            "use --onnx",
         )
     held = sum(value.nbytes for value in model.net.state_dict().values())
     if config.onnx and held > ONNX_LIMIT_BYTES:
-        raise ValueError(
-            f"--onnx {config.onnx}: the weights take {held / 1e9:.2g} GB, and one ONNX file holds 2\nuse --safetensors"
+        raise UserError(
+            f"--onnx {config.onnx}: the weights take {held / 1e9:.2g} GB, and one ONNX file holds 2",
+            "use --safetensors",
         )
     arch, side = config.arch or weights.arch or checkpoint.DEFAULT_ARCH, config.side or weights.side or 224
     values = {"classes": weights.classes, "side": side, "mean": weights.mean, "std": weights.std}
@@ -77,7 +80,7 @@ def export_checkpoint(config: ExportConfig) -> None:
     """Write the files that were asked for, and say how far their logits are from the checkpoint's.
 
     Raises:
-        ValueError: if a file does not give the checkpoint's logits; it is not left behind.
+        UserError: if a file does not give the checkpoint's logits; it is not left behind.
 
     """
     model, arch, side, about = prepare(config)
@@ -93,8 +96,8 @@ def export_checkpoint(config: ExportConfig) -> None:
             data = to_onnx(model, side, about)
         except torch.onnx.OnnxExporterError as error:
             reason = str(error.__cause__ or error).strip().splitlines()[0][:100]  # its own text is about PyTorch
-            raise ValueError(
-                f"--onnx {config.onnx}: torch cannot export a {arch}: {reason}\nuse --safetensors"
+            raise UserError(
+                f"--onnx {config.onnx}: torch cannot export a {arch}: {reason}", "use --safetensors"
             ) from None
         _write_verified("--onnx", Path(config.onnx), data, read_onnx, batches, expected)
 
@@ -157,11 +160,11 @@ def _write_verified(
             difference, largest = _compare(draft, read, batches, expected)
             draft.rename(path)
     except OSError as error:
-        raise ValueError(f"{flag} {path}: it cannot be written: {error.strerror}\nname a file elsewhere") from None
+        raise UserError(f"{flag} {path}: it cannot be written: {error.strerror}", "name a file elsewhere") from None
     except _Fault as fault:
-        raise ValueError(
-            f"{flag} {path}: not written, since {fault}\n"
-            f"this is a fault of this program or its packages, not of the checkpoint"
+        raise UserError(
+            f"{flag} {path}: not written, since {fault}",
+            "this is a fault of this program or its packages, not of the checkpoint",
         ) from None
     print(
         f"{path}: {len(data) / 1e6:.1f} MB; over {sum(BATCH_SIZES)} random images, its logits differ by at most "

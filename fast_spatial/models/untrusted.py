@@ -17,6 +17,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from fast_spatial.errors import UserError
 from fast_spatial.pipelines.text import some
 
 _LEGACY_PICKLES = 5  # of torch.save before 1.6: magic number, version, machine, content, keys of the storages
@@ -41,13 +42,13 @@ _EXPECTED = "expected a file written by torch.save that holds tensors and plain 
 _PLAIN = (str, int, float, bool, type(None), torch.device, torch.dtype)
 
 
-class Refused(ValueError):
-    """What is wrong with a file, and what to do: two lines without its name."""
+class Refused(UserError):
+    """What is wrong with a file, and what to do; whoever asked for the file names it."""
 
 
 def unsafe(reason: str = "") -> Refused:
     """The refusal of a file that is no checkpoint, or asks for more than one does."""
-    return Refused(f"not a checkpoint that can be read safely{reason and f': {reason}'}\n{_EXPECTED}")
+    return Refused(f"not a checkpoint that can be read safely{reason and f': {reason}'}", _EXPECTED)
 
 
 def check_file(path: Path) -> None:
@@ -102,7 +103,7 @@ def _check_archive(archive: zipfile.ZipFile, size: int) -> None:
         except (zipfile.BadZipFile, EOFError) as error:
             what = "checksum" if "CRC" in str(error) else "header"
             raise Refused(
-                f"damaged: its record {some([name])} does not match its {what}\ncopy it again, or use another one"
+                f"damaged: its record {some([name])} does not match its {what}", "copy it again, or use another one"
             ) from None
 
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from fast_spatial.config.fields import from_json, identity
 from fast_spatial.config.modes import MODES, row_name
 from fast_spatial.config.train import TrainConfig
+from fast_spatial.errors import UserError
 from fast_spatial.evaluation import landscape
 from fast_spatial.evaluation.landscape import Landscape
 from fast_spatial.runtime.run_files import CONFIG, ENVIRONMENT, EVALUATION, LOG, PLAN, RESULT, USAGE
@@ -85,7 +86,7 @@ def find_runs(folders: Sequence[Path]) -> list[Run]:
     """The runs in folders of `train` and `reproduce`.
 
     Raises:
-        ValueError: if one of them holds no run.
+        UserError: if one of them holds no run.
 
     """
     found: dict[Path, Run] = {}
@@ -93,7 +94,7 @@ def find_runs(folders: Sequence[Path]) -> list[Run]:
         files = [folder / CONFIG, *sorted(folder.glob(f"*/{CONFIG}")), *sorted(folder.glob(f"*/*/{CONFIG}"))]
         runs = {file.parent.resolve(): _read(file.parent) for file in files if file.is_file()}
         if not runs:
-            raise ValueError(f"{folder}: it holds no run\nname the --out folder of train or reproduce")
+            raise UserError(f"{folder}: it holds no run", "name the --out folder of train or reproduce")
         found.update(runs)
     return list(found.values())
 
@@ -115,7 +116,7 @@ def find_budgets(folders: Sequence[Path]) -> list[Spent]:
             plan = _json(folder / PLAN, (folder / PLAN).read_text(encoding="utf-8"))
             parts = _json(folder / USAGE, (folder / USAGE).read_text(encoding="utf-8"))["parts"]
             found.append(Spent(folder, plan, sum(part["seconds"] for part in parts)))
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, UserError, UnicodeDecodeError, KeyError, TypeError):
             continue
     return found
 
@@ -140,7 +141,7 @@ def _read(folder: Path) -> Run:
     def attempt(read: Callable[[], Content], otherwise: Content) -> Content:
         try:
             return read()
-        except (OSError, ValueError) as error:
+        except (OSError, UserError, UnicodeDecodeError) as error:
             problems.append(str(error).splitlines()[0])
             return otherwise
 
@@ -151,13 +152,13 @@ def _read(folder: Path) -> Run:
     def evaluation() -> dict[str, Any] | None:
         found = content(EVALUATION)
         if found is not None and "num_images" not in found.get("summary", {}):
-            raise ValueError(f"{folder / 'evaluation.json'}: it is damaged (no summary)")
+            raise UserError(f"{folder / 'evaluation.json'}: it is damaged (no summary)")
         return found
 
     try:
         config = from_json(TrainConfig, content(CONFIG) or {})
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{folder / CONFIG}: it is no run's ({str(error).splitlines()[0]})") from None
+    except (OSError, UserError, UnicodeDecodeError, TypeError) as error:
+        raise UserError(f"{folder / CONFIG}: it is no run's ({str(error).splitlines()[0]})") from None
     return Run(
         folder,
         config,
@@ -182,7 +183,7 @@ def _json(path: Path, text: str) -> dict[str, Any]:
     try:
         found = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{path}: it is damaged ({error})") from None
+        raise UserError(f"{path}: it is damaged ({error})") from None
     if not isinstance(found, dict):
-        raise ValueError(f"{path}: it is damaged (no object)")
+        raise UserError(f"{path}: it is damaged (no object)")
     return found

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
+from fast_spatial.errors import UserError
+
 _TEMPORARY = ".writing-"
 
 
@@ -50,16 +52,16 @@ def remove_leftovers(path: Path) -> None:
 
 
 def check_writable(flag: str, file: str) -> None:
-    """Raise a ValueError unless an option names no file, or one that can be written; its folder is made when it is."""
+    """Raise a UserError unless an option names no file, or one that can be written; its folder is made when it is."""
     if not file:
         return
     if Path(file).is_dir():
-        raise ValueError(f"{flag} {file}: that is a folder; name a file")
+        raise UserError(f"{flag} {file}: that is a folder; name a file")
     folder = next(folder for folder in Path(file).absolute().parents if folder.exists())
     if not folder.is_dir():
-        raise ValueError(f"{flag} {file}: {folder} is a file, not a folder")
+        raise UserError(f"{flag} {file}: {folder} is a file, not a folder")
     if not os.access(folder, os.W_OK):
-        raise ValueError(f"{flag} {file}: {folder} cannot be written\nname a file in another folder")
+        raise UserError(f"{flag} {file}: {folder} cannot be written", "name a file in another folder")
 
 
 def write_json(path: Path, content: Any) -> None:

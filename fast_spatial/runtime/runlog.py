@@ -13,6 +13,7 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
+from fast_spatial.errors import UserError
 from fast_spatial.runtime.energy import EnergyMeter, local_gpus
 from fast_spatial.runtime.run_files import LOG, TENSORBOARD
 from fast_spatial.runtime.waiting import Clock, HostClock
@@ -97,7 +98,7 @@ class RunLog:
     Opening it claims the folder: two processes that write one run would ruin it.
 
     Raises:
-        ValueError: if another process has the folder, or it cannot be written.
+        UserError: if another process has the folder, or it cannot be written.
 
     """
 
@@ -111,7 +112,9 @@ class RunLog:
                 out.mkdir(parents=True, exist_ok=True)
                 self._file = open(out / LOG, "a", encoding="utf-8")  # noqa: SIM115  (closed by `close`)
             except OSError as error:
-                raise ValueError(f"--out {out}: it cannot be written ({error.strerror})\nname another folder") from None
+                raise UserError(
+                    f"--out {out}: it cannot be written ({error.strerror})", "name another folder"
+                ) from None
             _lock(self._file, out)
 
     def begin(self, *, elapsed_sec: float = 0.0, size: int = 0, step: int = 0) -> None:
@@ -203,8 +206,8 @@ def _lock(file: IO[str], out: Path) -> None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() > deadline:
-                raise ValueError(
-                    f"--out {out}: another process is writing this run\nstop that one, or name a new folder"
+                raise UserError(
+                    f"--out {out}: another process is writing this run", "stop that one, or name a new folder"
                 ) from None
             time.sleep(0.2)
             continue

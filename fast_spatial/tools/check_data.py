@@ -18,6 +18,7 @@ import nvidia.dali
 from fast_spatial.config.commands import CheckConfig
 from fast_spatial.config.fields import to_json
 from fast_spatial.data.images import data_folder
+from fast_spatial.errors import UserError
 from fast_spatial.kernels.host import cache_folder, usable_cpus
 from fast_spatial.pipelines.inspection.decoding import Report, inspect_files
 from fast_spatial.pipelines.inspection.findings import (
@@ -146,7 +147,7 @@ def check_data(config: CheckConfig) -> int:
         say("stopped: the same command continues where this one was")
         raise
     except sqlite3.Error as error:
-        raise ValueError(f"{memory_file}, where verdicts are kept, cannot be used: {error}\nremove it") from None
+        raise UserError(f"{memory_file}, where verdicts are kept, cannot be used: {error}", "remove it") from None
 
     findings.found.sort()
     say(summary_text(findings.found))

@@ -28,6 +28,7 @@ from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fast_spatial.errors import UserError
 from fast_spatial.kernels.host import cache_folder, usable_cpus
 from fast_spatial.pipelines.nvjpeg import installed_libraries
 from fast_spatial.runtime.environment import (
@@ -378,7 +379,7 @@ def check_apex() -> Finding:
 
         try:
             find_apex_sgd()
-        except ValueError as error:
+        except UserError as error:
             return Finding("warning", f"{kind}, but {first_line(error)}", "use --optimizer sgd")
         return Finding("ok", f"{kind}, with FusedSGD")
     if kind == "another package":
@@ -516,9 +517,8 @@ def check_data(data: str) -> Finding:
     try:
         root = data_folder(data)
         classes = check_classes_agree(root)
-    except ValueError as error:
-        message, _, advice = str(error).partition("\n")
-        return Finding("missing", message, advice)
+    except UserError as error:
+        return Finding("missing", error.message, error.advice)
     sample = list(_sample([root / "train" / name for name in classes]))
     start, spent = time.perf_counter(), 0.0
     sizes: list[int] = []

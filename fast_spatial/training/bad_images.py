@@ -6,6 +6,7 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
+from fast_spatial.errors import UserError
 from fast_spatial.pipelines.dataset import ImageIndex
 from fast_spatial.pipelines.loader import undecodable
 from fast_spatial.pipelines.text import printable, some
@@ -39,14 +40,15 @@ class BadImages:
         """The positions of images of which no part can be decoded, as far as they were met.
 
         Raises:
-            ValueError: if there are some, and they are not to be skipped, or are too many.
+            UserError: if there are some, and they are not to be skipped, or are too many.
 
         """
         paths = self.paths()
         if paths and not self._skip:
-            raise ValueError(
+            raise UserError(
                 f"--on-bad-image stop: so far, this run has replaced {len(paths)} images that cannot be decoded "
-                f"({some(paths)})\nadd --on-bad-image skip, or name a new folder"
+                f"({some(paths)})",
+                "add --on-bad-image skip, or name a new folder",
             )
         self._check_number(paths)
         return self._images.positions_of(self._listed(BAD_IMAGES)).tolist()  # type: ignore[no-any-return]
@@ -59,7 +61,7 @@ class BadImages:
         """Remember images, by position in the split, that cannot be decoded, and why; `hopeless`: no part of them.
 
         Raises:
-            ValueError: if they are not to be skipped, or are too many.
+            UserError: if they are not to be skipped, or are too many.
 
         """
         if not self._skip:
@@ -82,7 +84,7 @@ class BadImages:
 
     def _check_number(self, paths: Collection[str]) -> None:
         if len(paths) > self._at_most:
-            raise ValueError(
-                f"--max-bad-images {self._at_most}: {len(paths)} images cannot be decoded: {some(sorted(paths))}\n"
-                f"look at the disk and the folder with launch.py check --data {self._images.root.parent}"
+            raise UserError(
+                f"--max-bad-images {self._at_most}: {len(paths)} images cannot be decoded: {some(sorted(paths))}",
+                f"look at the disk and the folder with launch.py check --data {self._images.root.parent}",
             )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fast_spatial.config.train import TrainConfig
+from fast_spatial.errors import UserError
 from fast_spatial.models.memory import estimate
 from fast_spatial.runtime.distributed import World
 from fast_spatial.runtime.run_files import LAST, PREVIOUS
@@ -68,10 +69,11 @@ def time_was_up(segment: Segment) -> str:
     )
 
 
-def diverged(step: int, steps_per_epoch: int, out: Path) -> str:
+def diverged(step: int, steps_per_epoch: int, out: Path) -> UserError:
     """What to say about a loss that is no number any more."""
     kept = next((f"; {out / name} was saved before" for name in (LAST, PREVIOUS) if (out / name).is_file()), "")
-    return (
+    return UserError(
         f"the loss is no finite number since step {step} (epoch {(step - 1) // steps_per_epoch + 1}): training "
-        f"diverged{kept}\ntry a smaller --lr, or --dtype float32, in a new folder"
+        f"diverged{kept}",
+        "try a smaller --lr, or --dtype float32, in a new folder",
     )

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fast_spatial.config.train import TrainConfig
+from fast_spatial.errors import UserError
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -40,17 +41,18 @@ def find_apex_sgd() -> type[torch.optim.Optimizer]:
     """NVIDIA apex's FusedSGD.
 
     Raises:
-        ValueError: if apex is missing, or is another package of that name (the one that `pip install apex` brings).
+        UserError: if apex is missing, or is another package of that name (the one that `pip install apex` brings).
 
     """
     try:
         importlib.import_module("amp_C")  # the compiled kernels: only NVIDIA's apex has them
         found = importlib.import_module("apex.optimizers").FusedSGD
     except (ImportError, AttributeError):
-        raise ValueError(
+        raise UserError(
             "--optimizer apex: NVIDIA's apex with its CUDA kernels is not installed (`pip install apex` is another "
-            "package)\nuse --optimizer sgd, or an environment that has it (NVIDIA's PyTorch images)"
+            "package)",
+            "use --optimizer sgd, or an environment that has it (NVIDIA's PyTorch images)",
         ) from None
     if not torch.cuda.is_available():
-        raise ValueError("--optimizer apex: apex's FusedSGD needs a GPU, and none is visible\nuse --optimizer sgd")
+        raise UserError("--optimizer apex: apex's FusedSGD needs a GPU, and none is visible", "use --optimizer sgd")
     return found  # type: ignore[no-any-return]

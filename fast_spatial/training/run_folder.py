@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fast_spatial.config.fields import to_json
 from fast_spatial.config.train import TrainConfig
+from fast_spatial.errors import UserError
 from fast_spatial.models import checkpoint
 from fast_spatial.runtime import distributed
 from fast_spatial.runtime.distributed import World
@@ -44,7 +45,7 @@ class Saver:
         """Save a state of tensors and plain values; `best` also as the best so far.
 
         Raises:
-            ValueError: if the state before it could not be written.
+            UserError: if the state before it could not be written.
 
         """
         self.wait()
@@ -59,7 +60,7 @@ class Saver:
         """Return once all is on the disk.
 
         Raises:
-            ValueError: if it could not be written.
+            UserError: if it could not be written.
 
         """
         writing, self._writing = self._writing, None
@@ -70,9 +71,9 @@ class Saver:
         except OSError as error:
             kept = [name for name in (LAST, PREVIOUS) if (self._out / name).is_file()]
             whole = f"; {kept[0]}, saved before, is whole" if kept else ""
-            raise ValueError(
-                f"--out {self._out}: a checkpoint cannot be written ({error.strerror or error}){whole}\n"
-                f"make room, or make the folder writable; then the same command continues from there"
+            raise UserError(
+                f"--out {self._out}: a checkpoint cannot be written ({error.strerror or error}){whole}",
+                "make room, or make the folder writable; then the same command continues from there",
             ) from error
 
     def close(self) -> None:
@@ -116,7 +117,7 @@ def find_latest(out: Path) -> Found:
     """The newest whole checkpoint of a run's folder.
 
     Raises:
-        ValueError: if there are checkpoints, but none that can be read.
+        UserError: if there are checkpoints, but none that can be read.
 
     """
     damaged: list[Path] = []
@@ -124,17 +125,19 @@ def find_latest(out: Path) -> Found:
         if not path.is_file():
             continue
         if not os.access(path, os.R_OK):
-            raise ValueError(f"--out {out}: {path.name} cannot be read by this user\nchange that, or name a new folder")
+            raise UserError(
+                f"--out {out}: {path.name} cannot be read by this user", "change that, or name a new folder"
+            )
         try:
             return Found(checkpoint.load(path), damaged)
-        except ValueError:
+        except checkpoint.DamagedCheckpoint:
             damaged.append(path)
     if damaged:
         names = ", ".join(path.name for path in damaged)
-        raise ValueError(f"--out {out}: its checkpoints ({names}) are damaged\nname a new folder")
+        raise checkpoint.DamagedCheckpoint(f"--out {out}: its checkpoints ({names}) are damaged", "name a new folder")
     if (out / BEST).is_file():
-        raise ValueError(
-            f"--out {out}: it holds {BEST}, but no {LAST} to continue from\nname a new folder, or move {BEST} away"
+        raise UserError(
+            f"--out {out}: it holds {BEST}, but no {LAST} to continue from", f"name a new folder, or move {BEST} away"
         )
     return Found(None, [])
 
@@ -143,24 +146,24 @@ def read_segments(run: str) -> list[Segment]:
     """The segments of a training that kept to a budget, from its log.
 
     Raises:
-        ValueError: if there are none.
+        UserError: if there are none.
 
     """
     try:
         records = [json.loads(line) for line in (Path(run) / LOG).read_text(encoding="utf-8").splitlines()]
         found = [Segment(r["start"], r["progress"], r["end"]) for r in records if r["event"] == "segment"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"--replay {run}: its {LOG} cannot be read ({error})\nname a folder of train") from None
+        raise UserError(f"--replay {run}: its {LOG} cannot be read ({error})", "name a folder of train") from None
     if not found:
-        raise ValueError(
-            f"--replay {run}: that training kept to no budget, so there is nothing to repeat\n"
-            f"without --replay, the same flags and seed train the same model"
+        raise UserError(
+            f"--replay {run}: that training kept to no budget, so there is nothing to repeat",
+            "without --replay, the same flags and seed train the same model",
         )
     return found
 
 
 def check_same_run(there: dict[str, Any], here: dict[str, Any], config: TrainConfig) -> None:
-    """Raise a ValueError if a checkpoint is of another run than what would go on here."""
+    """Raise a UserError if a checkpoint is of another run than what would go on here."""
     mine, theirs = ({**about["recipe"], **about} for about in (here, there))
     differences = [
         f"{name} {theirs.get(name)} there, {mine[name]} here"
@@ -171,16 +174,16 @@ def check_same_run(there: dict[str, Any], here: dict[str, Any], config: TrainCon
         advice = "name a new folder"
         if config.dtype == "auto" and theirs["dtype"] != mine["dtype"]:
             advice = f"add --dtype {theirs['dtype']}, which is not what this machine is best at, or {advice}"
-        raise ValueError(f"--out {config.out}: it holds another run ({'; '.join(differences)})\n{advice}")
+        raise UserError(f"--out {config.out}: it holds another run ({'; '.join(differences)})", f"{advice}")
 
 
 def check_processes_agree(world: World, about: dict[str, Any]) -> None:
-    """Raise a ValueError if this process would not do the same as the others."""
+    """Raise a UserError if this process would not do the same as the others."""
     for name, value in about.items():
         if not distributed.agree(zlib.crc32(json.dumps(value).encode()), world.device):
-            raise ValueError(
-                f"the processes differ in their {name}: {value} here\n"
-                f"give the same command on all nodes, with the same images, and --out on a disk that they share"
+            raise UserError(
+                f"the processes differ in their {name}: {value} here",
+                "give the same command on all nodes, with the same images, and --out on a disk that they share",
             )
 
 

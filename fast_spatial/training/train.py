@@ -17,6 +17,7 @@ from fast_spatial.data.decoders import keep_failure, previous_placement
 from fast_spatial.data.images import load_split
 from fast_spatial.data.loading import training_loader
 from fast_spatial.data.placing import placement_of
+from fast_spatial.errors import UserError
 from fast_spatial.evaluation.folded import Scorer
 from fast_spatial.evaluation.validation import Validation
 from fast_spatial.models import checkpoint
@@ -57,13 +58,13 @@ def train(config: TrainConfig, world: World, pace: Pace | None = None) -> None:
 
     Raises:
         Stopped: if the process was asked to by a signal; the run is saved, and can be continued.
-        ValueError: if the folder holds another run, cannot be written, or the loss stops being a number.
+        UserError: if the folder holds another run, cannot be written, or the loss stops being a number.
 
     """
     with stop_requests() as request, contextlib.ExitStack() as opened:
         try:
             _train(config, world, pace, request, opened)
-        except ValueError as error:
+        except UserError as error:
             if request.signal_number or os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
                 say(f"{error}")  # the launcher tells only of what ends it
             raise
@@ -110,7 +111,7 @@ def _train(
     validate = Validation(config, world, val_images, judge, on_gpu_failure=failed_on_gpu)
 
     if 0 < steps_per_epoch < PROFILE_AFTER_STEPS + config.profile and config.profile:
-        raise ValueError(
+        raise UserError(
             f"--profile {config.profile}: it starts after {PROFILE_AFTER_STEPS} steps, and an epoch has only "
             f"{steps_per_epoch}; lower --global-batch-size"
         )
@@ -194,7 +195,7 @@ def _train(
     def check_finite() -> None:
         first = divergence.first_step()
         if first is not None:
-            raise ValueError(diverged(first, steps_per_epoch, out))
+            raise diverged(first, steps_per_epoch, out)
 
     def save(epoch: int, step_of_epoch: int, tally: Tally | None = None, *, best: bool = False) -> None:
         """Save the position: so many steps of an epoch are done; all of them: but for its evaluation."""

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 
+from fast_spatial.errors import UserError
 from fast_spatial.pipelines.dataset import files_below, is_image, list_classes
 
 KILLS, CHANGES, NOTE = "kills", "changes", "note"
@@ -103,7 +104,7 @@ def survey(data: Path, split: str) -> Survey:
     root = data / split
     try:
         classes = list_classes(data, split)
-    except ValueError as error:
+    except UserError as error:
         return Survey([], 0, [(str(root), Finding("no_classes", str(error).removeprefix(f"--data {data}: ")))])
     findings: list[tuple[str, Finding]] = []
     images = 0

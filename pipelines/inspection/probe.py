@@ -34,6 +34,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from fast_spatial.errors import UserError
 from fast_spatial.kernels.host import environment_of_children, one_at_a_time, recall, remember
 from fast_spatial.pipelines.inspection.specimens import FAR, MOST_FAR_SHARE, MOST_MEAN, Difference
 from fast_spatial.pipelines.placement import HW_DECODER_LOAD, RUNGS, Decoding
@@ -120,12 +121,12 @@ def choose(
         timeout_sec: for each child.
 
     Raises:
-        ValueError: if a decoder is wanted that needs a GPU, where there is none.
+        UserError: if a decoder is wanted that needs a GPU, where there is none.
 
     """
     if wanted != "auto":
         if wanted != "cpu" and not on_gpu:
-            raise ValueError(f"--decode {wanted} needs a GPU, and torch sees none\nleave it out, or say --decode cpu")
+            raise UserError(f"--decode {wanted} needs a GPU, and torch sees none", "leave it out, or say --decode cpu")
         return Choice(Decoding(wanted, hw_decoder_load if wanted == "gpu" else 0.0), "as asked for, not probed")
     if not on_gpu:
         return Choice(Decoding("cpu"), "no GPU in use")

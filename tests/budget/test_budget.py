@@ -15,6 +15,7 @@ import pytest
 from fast_spatial.budget import clock as budget
 from fast_spatial.budget.clock import Clock, budget_of, moment_of
 from fast_spatial.config.train import BudgetOptions
+from fast_spatial.errors import UserError
 from fast_spatial.runtime.run_files import USAGE
 
 NOW = datetime.datetime(2030, 1, 31, 17, 0).astimezone()
@@ -44,7 +45,7 @@ def test_a_time_with_a_zone_is_taken_as_that():
     [("2030-01-31T16:59", "that is over"), ("tomorrow", "expected a time"), ("25:00", "expected a time")],
 )
 def test_other_times_are_refused(text, error):
-    with pytest.raises(ValueError, match=f"--until {text}: {error}"):
+    with pytest.raises(UserError, match=f"--until {text}: {error}"):
         moment_of(text, NOW)
 
 
@@ -63,7 +64,7 @@ def test_gpu_hours_and_money_are_hours_of_all_gpus(options, gpus, hours):
 
 @pytest.mark.parametrize("options", [{"gpu_hours": 24.0}, {"budget": 30.0, "price": 2.5}])
 def test_gpu_hours_need_gpus(options):
-    with pytest.raises(ValueError, match="none is visible\ngive --hours, or --until"):
+    with pytest.raises(UserError, match="none is visible\ngive --hours, or --until"):
         budget_of(BudgetOptions(**options), 0)
 
 
@@ -78,7 +79,7 @@ def test_gpu_hours_need_gpus(options):
     ],
 )
 def test_contradictions_are_refused(options, error):
-    with pytest.raises(ValueError, match=error):
+    with pytest.raises(UserError, match=error):
         BudgetOptions(**options)
 
 
@@ -128,7 +129,7 @@ def test_another_time_of_the_clock_does_not_depend_on_use(tmp_path):
 
 def test_a_record_that_cannot_be_read_is_no_free_time(tmp_path):
     (tmp_path / USAGE).write_text("{")
-    with pytest.raises(ValueError, match="nobody knows how much of the budget is used\nname a new folder"):
+    with pytest.raises(UserError, match="nobody knows how much of the budget is used\nname a new folder"):
         Clock(tmp_path, time.monotonic())
 
 

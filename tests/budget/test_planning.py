@@ -15,6 +15,7 @@ from fast_spatial.budget.clock import Budget, Clock
 from fast_spatial.budget.planning import Plan, candidate_recipes, describe, duration, expectation, make_plan
 from fast_spatial.config.commands import ReproduceConfig
 from fast_spatial.config.rows import requests
+from fast_spatial.errors import UserError
 
 # What a machine was measured to do: every row a second for 10,000 images of one view, and of eleven views for 1,000.
 IMAGENET = {
@@ -105,7 +106,7 @@ def test_the_longest_recipe_that_fits_is_stretched(hours, recipe):
 
 def test_milestones_are_never_rescaled():
     with pytest.raises(
-        ValueError, match=r"--recipe reference: its 110 epochs .* never rescaled, and take 15\.\d+ hours"
+        UserError, match=r"--recipe reference: its 110 epochs .* never rescaled, and take 15\.\d+ hours"
     ):
         planned("imagenet", 10.0, rows="standard", recipe="reference")
     plan = planned("imagenet", 20.0, rows="standard", recipe="reference")
@@ -138,14 +139,14 @@ def test_rows_that_were_asked_for_are_kept_however_short():
 
 
 def test_a_budget_that_is_too_small_for_anything_is_refused():
-    with pytest.raises(ValueError, match="the budget is too small: 60 s are left after measuring, and one epoch of"):
+    with pytest.raises(UserError, match="the budget is too small: 60 s are left after measuring, and one epoch of"):
         planned("imagenet", 1 / 60, rows="standard")
 
 
 @pytest.mark.parametrize(("gpus", "compile", "said"), [(1, "auto", True), (1, "false", False), (0, "auto", False)])
 def test_a_budget_that_compilers_used_up_says_so(monkeypatch, gpus, compile, said):
     monkeypatch.setitem(DIGITS, "gpus", gpus)
-    with pytest.raises(ValueError, match="the budget is too small") as refused:
+    with pytest.raises(UserError, match="the budget is too small") as refused:
         planned("digits", 0.003, rows="standard", compile=compile)
     assert ("--compile false" in str(refused.value)) == said
 
@@ -200,7 +201,7 @@ def test_judging_with_flips_is_provided_for():
 def test_recipes_that_do_not_fit_the_other_flags_are_no_candidates():
     rows = requests(ReproduceConfig(data="imagenet", out="out", rows=("standard",)), {"warmup_epochs": "3"})
     assert candidate_recipes("", "imagenet", rows) == ["e16", "e24", "e32", "e40", "e56", "e88"]
-    with pytest.raises(ValueError, match="--lr"):
+    with pytest.raises(UserError, match="--lr"):
         candidate_recipes("", "imagenet", requests(ReproduceConfig(data="i", out="o"), {"lr": "-1"}))
 
 
@@ -252,7 +253,7 @@ def test_the_last_row_gets_all_that_the_others_left(spent):
 def test_a_row_without_time_is_not_begun(spent):
     opened, now = spent
     now[0] = 1900 - opened.plan.end_sec - opened.plan.rows[1].fixed_sec
-    with pytest.raises(ValueError, match="no time is left for worst10, 30 degrees: 0"):
+    with pytest.raises(UserError, match="no time is left for worst10, 30 degrees: 0"):
         opened.of(opened.plan.rows[1], []).pace()
 
 

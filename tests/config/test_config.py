@@ -13,6 +13,7 @@ from fast_spatial.config.commands import EvaluateConfig, ReproduceConfig
 from fast_spatial.config.fields import from_json, identity, parse, to_json
 from fast_spatial.config.modes import MODES, PUBLISHED
 from fast_spatial.config.train import TrainConfig
+from fast_spatial.errors import UserError
 
 TRAIN = {"data": "d", "out": "o", "mode": "worst10"}
 EVALUATE = {"checkpoint": "c.pt", "data": "d"}
@@ -289,7 +290,7 @@ def test_what_is_not_given_has_its_default():
 )
 def test_a_bad_value_is_refused_naming_the_flag_the_value_and_what_is_allowed(kind, raw, parts):
     needed = {TrainConfig: TRAIN, EvaluateConfig: EVALUATE, ReproduceConfig: {"data": "d"}}[kind]
-    with pytest.raises(ValueError, match=r"^--") as caught:
+    with pytest.raises(UserError, match=r"^--") as caught:
         parse(kind, {**needed, **raw})
     for part in parts:
         assert part in str(caught.value)
@@ -306,7 +307,7 @@ def test_a_bad_value_is_refused_naming_the_flag_the_value_and_what_is_allowed(ki
     ],
 )
 def test_what_is_missing_is_named(kind, raw, message):
-    with pytest.raises(ValueError, match=f"^{message}$"):
+    with pytest.raises(UserError, match=f"^{message}$"):
         parse(kind, raw)
 
 

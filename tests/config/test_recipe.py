@@ -12,6 +12,7 @@ from fast_spatial.config import recipes
 from fast_spatial.config.commands import ReproduceConfig
 from fast_spatial.config.fields import identity, parse
 from fast_spatial.config.train import TrainConfig
+from fast_spatial.errors import UserError
 from fast_spatial.reproduce import plan
 from fast_spatial.training.schedule import side_starts
 
@@ -121,13 +122,13 @@ def test_a_file_of_ones_own_is_taken(tmp_path):
 )
 def test_a_bad_file_is_refused_naming_it_and_the_key(tmp_path, text, message):
     own = write(tmp_path, text)
-    with pytest.raises(ValueError, match=r"^--recipe .*\n") as caught:
+    with pytest.raises(UserError, match=r"^--recipe .*\n") as caught:
         recipes.train_config({**RUN, "recipe": own})
     assert str(caught.value).startswith(f"--recipe {own}: {message}")
 
 
 def test_a_recipe_that_is_not_there_is_refused_with_those_that_are():
-    with pytest.raises(ValueError, match=r"--recipe e17: there is no such file\nchoose one of reference, e16"):
+    with pytest.raises(UserError, match=r"--recipe e17: there is no such file\nchoose one of reference, e16"):
         recipes.train_config({**RUN, "recipe": "e17"})
 
 

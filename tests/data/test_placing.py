@@ -14,6 +14,7 @@ from fast_spatial.config.commands import EvaluateConfig, LandscapeConfig, Reprod
 from fast_spatial.config.fields import identity
 from fast_spatial.config.train import LaunchOptions, TrainConfig
 from fast_spatial.data.placing import choose_placement, placement_of
+from fast_spatial.errors import UserError
 from fast_spatial.kernels.crops import Crops
 from fast_spatial.kernels.sampling import TRAINING, augmentation_settings, pack_key, view_limits
 from fast_spatial.pipelines.dataset import read_index
@@ -67,7 +68,7 @@ def test_what_cannot_work_is_refused_in_two_lines(monkeypatch, options, on_gpu, 
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(preflight, "gpu_count", lambda: int(on_gpu))
     monkeypatch.setattr(preflight, "has_compiler", lambda name: True)
-    with pytest.raises(ValueError, match=words[0]) as refused:
+    with pytest.raises(UserError, match=words[0]) as refused:
         check_launch(LaunchOptions(**options))
     _, second = str(refused.value).splitlines()
     assert words[1] in second
@@ -75,7 +76,7 @@ def test_what_cannot_work_is_refused_in_two_lines(monkeypatch, options, on_gpu, 
 
 def test_triton_without_its_package_is_refused(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="package triton is not installed\ninstall it"):
+    with pytest.raises(UserError, match="package triton is not installed\ninstall it"):
         choose_placement("auto", "triton", on_gpu=True, exact=False)
 
 
@@ -99,7 +100,7 @@ def test_a_run_may_go_on_elsewhere():
 
 @pytest.mark.parametrize("wrong", [{"decode": "engine"}, {"warp": "cuda"}])
 def test_other_values_are_refused(wrong):
-    with pytest.raises(ValueError, match="choose one of auto"):
+    with pytest.raises(UserError, match="choose one of auto"):
         EvaluateConfig(checkpoint="c", data="d", **wrong)
 
 
@@ -126,7 +127,7 @@ def loader(**options) -> Loader:
 
 
 def test_a_loader_without_a_gpu_refuses_to_decode_on_one():
-    with pytest.raises(ValueError, match="images for cpu are to be decoded on the GPU"):
+    with pytest.raises(UserError, match="images for cpu are to be decoded on the GPU"):
         loader(placement=Placement(Decoding("gpu"), "dali"))
 
 

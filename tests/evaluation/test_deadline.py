@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 
 from fast_spatial.config.commands import EvaluateConfig, LandscapeConfig
+from fast_spatial.errors import UserError
 from fast_spatial.evaluation import deadline, evaluate, inputs, landscape
 from fast_spatial.evaluation.deadline import Deadline, TimeUp
 from fast_spatial.evaluation.evaluate import evaluate_checkpoint, grid_deviations
@@ -188,7 +189,7 @@ def test_time_that_is_up_before_all_images_were_judged_leaves_the_rounds_that_we
 def test_time_that_is_up_before_the_first_round_was_judged_is_an_error(planted, tmp_path):
     message = "the evaluation's time was up before an image of every class was judged: planted.pt\n"
     with pytest.raises(
-        ValueError, match=f"^{re.escape(message)}give it more, .* launch.py evaluate --checkpoint planted"
+        UserError, match=f"^{re.escape(message)}give it more, .* launch.py evaluate --checkpoint planted"
     ):
         evaluation(until=2, json=str(tmp_path / "found.json"))
     assert not (tmp_path / "found.json").exists()

@@ -15,6 +15,7 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn.functional import cross_entropy
 
 from fast_spatial.config.commands import LandscapeConfig
+from fast_spatial.errors import UserError
 from fast_spatial.evaluation import landscape
 from fast_spatial.evaluation.forward import ModuleJudge, Passes
 from fast_spatial.evaluation.landscape import judge_all_views, read, sample_positions
@@ -100,7 +101,7 @@ def test_the_subset_has_as_many_of_every_class_and_is_fixed(tmp_path):
     assert paths[:3] != ["val/a/0.jpg", "val/a/1.jpg", "val/a/2.jpg"]  # drawn, not the first
     one = images.balanced_subset(1)
     assert {one.relative_path(i) for i in range(3)} < set(paths)  # a larger subset holds the smaller
-    with pytest.raises(ValueError, match="holds only 3 images of class b"):
+    with pytest.raises(UserError, match="holds only 3 images of class b"):
         images.balanced_subset(4)
 
 
@@ -203,12 +204,12 @@ def test_views_within_limits(trained, tmp_path):
 def test_a_damaged_landscape_is_named(tmp_path):
     assert read(tmp_path) is None
     (tmp_path / run_files.LANDSCAPE).write_text('{"num_images": 3}')
-    with pytest.raises(ValueError, match=r"landscape.json: it cannot be read"):
+    with pytest.raises(UserError, match=r"landscape.json: it cannot be read"):
         read(tmp_path)
 
 
 def test_too_many_images_per_class_are_refused(trained, tmp_path):
-    with pytest.raises(ValueError, match=r"^--images-per-class 5: .* holds only 4 images of class cat"):
+    with pytest.raises(UserError, match=r"^--images-per-class 5: .* holds only 4 images of class cat"):
         landscape.prepare(config_of(trained, tmp_path, images_per_class=5))
     _, images, per_class, side = landscape.prepare(config_of(trained, tmp_path))
     assert (len(images), per_class, side) == (12, 4, 32)  # all there are, if they are fewer than wanted

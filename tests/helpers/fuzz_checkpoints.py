@@ -32,6 +32,7 @@ import torchvision
 from safetensors.torch import save
 from torch import nn
 
+from fast_spatial.errors import UserError
 from fast_spatial.models import classifier
 from fast_spatial.models.checkpoint import FORMAT, build_classifier, read_weights
 
@@ -366,7 +367,7 @@ def read(path: Path) -> str:
     try:
         weights = read_weights(path)
         build_classifier(path, weights, weights.arch or "tiny")
-    except ValueError as error:
+    except UserError as error:
         lines = str(error).replace(str(path), "PATH").split("\n")
         proper = len(lines) == 2 and lines[0].startswith("--checkpoint PATH: ") and all(map(str.isprintable, lines))
         return lines[0] if proper and max(map(len, lines)) < 1000 else f"BAD {error}"

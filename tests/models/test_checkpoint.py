@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fast_spatial.config.fields import to_json
 from fast_spatial.config.train import TrainConfig
+from fast_spatial.errors import UserError
 from fast_spatial.models import checkpoint
 from fast_spatial.models.checkpoint import build_classifier, load, read_weights
 from fast_spatial.models.classifier import IMAGENET_MEAN, IMAGENET_STD
@@ -89,7 +90,7 @@ def test_a_failure_while_writing_leaves_the_old_file_and_nothing_else(tmp_path, 
     save(tmp_path / "last.pt", {"epoch": 1})
     with monkeypatch.context() as patch:
         patch.setattr(os if call == "fsync" else Path, call, disk_full)
-        with pytest.raises(ValueError, match=r"No space left on device.*last.pt, saved before, is whole"):
+        with pytest.raises(UserError, match=r"No space left on device.*last.pt, saved before, is whole"):
             save(tmp_path / "last.pt", {"epoch": 2})
     assert load(tmp_path / "last.pt") == {"epoch": 1}
     assert os.listdir(tmp_path) == ["last.pt"]
@@ -216,7 +217,7 @@ def test_a_file_that_would_run_code_is_refused_and_runs_nothing(tmp_path, how, n
         path.write_bytes(pickle.dumps(content, protocol=2))
     else:
         torch.save(content, path, _use_new_zipfile_serialization=how == "torch.save")
-    with pytest.raises(ValueError, match=f"^--checkpoint {path}: ") as caught:
+    with pytest.raises(UserError, match=f"^--checkpoint {path}: ") as caught:
         read_weights(path)
     assert not (tmp_path / "ran").exists()
     assert len(str(caught.value).splitlines()) <= 2
@@ -232,7 +233,7 @@ def test_the_canary_would_run_in_a_careless_reader(tmp_path):
 def test_a_pickled_module_is_refused_in_our_words_without_advice_to_run_it(tmp_path, protocol, recwarn):
     path = tmp_path / "module.pt"
     torch.save(torch.nn.Linear(2, 2), path, pickle_protocol=protocol)
-    with pytest.raises(ValueError, match="--checkpoint") as caught:
+    with pytest.raises(UserError, match="--checkpoint") as caught:
         load(path)
     assert "weights_only" not in str(caught.value)
     assert "\x1b" not in str(caught.value)
@@ -254,25 +255,25 @@ def test_a_pickled_module_is_refused_in_our_words_without_advice_to_run_it(tmp_p
 )
 def test_a_file_without_weights_says_what_it_holds(tmp_path, content, message):
     path = write(tmp_path / "file.pt", content)
-    with pytest.raises(ValueError, match=f"^--checkpoint {path}: {message}"):
+    with pytest.raises(UserError, match=f"^--checkpoint {path}: {message}"):
         read_weights(path)
 
 
 def test_a_folder_is_no_checkpoint(tmp_path):
-    with pytest.raises(ValueError, match=r"that is a folder\nname a file; of a run, its best\.pt"):
+    with pytest.raises(UserError, match=r"that is a folder\nname a file; of a run, its best\.pt"):
         checkpoint.load(tmp_path)
 
 
 def test_a_truncated_file_is_refused(tmp_path):
     path = write(tmp_path / "whole.pt", {"w": torch.zeros(1000)})
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=f"^--checkpoint {path}: not a checkpoint that can be read safely"):
+    with pytest.raises(UserError, match=f"^--checkpoint {path}: not a checkpoint that can be read safely"):
         load(path)
 
 
 def test_weights_of_another_architecture_list_the_first_differences(tmp_path):
     path = write(tmp_path / "weights.pt", numbered_state("resnet18", 10))
-    with pytest.raises(ValueError, match="not the weights of a resnet34 with 10 classes\n") as caught:
+    with pytest.raises(UserError, match="not the weights of a resnet34 with 10 classes\n") as caught:
         build_classifier(path, read_weights(path), "resnet34")
     advice = str(caught.value).splitlines()[1]
     assert advice == (
@@ -290,7 +291,7 @@ def test_weights_of_another_shape_and_ones_too_many_are_listed(tmp_path):
         "fc2.weight": torch.zeros(1),
     }
     path = tmp_path / "weights.pt"
-    with pytest.raises(ValueError, match="not the weights of a resnet18 with 10 classes") as caught:
+    with pytest.raises(UserError, match="not the weights of a resnet18 with 10 classes") as caught:
         build_classifier(path, checkpoint.Weights(wide, 10), "")
     listed = (
         "2 unexpected: head.weight, fc2.weight; "
@@ -304,11 +305,11 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, value):
     state = numbered_state(SMALL, 3)
     state["conv5.1.running_var"] = torch.full((1024,), value)
     path = write(tmp_path / "weights.pt", state)
-    with pytest.raises(ValueError, match=f"^--checkpoint {path}: some of its weights are not finite numbers"):
+    with pytest.raises(UserError, match=f"^--checkpoint {path}: some of its weights are not finite numbers"):
         build_classifier(path, read_weights(path), SMALL)
 
 
 def test_an_architecture_that_contradicts_the_file_is_refused(tmp_path):
     weights = checkpoint.Weights(numbered_state(SMALL, 3), 3, arch=SMALL)
-    with pytest.raises(ValueError, match=f"it is a {SMALL}, not a resnet18\nleave --arch away"):
+    with pytest.raises(UserError, match=f"it is a {SMALL}, not a resnet18\nleave --arch away"):
         build_classifier(tmp_path / "best.pt", weights, "resnet18")

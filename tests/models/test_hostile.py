@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from fast_spatial.errors import UserError
 from fast_spatial.models import untrusted
 from fast_spatial.models.checkpoint import build_classifier, load, read_weights
 from tests.helpers.fuzz_checkpoints import CASE_SEC, Tiny, archive_of, ours, records_of, stand_in, torch_bytes
@@ -79,7 +80,7 @@ def tiny(monkeypatch):
 
 def refusal(path: Path, data: bytes) -> str:
     path.write_bytes(data)
-    with pytest.raises(ValueError, match="--checkpoint") as caught:
+    with pytest.raises(UserError, match="--checkpoint") as caught:
         build_classifier(path, read_weights(path), "tiny")
     lines = str(caught.value).splitlines()
     assert len(lines) == 2
@@ -175,7 +176,7 @@ def test_a_file_that_may_not_be_read(tmp_path):
     path = tmp_path / "w.pt"
     path.write_bytes(b"")
     path.chmod(0)
-    with pytest.raises(ValueError, match="you may not read it\n"):
+    with pytest.raises(UserError, match="you may not read it\n"):
         load(path)
 
 

@@ -14,6 +14,7 @@ from sklearn.datasets import load_sample_image
 from torchvision.datasets import ImageFolder, imagenet
 from torchvision.transforms import CenterCrop, Compose, Resize
 
+from fast_spatial.errors import UserError
 from fast_spatial.kernels.sampling import (
     BOX_H,
     BOX_W,
@@ -217,37 +218,37 @@ def test_first_classes_and_random_subset():
 
 @pytest.mark.parametrize("count", [0, 11, -1])
 def test_classes_that_are_not_there_cannot_be_kept(count):
-    with pytest.raises(ValueError, match=f"classes is {count}: .*val has 10 classes"):
+    with pytest.raises(UserError, match=f"classes is {count}: .*val has 10 classes"):
         read_index(export_digits(), "val").first_classes(count)
 
 
 def test_an_empty_subset_is_refused():
-    with pytest.raises(ValueError, match=r"cannot keep 0 images of .*val"):
+    with pytest.raises(UserError, match=r"cannot keep 0 images of .*val"):
         read_index(export_digits(), "val").random_subset(0)
 
 
 def test_a_missing_folder_is_named(tmp_path):
-    with pytest.raises(ValueError, match=f"--data {tmp_path}/nowhere: there is no such folder"):
+    with pytest.raises(UserError, match=f"--data {tmp_path}/nowhere: there is no such folder"):
         list_classes(tmp_path / "nowhere", "train")
 
 
 def test_a_missing_split_is_named_with_what_is_there(tmp_path):
     make_split(tmp_path, "training/a/x.jpg")
-    with pytest.raises(ValueError, match=r"it has no train/ \(it holds training\); expected .*/train/<class>/<image>"):
+    with pytest.raises(UserError, match=r"it has no train/ \(it holds training\); expected .*/train/<class>/<image>"):
         read_index(tmp_path, "train")
 
 
 def test_an_empty_split_is_refused(tmp_path):
     (tmp_path / "val").mkdir()
-    with pytest.raises(ValueError, match="val is empty"):
+    with pytest.raises(UserError, match="val is empty"):
         read_index(tmp_path, "val")
-    with pytest.raises(ValueError, match=r"it has no train/ \(it holds val\)"):
+    with pytest.raises(UserError, match=r"it has no train/ \(it holds val\)"):
         read_index(tmp_path, "train")
 
 
 def test_a_flat_validation_folder_is_refused_with_a_line_that_sorts_it(tmp_path, monkeypatch):
     make_split(tmp_path / "val", "val_2.JPEG", "val_1.JPEG", "val_3.JPEG")
-    with pytest.raises(ValueError, match="val holds 3 images but no class folders") as error:
+    with pytest.raises(UserError, match="val holds 3 images but no class folders") as error:
         list_classes(tmp_path, "val")
     python, option, program = shlex.split(str(error.value).splitlines()[-1])
     assert (python, option) == ("python", "-c")
@@ -262,14 +263,14 @@ def test_a_flat_validation_folder_is_refused_with_a_line_that_sorts_it(tmp_path,
 
 def test_a_flat_training_folder_is_refused(tmp_path):
     make_split(tmp_path / "train", "x.JPEG")
-    with pytest.raises(ValueError, match="train holds 1 images but no class folders; sort them into"):
+    with pytest.raises(UserError, match="train holds 1 images but no class folders; sort them into"):
         list_classes(tmp_path, "train")
 
 
 def test_classes_must_agree(tmp_path):
     make_split(tmp_path / "train", *(f"{name}/x.jpg" for name in ("a", "b", "p", "q", "r", "s")))
     make_split(tmp_path / "val", "a/x.jpg", "b/x.jpg", "z/x.jpg")
-    with pytest.raises(ValueError, match=r"\(only in train: p, q, r and 1 more; only in val: z\)"):
+    with pytest.raises(UserError, match=r"\(only in train: p, q, r and 1 more; only in val: z\)"):
         check_classes_agree(tmp_path)
     for name in ("p", "q", "r", "s"):
         shutil.rmtree(tmp_path / "train" / name)
@@ -282,6 +283,6 @@ def test_a_class_without_images_is_named(tmp_path):
     (tmp_path / "train" / "b").mkdir()
     (tmp_path / "train" / "b" / "notes.txt").touch()
     for check in (lambda: check_not_empty(tmp_path, "train", ["a", "b", "c"]), lambda: read_index(tmp_path, "train")):
-        with pytest.raises(ValueError, match=r"the class folder .*/train/b holds no images; fill or remove it"):
+        with pytest.raises(UserError, match=r"the class folder .*/train/b holds no images; fill or remove it"):
             check()
     check_not_empty(tmp_path, "train", ["a", "c"])

@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fast_spatial.errors import UserError
 from fast_spatial.kernels.host import cache_folder, one_at_a_time, recall, remember
 from fast_spatial.pipelines import ops
 from fast_spatial.pipelines.inspection import probe, probe_child, specimens
@@ -293,7 +294,7 @@ def test_a_decoder_that_is_asked_for_is_not_probed():
 
 def test_without_a_gpu_nothing_is_probed():
     assert choose("auto", on_gpu=False, hw_decoder_load=0.65).message == "decoding: CPU (no GPU in use)"
-    with pytest.raises(ValueError, match="--decode gpu-full needs a GPU"):
+    with pytest.raises(UserError, match="--decode gpu-full needs a GPU"):
         choose("gpu-full", on_gpu=False, hw_decoder_load=0.65)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from fast_spatial.errors import UserError
 from fast_spatial.kernels.sampling import (
     EVALUATION,
     TRAINING,
@@ -314,16 +315,16 @@ def test_evaluation_draws_depend_on_the_key_alone(evaluation):
     [(256, 3, 2, 258), (256, 7, 4, 259), (10, 4, 2, 12), (7, 2, 1, 8), (2, 8, 2, 8)],
 )
 def test_an_uneven_batch_is_refused_with_the_nearest_that_divides(global_batch_size, world_size, processes, batch):
-    with pytest.raises(ValueError, match=f"use {processes} processes, or --global-batch-size {batch}$") as error:
+    with pytest.raises(UserError, match=f"use {processes} processes, or --global-batch-size {batch}$") as error:
         check_divides(global_batch_size, world_size)
     assert f"--global-batch-size {global_batch_size} does not divide among {world_size} processes" in str(error.value)
-    with pytest.raises(ValueError, match="does not divide"):
+    with pytest.raises(UserError, match="does not divide"):
         make_loader(global_batch_size, world_size=world_size)
     check_divides(global_batch_size, processes)
     check_divides(batch, world_size)
 
 
 def test_a_split_smaller_than_a_batch_is_refused_for_training_only():
-    with pytest.raises(ValueError, match=r"train holds 200 images, less than one global batch of 201"):
+    with pytest.raises(UserError, match=r"train holds 200 images, less than one global batch of 201"):
         make_loader(201)
     make_loader(201, train=False)

@@ -12,6 +12,7 @@ from fast_spatial import launcher, preflight
 from fast_spatial.config.commands import EvaluateConfig, ReproduceConfig
 from fast_spatial.config.train import TrainConfig
 from fast_spatial.data.images import load_split
+from fast_spatial.errors import UserError
 from fast_spatial.evaluation.evaluate import evaluate_checkpoint
 from fast_spatial.pipelines.dataset import LeftOut, read_exclusions, read_index
 from fast_spatial.reproduce import plan
@@ -88,13 +89,13 @@ def test_odd_names_are_found_and_only_a_line_that_starts_with_it_is_a_comment():
 )
 def test_a_list_that_says_something_else_is_refused(lines, message):
     Path("data/train/ant/notes.txt").touch()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         read_index(Path("data"), "train").without(exclude(*lines))
 
 
 def test_a_list_that_cannot_be_read_is_refused():
     for path in (Path("nowhere.txt"), Path("data")):
-        with pytest.raises(ValueError, match=rf"--exclude {path}: it cannot be read \(.*\)\ngive a file with a path"):
+        with pytest.raises(UserError, match=rf"--exclude {path}: it cannot be read \(.*\)\ngive a file with a path"):
             read_exclusions(path)
 
 

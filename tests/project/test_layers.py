@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 # From the bottom to the top: a room may import those on earlier lines. Rooms on one line do not know each other.
 ORDER = (
+    ("errors",),
     ("kernels",),
     ("pipelines",),
     ("config", "runtime"),

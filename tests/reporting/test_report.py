@@ -17,6 +17,7 @@ from fast_spatial.config.commands import EvaluateConfig, LandscapeConfig, Reprod
 from fast_spatial.config.fields import parse, to_json
 from fast_spatial.config.modes import row_name, split_row
 from fast_spatial.config.train import TrainConfig
+from fast_spatial.errors import UserError
 from fast_spatial.reporting.tables import grid_note, published_table, results_table
 from fast_spatial.reproduce import Row, plan
 
@@ -139,19 +140,19 @@ def test_a_row_is_a_mode_and_its_degrees(row, found):
 @pytest.mark.parametrize("row", ["fast:30", "", ":30", "worst-of-10:30"])
 def test_a_row_of_no_mode_is_refused(row):
     message = f"^--rows {row}: choose modes of nocrop, standard, random, worst10, as in random:40$"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         split_row(row)
 
 
 @pytest.mark.parametrize("row", ["random:x", "random:30deg", "random:30:24"])
 def test_a_row_of_no_degrees_is_refused(row):
-    with pytest.raises(ValueError, match=f"^--rows {row}: expected MODE:DEGREES, as in random:40$"):
+    with pytest.raises(UserError, match=f"^--rows {row}: expected MODE:DEGREES, as in random:40$"):
         split_row(row)
 
 
 @pytest.mark.parametrize("row", ["random:500", "random:-30", "random:nan"])
 def test_a_row_beyond_the_limits_is_refused(row):
-    with pytest.raises(ValueError, match=f"^--rows {row}: "):
+    with pytest.raises(UserError, match=f"^--rows {row}: "):
         plan(ReproduceConfig(data="digits", out="runs", rows=(row,)), {})
 
 
@@ -164,7 +165,7 @@ def test_a_row_beyond_the_limits_is_refused(row):
     ],
 )
 def test_a_row_or_seed_named_twice_is_refused_as_its_spread_would_be_zero(words, flag):
-    with pytest.raises(ValueError, match=f"^{flag}"):
+    with pytest.raises(UserError, match=f"^{flag}"):
         plan(parse(ReproduceConfig, {"data": "digits", "out": "runs", **words}), {})
 
 
@@ -226,7 +227,7 @@ def test_flags_of_the_recipe_and_of_the_processes_reach_every_row():
 
 
 def test_a_bad_flag_of_the_recipe_is_refused():
-    with pytest.raises(ValueError, match=r"^--epochs 0: it must be at least 1"):
+    with pytest.raises(UserError, match=r"^--epochs 0: it must be at least 1"):
         plan(ReproduceConfig(data="digits", out="runs"), {"epochs": "0"})
 
 

@@ -20,6 +20,7 @@ from PIL import Image
 
 from fast_spatial import commands, preflight
 from fast_spatial.config.commands import CheckConfig
+from fast_spatial.errors import UserError
 from fast_spatial.kernels.host import usable_cpus
 from fast_spatial.kernels.sampling import TRAINING, augmentation_settings, pack_key, view_limits
 from fast_spatial.pipelines.dataset import ImageIndex, list_classes, read_exclusions, read_index
@@ -106,7 +107,7 @@ def training_survives(paths: list[Path]) -> bool:
     )
     try:
         next(iter(loader.epoch(0)))
-    except (RuntimeError, ValueError):
+    except (RuntimeError, UserError):
         return False
     return True
 
@@ -177,7 +178,7 @@ def test_what_is_forbidden_cannot_be_read():
         with nobody_special():
             assert read_regular(str(file)) == Finding("unreadable", "unreadable: Permission denied")
         file.parent.chmod(0)
-        with nobody_special(), pytest.raises(ValueError, match=r"/train cannot be read \(Permission denied\)"):
+        with nobody_special(), pytest.raises(UserError, match=r"/train cannot be read \(Permission denied\)"):
             list_classes(Path(folder), "train")
 
 
@@ -232,7 +233,7 @@ def test_a_link_to_a_folder_above_is_found_and_refused_in_training(data):
     found = found_in(data)
     assert found.pop("train/a/again") == found.pop("train/b/elsewhere/again") == ["bad_folder"]
     assert found == {}
-    with pytest.raises(ValueError, match=r"^--data: .*train/a/again cannot be used: it is a link to a folder that"):
+    with pytest.raises(UserError, match=r"^--data: .*train/a/again cannot be used: it is a link to a folder that"):
         read_index(data, "train")
 
 

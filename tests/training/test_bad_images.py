@@ -14,6 +14,7 @@ import torch
 
 from fast_spatial.config.commands import EvaluateConfig
 from fast_spatial.config.train import TrainConfig
+from fast_spatial.errors import UserError
 from fast_spatial.evaluation.evaluate import evaluate_checkpoint
 from fast_spatial.kernels.sampling import TRAINING, augmentation_settings, pack_key, view_limits
 from fast_spatial.pipelines.dataset import ImageIndex, read_index
@@ -138,7 +139,7 @@ def test_processes_need_not_tell_each_other(images, stream):
 
 
 def test_without_leave_the_first_one_ends_it_with_its_name(images):
-    with pytest.raises(ValueError, match="it cannot be decoded") as ended:
+    with pytest.raises(UserError, match="it cannot be decoded") as ended:
         seen(loader_of(images, 8).epoch(0))
     named = Path(str(ended.value).split(": it cannot", maxsplit=1)[0].split(": a part", maxsplit=1)[0])
     assert named in {Path(images.path(position)) for position in (*GARBAGE, *TRUNCATED)}
@@ -146,7 +147,7 @@ def test_without_leave_the_first_one_ends_it_with_its_name(images):
 
 
 def test_a_split_without_a_good_image_ends_at_once(images):
-    with pytest.raises(ValueError, match="none of its 96 images"):
+    with pytest.raises(UserError, match="none of its 96 images"):
         loader_of(images, 8, bad_images=range(IMAGES))
 
 
@@ -158,11 +159,11 @@ def test_lists_are_those_that_exclude_reads(images, tmp_path):
     assert other.paths() == sorted(images.relative_path(position) for position in (3, 7))
     assert other.positions() == [3]
     assert len(images.without(tmp_path / "bad_images.rank_0.txt")) == IMAGES - 1
-    with pytest.raises(ValueError, match="--max-bad-images 3: 4 images cannot be decoded"):
+    with pytest.raises(UserError, match="--max-bad-images 3: 4 images cannot be decoded"):
         other.met({4: "it is garbage", 20: "a part is missing"}, [4])
-    with pytest.raises(ValueError, match=r"has replaced 2 images .*\nadd --on-bad-image skip"):
+    with pytest.raises(UserError, match=r"has replaced 2 images .*\nadd --on-bad-image skip"):
         BadImages(tmp_path, 0, images, skip=False, at_most=3).positions()
-    with pytest.raises(ValueError, match="--max-bad-images 1"):
+    with pytest.raises(UserError, match="--max-bad-images 1"):
         BadImages(tmp_path, 0, images, skip=True, at_most=1).positions()
 
 
@@ -174,7 +175,7 @@ def test_a_training_goes_on_without_them_and_an_evaluation_does_not(images, tmp_
         (data / "val" / Path(images.relative_path(position)).relative_to("train")).unlink()
     flags: dict[str, Any] = {"data": str(data), "out": str(tmp_path / "run"), "mode": "random", "side": SIDE}
     flags |= {"epochs": 2, "milestones": (1,), "global_batch_size": 16, "arch": "squeezenet1_1", "lr": 0.01}
-    with pytest.raises(ValueError, match="--on-bad-image skip"):
+    with pytest.raises(UserError, match="--on-bad-image skip"):
         train(TrainConfig(**flags), ALONE)
     stop()
     train(TrainConfig(**flags, on_bad_image="skip"), ALONE)
@@ -182,6 +183,6 @@ def test_a_training_goes_on_without_them_and_an_evaluation_does_not(images, tmp_
     assert "training images could not be decoded and were replaced: train/" in capfd.readouterr().out
     first = sorted((data / "val").rglob("*.jpg"))[0]
     first.write_bytes(b"")
-    with pytest.raises(ValueError, match=f"{first}: it cannot be decoded: it is empty"):
+    with pytest.raises(UserError, match=f"{first}: it cannot be decoded: it is empty"):
         evaluate_checkpoint(EvaluateConfig(checkpoint=str(tmp_path / "run" / "last.pt"), data=str(data)), ALONE)
     stop()

@@ -17,6 +17,7 @@ from torch.multiprocessing.spawn import spawn
 
 from fast_spatial.config import recipes
 from fast_spatial.config.train import TrainConfig
+from fast_spatial.errors import UserError
 from fast_spatial.models import checkpoint
 from fast_spatial.runtime import distributed
 from fast_spatial.runtime.distributed import World
@@ -276,9 +277,9 @@ def test_a_run_keeps_its_time_says_how_and_can_be_repeated_to_the_bit(tmp_path):
 
 def test_a_run_without_segments_cannot_be_replayed(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"event": "train", "epoch": 1}\n')
-    with pytest.raises(ValueError, match="kept to no budget"):
+    with pytest.raises(UserError, match="kept to no budget"):
         read_segments(str(tmp_path))
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot be read"):
         read_segments(str(tmp_path / "nowhere"))
 
 

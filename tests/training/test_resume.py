@@ -17,6 +17,7 @@ import torch
 from fast_spatial.config import recipes
 from fast_spatial.config.commands import EvaluateConfig
 from fast_spatial.config.train import TrainConfig
+from fast_spatial.errors import UserError
 from fast_spatial.evaluation.evaluate import evaluate_checkpoint
 from fast_spatial.models import checkpoint
 from fast_spatial.runtime import distributed
@@ -254,7 +255,7 @@ def test_weights_that_are_no_numbers_are_not_saved_though_the_loss_was_one(tmp_p
         return result
 
     monkeypatch.setattr(TrainStep, "__call__", poisoned)
-    with pytest.raises(ValueError, match=r"since step 1 \(epoch 1\)"):
+    with pytest.raises(UserError, match=r"since step 1 \(epoch 1\)"):
         run(tmp_path, checkpoint_every="1")
     assert not (tmp_path / LAST).exists()
 
@@ -273,7 +274,7 @@ def test_a_full_disk_is_told_even_to_a_run_that_was_asked_to_stop(tmp_path, monk
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(distributed, "progress", progress)
-    with pytest.raises(ValueError, match="No space left"):
+    with pytest.raises(UserError, match="No space left"):
         run(tmp_path)
     assert "No space left on device" in capfd.readouterr().out
 
@@ -295,14 +296,14 @@ def test_the_scalars_of_tensorboard_survive_a_restart(tmp_path):
 def test_a_folder_whose_checkpoints_are_all_damaged_is_left_alone(tmp_path):
     for name in (LAST, PREVIOUS):
         (tmp_path / name).write_bytes(b"half a file")
-    with pytest.raises(ValueError, match=r"last.pt, previous.pt.*damaged"):
+    with pytest.raises(UserError, match=r"last.pt, previous.pt.*damaged"):
         find_latest(tmp_path)
     assert (tmp_path / LAST).read_bytes() == b"half a file"
 
 
 def test_a_best_checkpoint_is_not_overwritten_by_a_run_that_starts_anew(tmp_path):
     (tmp_path / BEST).write_bytes(b"precious")
-    with pytest.raises(ValueError, match=r"holds best.pt, but no last.pt"):
+    with pytest.raises(UserError, match=r"holds best.pt, but no last.pt"):
         find_latest(tmp_path)
 
 
@@ -319,7 +320,7 @@ def test_an_empty_folder_has_nothing_to_continue(tmp_path):
     ],
 )
 def test_a_checkpoint_of_other_numbers_is_refused(whole, flags, message):
-    with pytest.raises(ValueError, match=rf"holds another run \({message}"):
+    with pytest.raises(UserError, match=rf"holds another run \({message}"):
         run(whole, **flags)
 
 
@@ -344,7 +345,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_the_good_checkpoint_stays(tmp
         return result if calls == 1 else result._replace(loss=result.loss / 0)
 
     monkeypatch.setattr(TrainStep, "__call__", poisoned)
-    with pytest.raises(ValueError, match=r"no finite number since step 4 \(epoch 1\)(.|\n)*last.pt was saved before"):
+    with pytest.raises(UserError, match=r"no finite number since step 4 \(epoch 1\)(.|\n)*last.pt was saved before"):
         run(tmp_path)
     assert (tmp_path / LAST).read_bytes() == good
 
@@ -358,7 +359,7 @@ def test_a_diverging_run_stops_within_the_logging_interval(tmp_path, monkeypatch
         return original(self, batch)
 
     monkeypatch.setattr(TrainStep, "__call__", counted)
-    with pytest.raises(ValueError, match="training diverged"):
+    with pytest.raises(UserError, match="training diverged"):
         run(tmp_path, lr="1e30", log_every="2", checkpoint_every="0")
     assert len(steps) <= 4
     assert not (tmp_path / LAST).exists()
@@ -393,6 +394,7 @@ def test_a_full_disk_ends_in_an_error_that_says_so_and_the_older_checkpoint_is_w
     code = (
         "import resource, sys, torch\n"
         "from pathlib import Path\n"
+        "from fast_spatial.errors import UserError\n"
         "from fast_spatial.training.run_folder import Saver\n"
         "saver = Saver(Path(sys.argv[1]))\n"
         "saver.save({'weights': torch.ones(10)}); saver.wait()\n"
@@ -400,7 +402,7 @@ def test_a_full_disk_ends_in_an_error_that_says_so_and_the_older_checkpoint_is_w
         "saver.save({'weights': torch.ones(1 << 20)})\n"
         "try:\n"
         "    saver.wait()\n"
-        "except ValueError as error:\n"
+        "except UserError as error:\n"
         "    print(error)\n"
     )
     ended = subprocess.run(
@@ -427,7 +429,7 @@ def test_two_processes_cannot_write_the_same_run(tmp_path, monkeypatch):
     first = RunLog(tmp_path, rank=0, gpus=0)
     first.begin()
     monkeypatch.setattr("fast_spatial.runtime.runlog._LOCK_PATIENCE_SEC", 0.0)
-    with pytest.raises(ValueError, match="another process is writing this run"):
+    with pytest.raises(UserError, match="another process is writing this run"):
         RunLog(tmp_path, rank=0, gpus=0)
     first.close()
     RunLog(tmp_path, rank=0, gpus=0)
@@ -435,7 +437,7 @@ def test_two_processes_cannot_write_the_same_run(tmp_path, monkeypatch):
 
 def test_an_out_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"--out .*file/run: it cannot be written"):
+    with pytest.raises(UserError, match=r"--out .*file/run: it cannot be written"):
         RunLog(tmp_path / "file" / "run", rank=0, gpus=0)
 
 

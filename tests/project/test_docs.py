@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-import launch
-from fast_spatial.cli import read_flags
+from fast_spatial import commands
+from fast_spatial.config.cli import read_flags
 
 ROOT = next(path for path in Path(__file__).resolve().parents if (path / "pyproject.toml").is_file())
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -62,9 +62,9 @@ def command_lines(text: str) -> Iterator[list[str]]:
 def refusal(words: Sequence[str]) -> str:
     """Why the command line does not take these words; "" if it does."""
     command, *flags = words
-    if command not in launch.COMMANDS:
+    if command not in commands.COMMANDS:
         return f"{command}: no such command"
-    known = launch.COMMANDS[command]
+    known = commands.COMMANDS[command]
     flags = [word for word in flags if word != "--help"]
     while known.positional and flags and not flags[0].startswith("-"):
         flags.pop(0)
@@ -76,7 +76,7 @@ def refusal(words: Sequence[str]) -> str:
 
 
 def known_flags() -> set[str]:
-    names = {option for command in launch.COMMANDS.values() for option in command.options}
+    names = {option for command in commands.COMMANDS.values() for option in command.options}
     return {f"--{prefix}{option.replace('_', '-')}" for option in names for prefix in ("", "no-")} | {"--help"}
 
 
@@ -163,10 +163,10 @@ def test_commands_are_marked_with_what_they_need(page):
 @pytest.mark.parametrize("command", ["train", "evaluate"])
 def test_every_option_is_documented(command):
     """Those of training in one page; of an evaluation those that are its own."""
-    shared = {*launch.COMMANDS["train"].options} if command == "evaluate" else set()
+    shared = {*commands.COMMANDS["train"].options} if command == "evaluate" else set()
     text = (ROOT / "docs" / f"{'training' if command == 'train' else 'evaluation'}.md").read_text(encoding="utf-8")
     written = {flag.replace("--no-", "--") for flag in re.findall(r"--[a-z][\w-]*", text)}
-    options = {f"--{option.replace('_', '-')}" for option in {*launch.COMMANDS[command].options} - shared}
+    options = {f"--{option.replace('_', '-')}" for option in {*commands.COMMANDS[command].options} - shared}
     assert sorted(options - written) == []
     assert len(options) >= 9
 
@@ -176,9 +176,9 @@ def test_renamed_flags_are_what_the_changelog_says():
     rows = re.findall(r"^\| `--([\w-]+)` \| `--([\w-]+)` \| (.*) \|$", text, flags=re.MULTILINE)
     assert len(rows) >= 10
     wrong = []
-    for old, new, commands in rows:
-        for command in commands.split(", "):
-            options = launch.COMMANDS[command].options
+    for old, new, takers in rows:
+        for command in takers.split(", "):
+            options = commands.COMMANDS[command].options
             if old.replace("-", "_") in options or new.replace("-", "_") not in options:
                 wrong.append(f"{command}: --{old} -> --{new}")
     assert wrong == []

@@ -1,6 +1,6 @@
 """What commit 9f20ae0 left on disk is resumed, judged, reported and continued, under today's names of options.
 
-The files lie in `tests/data/9f20ae0/`, whose README says how each was made. Only the constants below name options as
+The files lie in `tests/assets/9f20ae0/`, whose README says how each was made. Only the constants below name options as
 they are called today.
 """
 
@@ -19,9 +19,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import launch
+from fast_spatial import commands
 
-DATA = Path(__file__).parent / "data" / "9f20ae0"
+DATA = Path(__file__).parents[1] / "assets" / "9f20ae0"
 
 # The options that the files hold under other names, and their flags today.
 FLAGS = {
@@ -114,7 +114,7 @@ def computes_alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def test_a_training_is_resumed_to_the_same_bits(capfd):
-    assert launch.main(TRAINING) == 0
+    assert commands.main(TRAINING) == 0
     assert "continued after 93 steps" in capfd.readouterr().out
     whole = read(DATA / "whole.json")
     log = lines("runs/training/log.jsonl")
@@ -141,7 +141,7 @@ OTHERS = {"side": 80, "start_side": 0, "eval_side": 72, "score_side": 24, "accum
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_training_with_another_value_is_refused(name, capfd):
     there = read("runs/training/config.json")[name]
-    assert launch.main(replaced(TRAINING, *flags(**{name: OTHERS[name]}))) == 2
+    assert commands.main(replaced(TRAINING, *flags(**{name: OTHERS[name]}))) == 2
     said = capfd.readouterr().err
     assert today(name) in said.replace("-", "_") and f"{there} there, {OTHERS[name]} here" in said
 
@@ -155,7 +155,7 @@ def test_a_checkpoint_of_another_training_is_refused(capfd):
     """The checkpoint has a list of its own of what decides the numbers."""
     config = read("runs/training/config.json")
     Path("runs/training/config.json").write_text(json.dumps({**config, "accumulate": 1}))
-    assert launch.main(replaced(TRAINING, *flags(accumulate=1))) == 2
+    assert commands.main(replaced(TRAINING, *flags(accumulate=1))) == 2
     assert "2 there, 1 here" in capfd.readouterr().err
 
 
@@ -172,12 +172,12 @@ def repeated() -> list[str]:
 
 
 def test_a_training_in_a_budget_is_repeated(repeated):
-    assert launch.main(repeated) == 0
+    assert commands.main(repeated) == 0
     assert torch.load("runs/again/last.pt", weights_only=True)["steps"] == 12
 
 
 def test_another_training_repeats_nothing(repeated, capfd):
-    assert launch.main(replaced(repeated, *flags(bn_group=8))) == 2
+    assert commands.main(replaced(repeated, *flags(bn_group=8))) == 2
     assert "16 there, 8 here" in capfd.readouterr().err
 
 
@@ -185,7 +185,7 @@ def test_another_training_repeats_nothing(repeated, capfd):
 
 
 def judged(checkpoint: str, *words: str) -> Any:
-    assert launch.main([*EVALUATE, *flags(checkpoint=checkpoint), *words]) == 0
+    assert commands.main([*EVALUATE, *flags(checkpoint=checkpoint), *words]) == 0
     return read("judged.json")
 
 
@@ -231,7 +231,7 @@ def cells(text: str, first: str) -> list[list[str]]:
 
 
 def test_a_table_is_reported():
-    assert launch.main(["report", "runs/table"]) == 0
+    assert commands.main(["report", "runs/table"]) == 0
     text = Path("runs/table/report.md").read_text(encoding="utf-8")
     result, *_ = cells(text, "standard")
     assert [cell.split(" ")[0] for cell in result] == ["96.5", "73.2", "16.9", "0.0"]
@@ -248,7 +248,7 @@ def test_a_table_is_reported():
 
 
 def test_a_training_that_goes_on_is_reported():
-    assert launch.main(["report", "runs/training"]) == 0
+    assert commands.main(["report", "runs/training"]) == 0
     text = Path("runs/training/report.md").read_text(encoding="utf-8")
     assert [row[-1] for row in cells(text, f"`{FLAGS['side']}`")] == ["64"]
 
@@ -265,8 +265,8 @@ def planned(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> Any:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(launch, "launch", start)
-        assert launch.main(words) == 130
+        patch.setattr(commands, "launch", start)
+        assert commands.main(words) == 130
     ((task, config),) = found
     assert task == "train"
     return config
@@ -307,13 +307,13 @@ def test_the_plans_are_of_the_recipes_that_this_is_about():
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_plan_with_another_value_is_refused(name, capfd):
     there = read("runs/table/plan.json")["flags"][name]
-    assert launch.main([*replaced(TABLE, *flags(**{name: OTHERS[name]})), *HOURS]) == 2
+    assert commands.main([*replaced(TABLE, *flags(**{name: OTHERS[name]})), *HOURS]) == 2
     assert f"{there} there, {OTHERS[name]} here" in capfd.readouterr().err
 
 
 def test_a_plan_with_another_recipe_is_refused(capfd):
     words = [word for word in OF_E24 if word not in E24] + flags(recipe="reference")
-    assert launch.main([*words, *HOURS]) == 2
+    assert commands.main([*words, *HOURS]) == 2
     assert "begun with other flags" in capfd.readouterr().err
 
 
@@ -323,8 +323,8 @@ def test_a_table_is_finished(monkeypatch):
     plan, usage = read("runs/table/plan.json"), Path("runs/table/usage.json")
     (part,) = read(usage)["parts"]
     usage.write_text(json.dumps({"parts": [{**part, "seconds": plan["budget"]["hours"] * 3600 - 60}]}))
-    monkeypatch.setattr(launch, "STARTED", time.monotonic())
-    assert launch.main([*TABLE, *flags(hours=plan["budget"]["hours"])]) == 0
+    monkeypatch.setattr(commands, "STARTED", time.monotonic())
+    assert commands.main([*TABLE, *flags(hours=plan["budget"]["hours"])]) == 0
     assert [result["mode"] for result in read("runs/table/results.json")] == ["standard", "worst10"]
     assert read("runs/table/results.json")[0] == read(DATA / "table" / "results.json")[0]
     log = lines("runs/table/worst10_30/seed_0/log.jsonl")
