@@ -34,9 +34,7 @@ def pytest_sessionstart(session: pytest.Session) -> Generator[None, None, None]:
         os.close(terminal)
 
 
-def pytest_terminal_summary(
-    terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config
-) -> None:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config) -> None:
     """Show that file where something failed."""
     written = config.stash.get(WRITTEN, None)
     if written is None or exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
