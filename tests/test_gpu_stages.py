@@ -232,7 +232,10 @@ def lives(pid):
 give_up = time.monotonic() + 200  # what was killed may need a moment on a busy machine; nothing here ends by itself
 while time.monotonic() < give_up and (lives(process.pid) or lives(pid)):
     time.sleep(0.01)
-print(json.dumps([lives(process.pid), lives(pid)]))
+alive = [lives(process.pid), lives(pid)]
+if lives(pid):
+    os.kill(pid, 9)
+print(json.dumps(alive))
 """)
     assert alive == [False, False]
 
