@@ -26,8 +26,7 @@ SPLITS = ("train", "val")
 _SUBSET_SEED = 2**31 - 1
 
 FLAT_VAL_FIX = (
-    "put ILSVRC2012_devkit_t12.tar.gz into {data} and sort it into class folders with\n"
-    "  python -c \"from torchvision.datasets.imagenet import *; r = '{data}'; parse_devkit_archive(r); "
+    "python -c \"from torchvision.datasets.imagenet import *; r = '{data}'; parse_devkit_archive(r); "
     "v = r + '/val/'; "
     "[os.renames(v + f, v + c + '/' + f) for f, c in zip(sorted(os.listdir(v)), load_meta_file(r)[1])]\""
 )
@@ -206,8 +205,11 @@ def list_classes(data: Path, split: str) -> list[str]:
     classes = [entry.name for entry in entries if entry.is_dir()]
     files = sum(is_image(entry.name) for entry in entries if not entry.is_dir())
     if not classes and files:
-        fix = FLAT_VAL_FIX.format(data=data.resolve()) if split == "val" else f"sort them into {root}/<class>/"
-        raise UserError(f"--data {data}: {root} holds {files} images but no class folders; {fix}")
+        what = f"--data {data}: {root} holds {files} images but no class folders"
+        if split == "train":
+            raise UserError(what, f"sort them into {root}/<class>/")
+        need = f"put ILSVRC2012_devkit_t12.tar.gz into {data.resolve()} and sort them with the line below"
+        raise UserError(f"{what}; {need}", FLAT_VAL_FIX.format(data=data.resolve()))
     if not classes:
         raise UserError(f"--data {data}: {root} is empty; expected {root}/<class>/<image>")
     return sorted(classes)

@@ -63,11 +63,13 @@ counts = [counts_up_to(most) for most in (1, 2, 3, 6, 8)]
 real, rates = processes._job, {{1: 100.0, 2: 180.0, 8: 400.0}}
 processes._job = lambda n, _: {{"world_size": n, "images_per_sec": {{"standard": rates[n]}}}}
 efficiencies = [about["efficiency_pct"] for about in measure([1, 2, 8], TINY).facts.values()]
-processes._job, processes.ROOT, processes.TIMEOUT_SEC = real, Path({str(tmp_path)!r}), 2
+processes._job, processes.ROOT, processes.TIMEOUT_SEC = real, Path({str(tmp_path)!r}), 900
 failed = measure([2, 4], TINY)
-Path({str(launcher)!r}).write_text("import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(60)")
+Path({str(launcher)!r}).write_text("import time; time.sleep(600)")
+processes.TIMEOUT_SEC, popen, started = 2, processes.subprocess.Popen, []
+processes.subprocess.Popen = lambda *words, **options: started.append(popen(*words, **options)) or started[-1]
 hung = measure([1], TINY)
-alive = Path("/proc", Path({str(tmp_path / "pid")!r}).read_text()).exists()
+alive = Path("/proc", str(started[0].pid)).exists()
 print(json.dumps([counts, efficiencies, failed.facts, failed.skipped, hung.skipped, alive]))
 """)
     counts, efficiencies, facts, failed, hung, alive = found

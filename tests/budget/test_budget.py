@@ -6,8 +6,10 @@ import datetime
 import json
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from fast_spatial.config.train import BudgetOptions
 from fast_spatial.errors import UserError
 from fast_spatial.runtime.run_files import USAGE
 
+HANG_SEC = 300.0
 NOW = datetime.datetime(2030, 1, 31, 17, 0).astimezone()
 
 
@@ -88,43 +91,81 @@ def parts(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-def test_the_time_between_two_starts_does_not_count(tmp_path):
-    with Clock(tmp_path, time.monotonic() - 100.0):
+class Hands:
+    """This machine's two clocks, wound by hand: seconds of `time.monotonic()`, and the time of day."""
+
+    def __init__(self) -> None:
+        self.sec = 1000.0
+
+    def monotonic(self) -> float:
+        return self.sec
+
+    def now(self, zone: datetime.tzinfo | None = None) -> datetime.datetime:
+        return (NOW + datetime.timedelta(seconds=self.sec - 1000.0)).astimezone(zone)
+
+
+@pytest.fixture
+def hands(monkeypatch):
+    hands = Hands()
+
+    class Date(datetime.datetime):
+        now = hands.now  # type: ignore[assignment]
+
+    monkeypatch.setattr(budget, "time", hands)
+    monkeypatch.setattr(budget, "datetime", SimpleNamespace(**{**vars(datetime), "datetime": Date}))
+    return hands
+
+
+def test_the_time_between_two_starts_does_not_count(tmp_path, hands):
+    with Clock(tmp_path, hands.sec - 100.0):
         pass
-    time.sleep(0.3)
-    with Clock(tmp_path, time.monotonic() - 20.0) as clock:
-        assert 120.0 <= clock.used_sec < 120.2
+    hands.sec += 5.0
+    with Clock(tmp_path, hands.sec - 20.0) as clock:
+        assert clock.used_sec == 120.0
         hours = budget_of(BudgetOptions(hours=0.1), 0)
-        assert hours.until(clock) - time.monotonic() == pytest.approx(240.0, abs=0.2)
-    assert [(round(part["seconds"]), part["ended"]) for part in parts(tmp_path)] == [(100, True), (20, True)]
+        assert hours.until(clock) - hands.sec == pytest.approx(240.0)
+        hands.sec += 7.0
+        assert clock.used_sec == 127.0
+        assert hours.until(clock) - hands.sec == pytest.approx(233.0)
+    assert [(part["seconds"], part["ended"]) for part in parts(tmp_path)] == [(100, True), (27, True)]
 
 
 def test_the_time_of_a_process_that_was_killed_counts(tmp_path):
-    code = (
-        "import pathlib, sys, time; from fast_spatial.budget.clock import Clock\n"
-        "with Clock(pathlib.Path(sys.argv[1]), time.monotonic() - 50): print('open', flush=True); time.sleep(60)"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE)
-    assert process.stdout is not None and process.stdout.readline()
-    started = time.monotonic()
-    time.sleep(1.5)
-    process.kill()
-    process.wait()
-    ran = 50 + time.monotonic() - started
+    code = """
+import pathlib, sys, time
+from types import SimpleNamespace
+from fast_spatial.budget import clock as budget
+now = [0.0]
+budget._BEAT_SEC, budget.time = 0.02, SimpleNamespace(monotonic=lambda: now[0])
+with budget.Clock(pathlib.Path(sys.argv[1]), -50.0):
+    now[0] = 3.0
+    time.sleep(600)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
+    give_up = time.monotonic() + HANG_SEC
+    try:
+        while not (tmp_path / USAGE).is_file() or parts(tmp_path)[0]["seconds"] < 53.0:
+            assert process.poll() is None and time.monotonic() < give_up
+            time.sleep(0.05)
+    finally:
+        process.kill()
+        process.wait()
     assert parts(tmp_path)[0]["ended"] is False
-    assert 0 <= Clock(tmp_path, time.monotonic()).used_before_sec - ran <= 1.3
+    # What it was heard of last, and the longest that it may have gone on unheard.
+    assert Clock(tmp_path, time.monotonic()).used_before_sec == 53.0 + budget._BEAT_SEC
 
 
-def test_another_time_of_the_clock_does_not_depend_on_use(tmp_path):
+def test_another_time_of_the_clock_does_not_depend_on_use(tmp_path, hands):
     options = BudgetOptions(until="18:30")
     first = budget_of(options, 0)
     assert first.moment is not None
     known = (first.moment - datetime.timedelta(days=1)).isoformat()
     again = budget_of(options, 0, known)  # a restart after midnight means the same time
     assert again.moment == first.moment - datetime.timedelta(days=1)
-    with Clock(tmp_path, time.monotonic() - 1000.0) as clock:
-        left = first.until(clock) - time.monotonic()
-    assert left == pytest.approx(first.moment.timestamp() - time.time(), abs=0.2)
+    with Clock(tmp_path, hands.sec - 1000.0) as clock:
+        assert first.until(clock) - hands.sec == 5400.0  # it is 17:00
+        hands.sec += 60.0
+        assert first.until(clock) - hands.sec == 5340.0
 
 
 def test_a_record_that_cannot_be_read_is_no_free_time(tmp_path):
@@ -136,11 +177,13 @@ def test_a_record_that_cannot_be_read_is_no_free_time(tmp_path):
 def test_a_record_that_cannot_be_written_any_more_does_not_end_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(budget, "_BEAT_SEC", 0.02)
     with Clock(tmp_path, time.monotonic()):
+        tries = threading.Semaphore(0)
 
         def full(*_: object) -> None:
+            tries.release()
             raise OSError(28, "No space left on device")
 
         with monkeypatch.context() as patch:
             patch.setattr(budget, "write_json", full)
-            time.sleep(0.1)
+            assert all(tries.acquire(timeout=HANG_SEC) for _ in range(2))  # it goes on after the first
     assert parts(tmp_path)[0]["ended"] is True

@@ -17,6 +17,7 @@ from fast_spatial.training.pacing import Pace
 from tests.reporting.test_report import FakeLaunch
 
 ROWS = ["nocrop", "standard", "random_30", "worst10_30"]
+NOW_SEC = 10_000.0
 REPRODUCE = ["reproduce", "--data", "digits", "--hours", "0.25"]
 # Of 900 s: 12 s for every start and end, and an evaluation of 110 s at most.
 MEASURED = {
@@ -43,7 +44,7 @@ class Tasks(FakeLaunch):
         if task == "calibrate":
             assert isinstance(config, CalibrateConfig)
             rates = {"images_per_sec": {str(side): 400.0 for side in config.sides}, "validation_images_per_sec": 1000.0}
-            found = {**MEASURED, "trainings": [rates] * len(config.trainings), "left_sec": limit - time.monotonic()}
+            found = {**MEASURED, "trainings": [rates] * len(config.trainings), "left_sec": limit - NOW_SEC}
             write_json(Path(config.json), found)
             return 2.0
         if self._fail and task == "train" and self._fail in config.out:
@@ -57,10 +58,11 @@ class Tasks(FakeLaunch):
 
 @pytest.fixture(autouse=True)
 def cpu_machine(tmp_path, monkeypatch):
-    """A start of launch.py in an empty folder, on a machine without a GPU."""
+    """A start of launch.py in an empty folder, on a machine without a GPU, where nothing takes time."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(preflight, "gpu_count", lambda: 0)
-    monkeypatch.setattr(commands, "STARTED", time.monotonic())
+    monkeypatch.setattr(time, "monotonic", lambda: NOW_SEC)
+    monkeypatch.setattr(commands, "STARTED", NOW_SEC)
 
 
 def run(monkeypatch: pytest.MonkeyPatch, tasks: Tasks, *words: str, out: Path = Path("runs")) -> int:
@@ -118,7 +120,7 @@ def test_a_restart_goes_on_with_the_plan_and_counts_on(monkeypatch, capsys):
     (part,) = json.loads((Path("runs") / USAGE).read_text())["parts"]
     assert part["ended"]
     before = plan_of()["rows"]
-    monkeypatch.setattr(commands, "STARTED", time.monotonic() - 400)
+    monkeypatch.setattr(commands, "STARTED", NOW_SEC - 400)
     again = Tasks()
     capsys.readouterr()
     assert run(monkeypatch, again, *REPRODUCE) == 0
@@ -135,7 +137,7 @@ def test_a_restart_may_have_more_time_but_no_other_flags(monkeypatch, capsys):
     capsys.readouterr()
     assert run(monkeypatch, Tasks(), *REPRODUCE, "--lr", "0.01") == 2
     assert "was begun with other flags (lr not given there, 0.01 here)" in capsys.readouterr().err
-    monkeypatch.setattr(commands, "STARTED", time.monotonic() - 1000)
+    monkeypatch.setattr(commands, "STARTED", NOW_SEC - 1000)
     assert run(monkeypatch, Tasks(), *REPRODUCE) == 2
     assert "--hours 0.25: all of it is used (0.28 hours in use)" in capsys.readouterr().err
     more = Tasks()

@@ -127,7 +127,7 @@ def loader(**options) -> Loader:
 
 
 def test_a_loader_without_a_gpu_refuses_to_decode_on_one():
-    with pytest.raises(UserError, match="images for cpu are to be decoded on the GPU"):
+    with pytest.raises(ValueError, match="images for cpu are to be decoded on the GPU"):
         loader(placement=Placement(Decoding("gpu"), "dali"))
 
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fast_spatial.errors import UserError
 from fast_spatial.evaluation.attack import GridSurvivors, losses_of, take_views, verdicts, worst_view
 from fast_spatial.evaluation.forward import Judge, ModuleJudge, Passes, even_pass, largest_pass
 from fast_spatial.evaluation.verdicts import ImageVerdict, judge_batches, summarize
@@ -392,7 +391,7 @@ def test_an_image_judged_twice_is_refused(crowd):
     images, labels, judge, _ = crowd
     twice = [*batches_of(images[:4], labels[:4], 2, 4), *batches_of(images[:4], labels[:4], 2, 4)]
     found = list(judge_batches(judge, twice, LIMITS, judge_batch=8, wants_grid=None))
-    with pytest.raises(UserError, match="more than once"):
+    with pytest.raises(ValueError, match="more than once"):
         summarize(found, LIMITS, 2, partial=False)
-    with pytest.raises(UserError, match="nothing to report"):
+    with pytest.raises(ValueError, match="nothing to report"):
         summarize([], LIMITS, 2, partial=False)

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from fast_spatial.config.commands import EvaluateConfig
-from fast_spatial.errors import UserError
 from fast_spatial.evaluation.evaluate import evaluate, published_deviations, summary_table
 from fast_spatial.evaluation.verdicts import ImageVerdict, summarize
 
@@ -74,12 +73,12 @@ def test_the_draws_change_with_the_seed_alone():
     ],
 )
 def test_images_that_are_not_pixels_in_0_to_1_are_refused(images, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(ValueError, match=message):
         evaluate(Brightness(0.5), [(images, torch.zeros(2, dtype=torch.long))])
 
 
 def test_no_images_at_all_are_refused():
-    with pytest.raises(UserError, match="nothing to report"):
+    with pytest.raises(ValueError, match="nothing to report"):
         evaluate(Brightness(0.5), [])
 
 

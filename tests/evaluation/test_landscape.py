@@ -101,7 +101,7 @@ def test_the_subset_has_as_many_of_every_class_and_is_fixed(tmp_path):
     assert paths[:3] != ["val/a/0.jpg", "val/a/1.jpg", "val/a/2.jpg"]  # drawn, not the first
     one = images.balanced_subset(1)
     assert {one.relative_path(i) for i in range(3)} < set(paths)  # a larger subset holds the smaller
-    with pytest.raises(UserError, match="holds only 3 images of class b"):
+    with pytest.raises(ValueError, match="holds only 3 images of class b"):
         images.balanced_subset(4)
 
 

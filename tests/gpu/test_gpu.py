@@ -300,7 +300,7 @@ def test_a_rewritten_twin_judges_as_the_model(side, blurred, fused):
 def test_the_wait_for_data_is_the_stream_s():
     side, clock = torch.cuda.Stream(CUDA), StreamClock(CUDA)
     stream, second = torch.cuda.current_stream(CUDA), 1_000_000_000  # cycles, at least half a second
-    torch.cuda._sleep(second)  # a step, longer than the data take
+    torch.cuda._sleep(8 * second)  # a step, far longer than the data and a busy host take
     clock.start()
     with torch.cuda.stream(side):
         torch.cuda._sleep(second // 10)
@@ -310,12 +310,15 @@ def test_the_wait_for_data_is_the_stream_s():
     clock.stop()
     torch.cuda.synchronize(CUDA)
     assert clock.seconds < 0.02
+    begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begun.record(stream)
     clock.start()
     with torch.cuda.stream(side):
-        torch.cuda._sleep(second // 2)
+        torch.cuda._sleep(4 * second)
         ready = side.record_event()
     stream.wait_event(ready)
     clock.stop()
     assert clock.seconds < 0.02  # nothing waits for the end
+    ended.record(stream)
     torch.cuda.synchronize(CUDA)
-    assert 0.1 < clock.seconds < 2
+    assert 0.5 * begun.elapsed_time(ended) < 1000 * clock.seconds <= begun.elapsed_time(ended)

@@ -27,7 +27,8 @@ from fast_spatial.pipelines.inspection.probe_child import Pixels, decode_with, s
 from fast_spatial.pipelines.inspection.specimens import Region, Specimen, specimens
 from fast_spatial.pipelines.placement import HW_DECODER_LOAD, Decoding
 
-TIMEOUT_SEC = 60.0
+# Of children that answer or end by themselves, however busy the machine is.
+TIMEOUT_SEC = 600.0
 # In the arguments of this process's children, and of theirs, alone: seconds to sleep.
 MARK = f"600.{os.getpid()}"
 RIGHT = {"worst_mean": 0.4, "worst_far_share": 0.001, "images": 7, "fault": ""}

@@ -24,7 +24,7 @@ from tests.helpers.fuzz_checkpoints import CASE_SEC, Tiny, archive_of, ours, rec
 def fuzzed(tmp_path_factory) -> dict[str, Any]:
     command = [sys.executable, "-m", "tests.helpers.fuzz_checkpoints", str(tmp_path_factory.mktemp("fuzz"))]
     done = subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=300, cwd=Path(__file__).parents[2]
+        command, capture_output=True, text=True, check=False, timeout=1500, cwd=Path(__file__).parents[2]
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found: dict[str, Any] = json.loads(done.stdout)
@@ -44,7 +44,7 @@ def test_no_code_in_a_checkpoint_ran_and_nothing_was_left_behind(fuzzed):
 
 
 def test_time_and_memory_stay_bounded(fuzzed):
-    assert fuzzed["slowest_sec"] < CASE_SEC
+    assert fuzzed["slowest_sec"] < CASE_SEC  # of this process alone, whatever else the machine does
     assert fuzzed["grown_mib"] < 256  # the bombs ask for a quarter of a GiB to 16 TiB
 
 

@@ -14,7 +14,7 @@ LINKS_OF_A_FILE = 20_000  # file systems allow 65,000 or so
 
 
 @pytest.mark.slow
-def test_a_listing_of_imagenets_size_is_read_in_order_and_in_little_more_time_than_it_takes_to_walk(tmp_path):
+def test_a_listing_of_imagenets_size_is_read_in_order_and_with_little_more_work_than_a_walk(tmp_path):
     entries = 0
     for label in range(CLASSES):
         folder = tmp_path / "train" / f"n{label:08}"
@@ -27,14 +27,14 @@ def test_a_listing_of_imagenets_size_is_read_in_order_and_in_little_more_time_th
             entries += 1
 
     def walked() -> float:
-        start = time.perf_counter()
+        start = time.process_time()
         assert sum(len(files) for _, _, files in os.walk(tmp_path / "train")) == entries
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     walk_sec = min(walked(), walked())
-    start = time.perf_counter()
+    start = time.process_time()
     images = read_index(tmp_path, "train")
-    read_sec = time.perf_counter() - start
+    read_sec = time.process_time() - start
     assert len(images) == entries == 1_281_000
     assert [images.relative_path(p) for p in (0, PER_CLASS, entries - 1)] == [
         "train/n00000000/00000.JPEG",
@@ -45,4 +45,4 @@ def test_a_listing_of_imagenets_size_is_read_in_order_and_in_little_more_time_th
     assert images.class_counts().tolist() == [PER_CLASS] * CLASSES
     assert images.paths.nbytes < 400 * entries
     assert count_images(tmp_path, "train", list_classes(tmp_path, "train"), at_most=2 * entries) == entries
-    assert read_sec < 10 * walk_sec + 10, (read_sec, walk_sec)
+    assert read_sec < 10 * walk_sec, (read_sec, walk_sec)  # of this process's CPU

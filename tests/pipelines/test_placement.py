@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 from nvidia.dali.ops import _registry
 
-from fast_spatial.errors import UserError
 from fast_spatial.pipelines.graph import view_graph
 from fast_spatial.pipelines.inspection.decoding import image_graph
 from fast_spatial.pipelines.placement import RUNGS, WARPS, Decoding, Placement, usual_placement
@@ -128,5 +127,5 @@ def test_the_graph_for_a_cpu_is_all_on_the_cpu(warp):
 
 @pytest.mark.parametrize("on", ["gpu", "gpu-full"])
 def test_numba_makes_no_views_of_images_in_gpu_memory(on):
-    with pytest.raises(UserError, match="host memory"):
+    with pytest.raises(ValueError, match="host memory"):
         Placement(Decoding(on), "numba")

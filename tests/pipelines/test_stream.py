@@ -233,7 +233,7 @@ def reports() -> list[dict[str, Any]]:
     with contextlib.ExitStack() as stack:
         pools = [stack.enter_context(context.Pool(1)) for _ in range(3)]
         results = [pool.apply_async(report_of_a_process, (process,)) for process, pool in enumerate(pools)]
-        return [result.get(timeout=120) for result in results]
+        return [result.get(timeout=900) for result in results]
 
 
 def test_ranks_are_processes(reports):

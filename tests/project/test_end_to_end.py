@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 SMALL = ("--max-train-images", "64", "--epochs", "1", "--views", "2", "--global-batch-size", "32")
 
 
-def launch(*words: object, timeout: int = 150) -> subprocess.CompletedProcess[str]:
+def launch(*words: object, timeout: int = 1800) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, str(ROOT / "launch.py"), *map(str, words)],
         capture_output=True,
@@ -72,7 +72,7 @@ def test_counts_depend_on_neither_processes_nor_batches_and_on_the_judging_shape
     for processes, batch, judged in ((1, 128, 0), (2, 7, 0), (3, 50, 0), (1, 128, 33), (1, 128, 500)):
         words = ["evaluate", "--checkpoint", out / "best.pt", "--data", "digits", "--json", tmp_path / "found.json"]
         words += ["--nproc-per-node", processes, "--batch-size-per-process", batch, "--judge-batch", judged]
-        ended = launch(*words, timeout=600)
+        ended = launch(*words)
         assert ended.returncode == 0, ended.stderr
         reports[processes, batch, judged] = json.loads((tmp_path / "found.json").read_text())
     first = reports[1, 128, 0]
@@ -95,7 +95,7 @@ def test_the_benchmark_compares_every_part_and_says_what_limits_training(run, tm
     """On few and small images: what is said about speed here means nothing, and is not asked."""
     out, _ = run
     words = ["--data", "digits", "--checkpoint", out / "best.pt", "--side", 32, "--rounds", 1, "--seconds", 0.01]
-    ended = launch("bench", "all", *words, "--grid-images", 2, "--json", tmp_path / "bench.json", timeout=300)
+    ended = launch("bench", "all", *words, "--grid-images", 2, "--json", tmp_path / "bench.json")
     assert ended.returncode == 0, ended.stderr
     found = json.loads((tmp_path / "bench.json").read_text())
     compared = {row["name"]: row for row in found["comparisons"]}
@@ -131,12 +131,12 @@ def test_a_rotten_file_is_named_and_ends_a_training_in_status_1(tmp_path):
 
 @pytest.mark.slow
 def test_reproduce_shows_the_trend_of_the_paper(tmp_path):
-    ended = launch("reproduce", "--data", "digits", "--out", tmp_path, timeout=1800)
+    ended = launch("reproduce", "--data", "digits", "--out", tmp_path, timeout=7200)
     assert ended.returncode == 0, ended.stderr
     rows = {row["mode"]: row for row in json.loads((tmp_path / "results.json").read_text())}
     assert all(row["natural_top1_pct"] >= 96 for row in rows.values())
     assert rows["standard"]["grid_top1_pct"] <= 5
     assert rows["random"]["grid_top1_pct"] >= rows["standard"]["grid_top1_pct"] + 10
     assert rows["worst10"]["grid_top1_pct"] >= rows["random"]["grid_top1_pct"] + 10
-    again = launch("reproduce", "--data", "digits", "--out", tmp_path, timeout=100)
+    again = launch("reproduce", "--data", "digits", "--out", tmp_path)
     assert again.stdout.count("done before") == 4

@@ -9,7 +9,6 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
-from fast_spatial.errors import UserError
 from fast_spatial.reporting.statistics import Interval, difference, mean, paired_difference, t_quantile, wilson
 
 RUNS = 4000
@@ -59,7 +58,7 @@ def test_intervals_hold_their_estimate_and_stay_inside():
     assert mean([0.5]).value == 0.5
     assert math.isnan(mean([0.5]).low)
     for wrong in ((-1, 3), (4, 3), (0, 0)):
-        with pytest.raises(UserError, match="no proportion"):
+        with pytest.raises(ValueError, match="no proportion"):
             wilson(*wrong)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from fast_spatial.runtime import runlog, waiting
 from fast_spatial.runtime.runlog import Bar
 from fast_spatial.runtime.waiting import HostClock, StreamClock, clock_of
 
@@ -63,16 +64,24 @@ def test_what_was_begun_and_never_came_is_no_wait(gpu):
     assert clock.seconds == 2.0
 
 
-def test_a_bar_tells_the_share_of_its_time_that_was_waited():
+def test_a_bar_tells_the_share_of_its_time_that_was_waited(monkeypatch):
+    now = [10.0]
+    for module in (runlog, waiting):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
     def slow():
         for number in range(3):
-            time.sleep(0.05)
+            now[0] += 0.5
             yield number
 
-    bar = Bar(slow(), total=3, images_per_batch=1, title="", show=False, wait=clock_of(torch.device("cpu")))
+    bar = Bar(slow(), total=3, images_per_batch=8, title="", show=False, wait=clock_of(torch.device("cpu")))
     assert list(bar) == [0, 1, 2]
-    assert bar.data_wait_pct > 90
-    idle = Bar(iter(range(3)), total=3, images_per_batch=1, title="", show=False, wait=HostClock())
+    assert (bar.data_wait_pct, bar.images_per_sec) == (100, 16)
+    busy = Bar(slow(), total=3, images_per_batch=8, title="", show=False, wait=HostClock())
+    for _ in busy:
+        now[0] += 1.5
+    assert (busy.data_wait_pct, busy.images_per_sec) == (25, 4)
+    idle = Bar(iter(range(3)), total=3, images_per_batch=8, title="", show=False, wait=HostClock())
     for _ in idle:
-        time.sleep(0.02)
-    assert idle.data_wait_pct < 10
+        now[0] += 1.5
+    assert idle.data_wait_pct == 0
