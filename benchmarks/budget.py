@@ -123,7 +123,7 @@ def foresee(out: str, json_file: str, rows: str = "standard,random:30,worst10:30
     """Plan for the synthetic folder, then time steps of every row at every side."""
     about = environment()
     data = _thousand_classes(Path(out) / "data")
-    flags = ["--recipe", "e16", "--global-batch-size", str(BATCH), "--lr", "0.5"]
+    flags = ["--recipe", "fast", "--global-batch-size", str(BATCH), "--lr", "0.5"]
     words = ["reproduce", "--data", str(data), "--hours", "1000", "--rows", str(rows).strip("()").replace(" ", "")]
     words += ["--out", str(Path(out) / "plan"), "--plan-only", *flags]
     start = time.monotonic()
@@ -168,7 +168,7 @@ def steps(plan: str, row: int, side: int, count: int) -> None:
     from fast_spatial.training.step import make_step
 
     values = json.loads(Path(plan).read_text(encoding="utf-8"))["rows"][row]["train"]
-    config = dataclasses.replace(from_json(TrainConfig, values), side=side, start_side=0)
+    config = dataclasses.replace(from_json(TrainConfig, values), image_size=side, start_size=0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     seed_everything(config.seed, deterministic=False)
     images = load_split(config.data, "train")

@@ -51,7 +51,7 @@ class Work:
 def run(job: Job) -> Findings:
     """Measure 1, 2, 4, ... and all GPUs of this machine; a count that fails is skipped."""
     torch.cuda.empty_cache()  # GPU 0 is shared with this process
-    return measure(counts_up_to(torch.cuda.device_count()), Work(job.config.side, BATCHES, job.config.seconds))
+    return measure(counts_up_to(torch.cuda.device_count()), Work(job.config.image_size, BATCHES, job.config.seconds))
 
 
 def counts_up_to(most: int) -> list[int]:
@@ -129,14 +129,14 @@ def work_of(world: World, work: Work) -> dict[str, Any]:
     torch.set_num_threads(cpus_per_process())
     torch.backends.cudnn.benchmark = True
     # Counted by the processes themselves: a group that was not formed would be seen.
-    together = int(distributed.sum_over_ranks(torch.ones(1, device=world.device)).item())
+    together = int(distributed.all_reduce_sum(torch.ones(1, device=world.device)).item())
     rates = {mode: _rate(world, work, mode, together) for mode in work.batches}
     return {"world_size": together, "images_per_sec": rates}
 
 
 def _rate(world: World, work: Work, mode: str, together: int) -> float:
     side, count, views = work.side, work.batches[mode], VIEWS[mode]
-    job = Job(BenchConfig(side=side), world.device, cpus_per_process())
+    job = Job(BenchConfig(image_size=side), world.device, cpus_per_process())
     torch.manual_seed(0)  # DDP starts from rank 0's weights in any case
     step = make_step(job, scored=views > 1, compiled=False)
     generator = torch.Generator().manual_seed(world.rank)
@@ -156,7 +156,7 @@ def _rate(world: World, work: Work, mode: str, together: int) -> float:
 
 def _seconds(world: World, work: Callable[[], None], times: int) -> float:
     """How long some repetitions take, in the slowest process."""
-    distributed.progress(TIMEOUT_SEC / 60)
+    distributed.reset_watchdog(TIMEOUT_SEC / 60)
     distributed.barrier()
     start = _now(world)
     for _ in range(times):

@@ -15,7 +15,7 @@ from fast_spatial.config.commands import EvaluateConfig
 from fast_spatial.config.fields import identity, to_json
 from fast_spatial.config.modes import DIGITS
 from fast_spatial.config.train import TrainConfig
-from fast_spatial.evaluation.inputs import prepare
+from fast_spatial.evaluation.inputs import load_model_and_images
 from fast_spatial.kernels.host import cache_folder
 from fast_spatial.kernels.sampling import EVALUATION, augmentation_settings, pack_key, view_limits
 from fast_spatial.models.classifier import Classifier
@@ -34,7 +34,7 @@ def trained(job: Job, count: int) -> tuple[Classifier, Tensor, Tensor]:
         asked = EvaluateConfig(checkpoint=job.config.checkpoint, data=str(job.images), allow_partial_classes=True)
     else:
         asked = EvaluateConfig(checkpoint=_digits_checkpoint(), data=DIGITS)
-    model, images, _, side = prepare(asked)
+    model, images, _, side = load_model_and_images(asked)
     loader = Loader(
         images.random_subset(min(count, len(images))),
         limits=view_limits(0, untouched_first=True, degrees=0.0, translate=0.0),
@@ -53,13 +53,13 @@ def trained(job: Job, count: int) -> tuple[Classifier, Tensor, Tensor]:
 
 def _digits_checkpoint() -> str:
     # As on ImageNet, crops of many sizes: a network that knows one scale alone cannot judge at a smaller side.
-    preset = {**recipes.load(DIGITS), "side": SIDE, "crop_scale": (0.15, 1.0), "eval_every": 0}
+    preset = {**recipes.load(DIGITS), "image_size": SIDE, "crop_scale": (0.15, 1.0), "eval_every": 0}
     asked = TrainConfig(data=DIGITS, mode="random", out="bench", **preset)
     out = cache_folder() / f"bench-digits-{zlib.crc32(json.dumps(identity(asked)).encode()):08x}"
     config = dataclasses.replace(asked, out=str(out))
     if not (out / "best.pt").is_file():
         from fast_spatial.worker import run
 
-        print("training a small model on the digits, once, for the grid and for --score-side", flush=True)
+        print("training a small model on the digits, once, for the grid and for --score-size", flush=True)
         run("train", to_json(config))
     return str(out / "best.pt")

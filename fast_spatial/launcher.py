@@ -38,24 +38,18 @@ def launch(task: str, config: Any, limit: Pace | float | None = None) -> float:
         limit: when it has to be done, a time of `time.monotonic()`, or the pace of a training.
 
     """
-    from fast_spatial import preflight
+    from fast_spatial import preflight, worker  # they import torch
 
     start = time.monotonic()
-    if task == "train":
-        preflight.check_train(config)
-        if config.node_rank == 0:
-            preflight.claim_out(config)
-    elif task == "evaluate":
-        preflight.check_evaluate(config)
-    elif task == "landscape":
-        preflight.check_landscape(config)
+    worker.TASKS[task].preflight(config)
+    if task == "train" and config.node_rank == 0:
+        preflight.claim_out(config)
     words = [
         task,
         json.dumps(to_json(config)),
         json.dumps(dataclasses.asdict(limit) if isinstance(limit, Pace) else limit),
     ]
     if config.in_process:
-        from fast_spatial import worker
         from fast_spatial.runtime import distributed
 
         try:

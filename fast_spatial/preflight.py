@@ -1,4 +1,7 @@
-"""What is checked before a process is started or a file written."""
+"""What is checked before a process is started or a file written.
+
+Functions import what needs torch or numba themselves: the doctor must work where these are broken.
+"""
 
 from __future__ import annotations
 
@@ -12,40 +15,48 @@ from fast_spatial.config.commands import (
     SYNTHETIC,
     BenchConfig,
     CheckConfig,
+    DoctorConfig,
     EvaluateConfig,
     ExportConfig,
     LandscapeConfig,
+    ReportConfig,
 )
-from fast_spatial.config.fields import flag, identity, to_json
+from fast_spatial.config.fields import differences, flag, identity, to_json, todays_names
+from fast_spatial.config.recipes import todays_flags
 from fast_spatial.config.train import LaunchOptions, TrainConfig
-from fast_spatial.data.images import data_folder, load_split
 from fast_spatial.data.placing import choose_placement
 from fast_spatial.errors import UserError
-from fast_spatial.pipelines.dataset import (
-    check_classes_agree,
-    check_divides,
-    check_not_empty,
-    count_images,
-    list_classes,
-    read_index,
-)
 from fast_spatial.runtime.files import check_writable, write_json
-from fast_spatial.runtime.run_files import BEST, CALIBRATION, CONFIG, LANDSCAPE, LAST, LOG, PLAN, PREVIOUS, USAGE
-from fast_spatial.training.run_folder import read_segments
+from fast_spatial.runtime.run_files import (
+    BEST,
+    CALIBRATION,
+    CONFIG,
+    LANDSCAPE,
+    LAST,
+    LOG,
+    PLAN,
+    PREVIOUS,
+    REPORT,
+    USAGE,
+)
 
 
 def check_train(config: TrainConfig) -> None:
     """Raise a UserError if this training cannot work, or would mix with another run."""
+    from fast_spatial.pipelines.dataset import check_divides
+
     processes = check_launch(config)
     _check_data(config)
     check_divides(config.global_batch_size, processes)
     per_process = config.global_batch_size // processes
-    if config.accumulate > per_process:
-        raise UserError(f"--accumulate {config.accumulate}: each process has only {per_process} images of a batch")
-    if config.bn_group and per_process % (config.accumulate * config.bn_group):
+    if config.grad_accum_steps > per_process:
         raise UserError(
-            f"--bn-group {config.bn_group}: each process has {per_process} images of a batch in --accumulate "
-            f"{config.accumulate} parts, which such groups do not divide"
+            f"--grad-accum-steps {config.grad_accum_steps}: more than the {per_process} images of each process's batch"
+        )
+    if config.bn_group_size and per_process % (config.grad_accum_steps * config.bn_group_size):
+        raise UserError(
+            f"--bn-group-size {config.bn_group_size}: does not divide the {per_process} images of each process, "
+            f"in {config.grad_accum_steps} parts (--grad-accum-steps)"
         )
     if 0 < config.max_train_images < config.global_batch_size:
         raise UserError(
@@ -60,6 +71,9 @@ def check_train(config: TrainConfig) -> None:
 
 def check_bench(config: BenchConfig) -> None:
     """Raise a UserError if this benchmark cannot work."""
+    from fast_spatial.data.images import data_folder
+    from fast_spatial.pipelines.dataset import read_index
+
     check_writable("--json", config.json)
     if config.what == "gpu" and not gpu_count():
         raise UserError(
@@ -74,13 +88,18 @@ def check_bench(config: BenchConfig) -> None:
     if config.ffcv_python and not Path(config.ffcv_python).is_file():
         raise UserError(f"--ffcv-python {config.ffcv_python}: there is no such file; name a Python that has FFCV")
     if config.checkpoint:
-        from fast_spatial.evaluation.inputs import prepare
+        from fast_spatial.evaluation.inputs import load_model_and_images
 
-        prepare(EvaluateConfig(checkpoint=config.checkpoint, data=config.data, allow_partial_classes=True))
+        load_model_and_images(
+            EvaluateConfig(checkpoint=config.checkpoint, data=config.data, allow_partial_classes=True)
+        )
 
 
-def check_check(config: CheckConfig) -> None:
+def check_check_data(config: CheckConfig) -> None:
     """Raise a UserError if this check cannot work, would change the data folder, or overwrite a list of exclusions."""
+    from fast_spatial.data.images import data_folder
+    from fast_spatial.pipelines.dataset import list_classes
+
     folder = data_folder(config.data)
     check_writable("--json", config.json)
     listing = Path(config.write_exclusions)
@@ -96,22 +115,32 @@ def check_check(config: CheckConfig) -> None:
     list_classes(folder, config.splits[0])
 
 
+def check_report(config: ReportConfig) -> None:
+    """Raise a UserError if this report could not be written."""
+    check_writable("--out", str(Path(config.out or config.runs[0]) / REPORT))
+
+
+def check_doctor(config: DoctorConfig) -> None:
+    """Raise a UserError if the findings could not be written."""
+    check_writable("--json", config.json)
+
+
 def check_evaluate(config: EvaluateConfig) -> None:
     """Raise a UserError if this evaluation cannot work; reads the checkpoint and the folder's listing."""
-    from fast_spatial.evaluation.inputs import prepare
+    from fast_spatial.evaluation.inputs import load_model_and_images
 
     check_launch(config)
     check_writable("--json", config.json)
-    prepare(config)
+    load_model_and_images(config)
 
 
 def check_landscape(config: LandscapeConfig) -> None:
     """Raise a UserError if this pass cannot work; reads the checkpoint and the folder's listing."""
-    from fast_spatial.evaluation.landscape import prepare
+    from fast_spatial.evaluation.landscape import load_model_and_subset
 
     check_launch(config)
     check_writable("--out", str(Path(config.out) / LANDSCAPE))
-    prepare(config)
+    load_model_and_subset(config)
 
 
 def check_export(config: ExportConfig) -> None:
@@ -125,8 +154,8 @@ def check_export(config: ExportConfig) -> None:
             raise UserError(f"{flag(name)} {file}: there is such a file already", "remove it, or name another one")
     if config.onnx:
         export.find_onnx()
-    _, arch, side, _ = export.prepare(config)
-    _check_side(arch, "side", side)
+    _, arch, side, _ = export.load_model(config)
+    _check_size(arch, "image_size", side)
 
 
 def check_launch(config: LaunchOptions) -> int:
@@ -139,10 +168,6 @@ def check_launch(config: LaunchOptions) -> int:
         raise UserError(f"--nnodes {config.nnodes}: expected a number, or MIN:MAX")
     if config.nnodes != "1" and not config.rdzv_endpoint:
         raise UserError(f"--nnodes {config.nnodes}: several nodes meet at --rdzv-endpoint HOST:PORT, which is missing")
-    if config.max_restarts < 0 or config.node_rank < 0:
-        raise UserError("--max-restarts and --node-rank must be at least 0")
-    if config.stall_minutes <= 0:
-        raise UserError(f"--stall-minutes {config.stall_minutes:g}: it must be more than 0")
     gpus = gpu_count()
     if gpus and config.nproc_per_node > gpus:
         raise UserError(f"--nproc-per-node {config.nproc_per_node}: this node has {gpus} GPUs, one process each")
@@ -195,12 +220,14 @@ def check_out(config: TrainConfig) -> None:
     # What there is before the processes meet does not count: on several nodes, the first one wrote it.
     if config.resume == "never" and any((out / name).exists() for name in (LOG, LAST, PREVIOUS, BEST)):
         raise UserError(f"--out {out}: it holds a run, and --resume never continues none", "name a new folder")
-    if differences := _differences(stored, config):
-        raise UserError(f"--out {out}: it holds another run ({differences})", "name a new folder")
+    if changed := differences(todays_names(stored), identity(config)):
+        raise UserError(f"--out {out}: contains a run with different settings ({changed})", "choose another folder")
 
 
 def _check_replay(config: TrainConfig) -> None:
     """Raise a UserError unless this is the training that is to be repeated."""
+    from fast_spatial.training.run_folder import read_segments
+
     read_segments(config.replay)
     file = Path(config.replay) / CONFIG
     try:
@@ -209,19 +236,12 @@ def _check_replay(config: TrainConfig) -> None:
         raise UserError(
             f"--replay {config.replay}: {file} cannot be read ({error})", "name a folder of train"
         ) from None
-    if differences := _differences(stored, config):
+    if changed := differences(todays_names(stored), identity(config)):
+        recipe = todays_flags({"recipe": str(stored.get("recipe"))})["recipe"]
         raise UserError(
-            f"--replay {config.replay}: that was another training ({differences})",
-            f"give its flags, and --recipe {stored.get('recipe')}",
+            f"--replay {config.replay}: a training with different settings ({changed})",
+            f"give its flags, and --recipe {recipe}",
         )
-
-
-def _differences(stored: dict[str, Any], config: TrainConfig) -> str:
-    """In which options that decide numbers a stored configuration is another one; "" if in none."""
-    mine = identity(config)
-    return "; ".join(
-        f"{name} {stored.get(name)} there, {mine[name]} here" for name in mine if stored.get(name) != mine[name]
-    )
 
 
 def claim_out(config: TrainConfig) -> None:
@@ -236,17 +256,20 @@ def claim_out(config: TrainConfig) -> None:
 
 
 def _check_data(config: TrainConfig) -> None:
+    from fast_spatial.data.images import data_folder, load_split
+    from fast_spatial.pipelines.dataset import check_classes_agree, check_not_empty, count_images
+
     folder = data_folder(config.data)
     names = check_classes_agree(folder)
     for split in ("train", "val"):
         check_not_empty(folder, split, names)
-    if config.classes > len(names):
-        raise UserError(f"--classes {config.classes}: {config.data} has {len(names)} classes")
+    if config.max_classes > len(names):
+        raise UserError(f"--max-classes {config.max_classes}: {config.data} has {len(names)} classes")
     if config.exclude:
         load_split(config.data, "val", exclude=config.exclude)
-        found = len(load_split(config.data, "train", exclude=config.exclude, classes=config.classes))
+        found = len(load_split(config.data, "train", exclude=config.exclude, classes=config.max_classes))
     else:
-        found = count_images(folder, "train", names[: config.classes or None], at_most=config.global_batch_size)
+        found = count_images(folder, "train", names[: config.max_classes or None], at_most=config.global_batch_size)
     if found < config.global_batch_size:
         raise UserError(
             f"--global-batch-size {config.global_batch_size}: {config.data} holds only {found} training images",
@@ -254,7 +277,7 @@ def _check_data(config: TrainConfig) -> None:
         )
 
 
-def _check_side(arch: str, name: str, side: int) -> None:
+def _check_size(arch: str, name: str, side: int) -> None:
     import torch
 
     from fast_spatial.models import classifier
@@ -273,20 +296,26 @@ def _check_batch_norm(config: TrainConfig, per_process: int) -> None:
 
     from fast_spatial.models import classifier
 
-    part = per_process // config.accumulate
-    if min(part, config.bn_group or part) > 1:
+    part = per_process // config.grad_accum_steps
+    if min(part, config.bn_group_size or part) > 1:
         return
-    name = "start_side" if config.start_side else "side"
+    name = "start_size" if config.start_size else "image_size"
     side = getattr(config, name)
     net = classifier.shapes_of(config.arch, 10).train()
     try:
         net(torch.empty(1, 3, side, side, device="meta"))
     except ValueError:  # by which torch says so
-        given = "bn_group" if config.bn_group == 1 else "accumulate" if config.accumulate > 1 else "global_batch_size"
+        given = (
+            "bn_group_size"
+            if config.bn_group_size == 1
+            else "grad_accum_steps"
+            if config.grad_accum_steps > 1
+            else "global_batch_size"
+        )
         raise UserError(
             f"{flag(given)} {getattr(config, given)}: BatchNorm would meet one image, whose last maps "
             f"are one pixel at {flag(name)} {side}",
-            "raise --global-batch-size, lower --accumulate, or leave --bn-group out",
+            "raise --global-batch-size, lower --grad-accum-steps, or leave --bn-group-size out",
         ) from None
 
 
@@ -295,9 +324,9 @@ def _check_model(config: TrainConfig, per_process: int) -> None:
 
     from fast_spatial.training.optim import find_apex_sgd
 
-    for name in ("start_side", "side", "eval_side"):
+    for name in ("start_size", "image_size", "eval_size"):
         if getattr(config, name):
-            _check_side(config.arch, name, getattr(config, name))
+            _check_size(config.arch, name, getattr(config, name))
     _check_batch_norm(config, per_process)
     if config.optimizer == "apex":
         find_apex_sgd()

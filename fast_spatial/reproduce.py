@@ -45,7 +45,7 @@ def plan(config: ReproduceConfig, train_flags: dict[str, str]) -> list[Row]:
 
     """
     rows = requests(config, train_flags)
-    return [_row(row.name, row.configure(train_flags.get("recipe", ""))) for row in rows]
+    return [_row(row.name, row.configure({})) for row in rows]
 
 
 def _row(name: str, train: TrainConfig, grid_per_class: int = 0) -> Row:
@@ -58,7 +58,7 @@ def _row(name: str, train: TrainConfig, grid_per_class: int = 0) -> Row:
         grid=grid_per_class >= 0,
         grid_per_class=max(0, grid_per_class),
         exclude=train.exclude,
-        allow_partial_classes=train.classes > 0,
+        allow_partial_classes=train.max_classes > 0,
         **launch,
     )
     return Row(name, train, evaluate)
@@ -151,7 +151,7 @@ def map_landscape(row: Row, launch: Launch, limits: Limits | None = None) -> Non
 
 
 def _write_tables(config: ReproduceConfig, rows: list[Row], results: list[dict[str, Any]]) -> None:
-    pilot = ", pilot" if any(row.train.classes or row.train.max_train_images for row in rows) else ""
+    pilot = ", pilot" if any(row.train.max_classes or row.train.max_train_images for row in rows) else ""
     table = results_table(results, "ours" + (", digits" if config.data == DIGITS else "") + pilot)
     published = published_table([(r["mode"], r["degrees"]) for r in results])
     deviations = sorted({deviation for r in results for deviation in r.get("deviations", [])})

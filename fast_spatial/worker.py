@@ -14,8 +14,9 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+from fast_spatial import preflight
 from fast_spatial.config.commands import CalibrateConfig, EvaluateConfig, LandscapeConfig
 from fast_spatial.config.fields import from_json
 from fast_spatial.config.train import TrainConfig
@@ -30,25 +31,40 @@ from fast_spatial.training.calibration import calibrate
 from fast_spatial.training.pacing import Pace
 from fast_spatial.training.train import train
 
-TASKS: dict[str, tuple[type, Callable[..., None]]] = {
-    "train": (TrainConfig, train),
-    "evaluate": (EvaluateConfig, evaluate_checkpoint),
-    "landscape": (LandscapeConfig, landscape),
-    "calibrate": (CalibrateConfig, calibrate),
+
+class Task(NamedTuple):
+    """Work of one or more processes.
+
+    Attributes:
+        config: the kind of its configuration.
+        preflight: what is checked once, before a process is started or a file written.
+        run: what each process does, with the configuration, the processes and the limit.
+
+    """
+
+    config: type
+    preflight: Callable[[Any], object]
+    run: Callable[..., None]
+
+
+TASKS = {
+    "train": Task(TrainConfig, preflight.check_train, train),
+    "evaluate": Task(EvaluateConfig, preflight.check_evaluate, evaluate_checkpoint),
+    "landscape": Task(LandscapeConfig, preflight.check_landscape, landscape),
+    "calibrate": Task(CalibrateConfig, preflight.check_launch, calibrate),
 }
 
 
 def run(task: str, values: dict[str, Any], limit: Any = None) -> None:
     """Join the other processes and run the task, within its limit if there is one."""
-    kind, function = TASKS[task]
-    config: Any = from_json(kind, values)
+    config: Any = from_json(TASKS[task].config, values)
     world = distributed.start(config.stall_minutes)
     logging.basicConfig(level=logging.WARNING if world.rank else logging.INFO, format="%(message)s")
-    distributed.progress(config.stall_minutes)
+    distributed.reset_watchdog(config.stall_minutes)
     world = find_decoding(config, world)
     if isinstance(limit, dict):
         limit = Pace.from_json(limit)
-    function(config, world, limit)
+    TASKS[task].run(config, world, limit)
 
 
 def main() -> None:
@@ -63,7 +79,7 @@ def main() -> None:
         leave_failure(error)
         sys.exit(1)  # the launcher says why, once for all processes
     except Exception as error:
-        if isinstance(error, RuntimeError) and distributed.is_shared():
+        if isinstance(error, RuntimeError) and distributed.is_initialized():
             time.sleep(2)  # more likely the end of another process, which is to be reported first
         leave_failure(error)
         print(f"rank {os.environ.get('RANK', '0')}:", file=sys.stderr)

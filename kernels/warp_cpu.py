@@ -82,9 +82,9 @@ def _emit_blend_block(context: Any, builder: Any, _signature: Any, arguments: An
     def weighted(address: Any, weights: Any, k: int) -> Any:
         """Two neighbours, weighted: (red, green, blue, 0), int32, of the k-th pixel."""
         pair = builder.load(builder.inttoptr(address, ir.VectorType(i8, 8).as_pointer()), align=1)
-        noughts = ir.Constant(pair.type, [0] * 8)
+        zeros = ir.Constant(pair.type, [0] * 8)
         # (r0, g0, b0, 0, r1, g1, b1, 0) to the 16-bit numbers (r0, r1, g0, g1, b0, b1, 0, 0).
-        channels = builder.bitcast(pick(pair, [0, 8, 4, 8, 1, 8, 5, 8, 2, 8, 6, 8, 3, 8, 7, 8], noughts), i16x8)
+        channels = builder.bitcast(pick(pair, [0, 8, 4, 8, 1, 8, 5, 8, 2, 8, 6, 8, 3, 8, 7, 8], zeros), i16x8)
         weight = builder.bitcast(pick(weights, [k] * 4), i16x8)
         if _X86:
             return builder.call(multiply_add, [channels, weight])

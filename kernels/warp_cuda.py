@@ -162,8 +162,8 @@ def colour_matrices(images_BSSC: Tensor, numbers_BN: Tensor) -> Tensor:
 def warp(images_BSSC: Tensor, matrices_BV23: Tensor, colour_B34: Tensor | None) -> Tensor:
     """`kernels.warp.warp` on a GPU."""
     B, S = images_BSSC.shape[:2]
-    ones, noughts = images_BSSC.new_ones(3, dtype=torch.float32), images_BSSC.new_zeros(3, dtype=torch.float32)
-    views = warp_normalized(images_BSSC, matrices_BV23, colour_B34, ones, noughts, torch.uint8)
+    ones, zeros = images_BSSC.new_ones(3, dtype=torch.float32), images_BSSC.new_zeros(3, dtype=torch.float32)
+    views = warp_normalized(images_BSSC, matrices_BV23, colour_B34, ones, zeros, torch.uint8)
     return views.permute(0, 2, 3, 1).view(B, -1, S, S, 3)
 
 

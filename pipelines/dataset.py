@@ -227,7 +227,7 @@ def read_exclusions(listing: Path) -> list[str]:
     except OSError as error:
         raise UserError(
             f"--exclude {listing}: it cannot be read ({error.strerror})",
-            "give a file with a path per line, as `check --write-exclusions FILE` writes it",
+            "give a file with a path per line, as `check-data --write-exclusions FILE` writes it",
         ) from None
     names = [line.rstrip("\r") for line in lines]
     names = [name for name in names if name.strip() and not name.startswith("#")]

@@ -402,7 +402,7 @@ def undecodable(images: ImageIndex, bad: dict[int, str], otherwise: str = "") ->
     data = images.root.parent
     return UserError(
         f"{printable(images.path(position))}: {reason}{more}",
-        f"find all such files with launch.py check --data {data} --write-exclusions FILE, and leave them out with "
+        f"find all such files with launch.py check-data --data {data} --write-exclusions FILE, and leave them out with "
         f"--exclude FILE{otherwise}",
     )
 

@@ -11,7 +11,7 @@ from benchmarks.on_gpu.record import Record
 def run(job: Job) -> Findings:
     """Ceilings, training with a compiled network and without, scoring, warps; training by number of processes."""
     found, record = Findings.none(), Record()
-    bench = rates.Bench(record, job.device, rates.GPU, job.config.side)
+    bench = rates.Bench(record, job.device, rates.GPU, job.config.image_size)
     rates.ceilings(bench)
     rates.networks(bench, compiled=False)
     rates.warps(bench)

@@ -130,7 +130,7 @@ def _ours(job: Job, index: ImageIndex, mode: str) -> Contender:
         index,
         mode,
         limits=job.limits,
-        side=job.config.side,
+        side=job.config.image_size,
         batch=_batch(job),
         threads=job.threads,
         device=job.device,
@@ -144,7 +144,7 @@ def _torchvision(job: Job, warps: int, workers: int, *, in_workers: bool) -> Con
     images = min(_batch(job), TORCHVISION_BATCH)
     batches = original.loader(
         job.images,
-        side=job.config.side,
+        side=job.config.image_size,
         batch=images,
         workers=workers,
         warps=warps,
@@ -193,7 +193,12 @@ class _Ffcv:
     """FFCV in an environment of its own: a process that makes a batch when asked."""
 
     def __init__(self, python: str, job: Job) -> None:
-        words = [python, str(ROOT / "benchmarks" / "baselines" / "ffcv_jpg.py"), str(job.images), str(job.config.side)]
+        words = [
+            python,
+            str(ROOT / "benchmarks" / "baselines" / "ffcv_jpg.py"),
+            str(job.images),
+            str(job.config.image_size),
+        ]
         words += [str(_batch(job)), str(job.threads)]
         self._process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._ready = 2 * job.threads + 2

@@ -44,7 +44,7 @@ def original_ways(job: Job, model: Classifier) -> list[tuple[str, Original]]:
 
 def random_batch(job: Job) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(images uint8, the same as float [B, 3, S, S], labels)."""
-    side = job.config.side
+    side = job.config.image_size
     count = 256 if job.device.type == "cuda" else 32
     torch.manual_seed(0)
     images = torch.randint(0, 256, (count, side, side, 3), dtype=torch.uint8).to(job.device)
@@ -59,7 +59,7 @@ def run(job: Job) -> Findings:
     dtype = dtype_of("auto", job.device)
     model = Classifier(classifier.build("resnet18", 1000)).to(job.device)
     scorer = Scorer(model, dtype)
-    passes = Passes(scorer, default_pass_size(job.device, job.config.side))
+    passes = Passes(scorer, default_pass_size(job.device, job.config.image_size))
 
     def ours() -> int:
         worst_view(losses_of(passes(views_of(job, images)), labels))

@@ -17,7 +17,7 @@ from fast_spatial.runtime.device import dtype_of
 from fast_spatial.training.step import TrainStep
 
 
-def make_step(job: Job, *, scored: bool, score_side: int = 0, compiled: bool | None = None) -> TrainStep:
+def make_step(job: Job, *, scored: bool, score_size: int = 0, compiled: bool | None = None) -> TrainStep:
     """A step as `launch.py train` makes it."""
     model = Classifier(classifier.build("resnet18", 1000)).to(job.device)
     return TrainStep(
@@ -25,7 +25,7 @@ def make_step(job: Job, *, scored: bool, score_side: int = 0, compiled: bool | N
         torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=1e-4, fused=True),
         dtype=dtype_of("auto", job.device),
         scored=scored,
-        score_side=score_side,
+        score_size=score_size,
         compiled=job.device.type == "cuda" if compiled is None else compiled,
     )
 
@@ -35,7 +35,7 @@ def run(job: Job) -> Findings:
     found = Findings.none()
     images, floats, labels = random_batch(job)
     index = torch.arange(len(labels))
-    half = job.config.side // 2
+    half = job.config.image_size // 2
     dtype = str(dtype_of("auto", job.device)).removeprefix("torch.")
 
     def mine(step: TrainStep, views: Callable[[], torch.Tensor]) -> Callable[[], int]:
@@ -53,7 +53,7 @@ def run(job: Job) -> Findings:
         return work
 
     for name, side in (("step.worst10", 0), (f"step.worst10_score{half}", half)):
-        step = make_step(job, scored=True, score_side=side)
+        step = make_step(job, scored=True, score_size=side)
         about = f"warps and a step, {dtype}" + (f", judged at {side} px" if side else "")
         settings = [Contender(f"{about}, and a step", theirs(way)) for about, way in original_ways(job, step.model)]
         contender = Contender(about, mine(step, lambda: views_of(job, images)))

@@ -11,8 +11,8 @@ KNOBS = {
     "decode": "give the loader more CPUs (--workers), or smaller files",
     "augment": "give the loader more CPUs (--workers)",
     "warp": "fewer candidates (--views) or more CPUs (--workers)",
-    "score": "judge at a smaller side (--score-side), or fewer candidates (--views)",
-    "train": "train at a smaller --side, or on hardware with faster half precision",
+    "score": "judge at a smaller side (--score-size), or fewer candidates (--views)",
+    "train": "train at a smaller --image-size, or on hardware with faster half precision",
 }
 
 

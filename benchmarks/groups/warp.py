@@ -23,7 +23,7 @@ VIEWS, BATCH = 10, 16
 def run(job: Job) -> Findings:
     """Compare with OpenCV on one thread, and with torch and DALI on all."""
     found = Findings.none()
-    side = job.config.side
+    side = job.config.image_size
     pictures = [Image.fromarray(photograph(seed)).resize((side, side)) for seed in range(BATCH)]
     images = np.stack([np.asarray(picture) for picture in pictures])
     limits = job.limits
@@ -42,7 +42,7 @@ def _against_opencv(job: Job, image: np.ndarray[Any, Any], rows: np.ndarray[Any,
     except ImportError:
         found.skipped["warp.opencv"] = "OpenCV is not installed: pip install opencv-python-headless"
         return
-    side = job.config.side
+    side = job.config.image_size
     views = np.empty((VIEWS, side, side, 3), np.uint8)
     scratch = np.empty((side + 2, side + 2), np.int32)
     plain = np.eye(3, 4, dtype=np.float32)

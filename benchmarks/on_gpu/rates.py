@@ -131,7 +131,7 @@ class Bench:
     @property
     def job(self) -> Job:
         """What `make_step` is given."""
-        return Job(BenchConfig(side=self.side), self.device, usable_cpus())
+        return Job(BenchConfig(image_size=self.side), self.device, usable_cpus())
 
     def seconds(self, work: Callable[[], object]) -> float:
         """The median time of a call, in rounds of calls that last a while."""

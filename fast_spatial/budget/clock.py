@@ -66,7 +66,7 @@ def budget_of(options: BudgetOptions, gpus: int, known_moment: str | None = None
         return Budget(f"--until {options.until}", None, moment, gpus)
     if options.hours is not None:
         return Budget(f"--hours {options.hours:g}", options.hours, None, gpus)
-    name = "gpu_hours" if options.gpu_hours else "budget"
+    name = "gpu_hours" if options.gpu_hours else "max_cost"
     value = getattr(options, name)
     asked = f"{flag(name)} {value:g}"
     if not gpus:

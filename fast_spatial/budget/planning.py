@@ -16,8 +16,7 @@ from typing import Any
 from fast_spatial.config.commands import DEFAULT_IMAGES, EvaluateConfig
 from fast_spatial.config.fields import identity, to_json
 from fast_spatial.config.modes import DIGITS, MODES, PUBLISHED
-from fast_spatial.config.recipes import PUBLISHED_CONDITIONS, PUBLISHED_LADDER, REFERENCE
-from fast_spatial.config.recipes import names as recipe_names
+from fast_spatial.config.recipes import FAST, PUBLISHED_CONDITIONS, PUBLISHED_LADDER, REFERENCE
 from fast_spatial.config.rows import RowRequest
 from fast_spatial.config.train import TrainConfig
 from fast_spatial.errors import UserError
@@ -43,6 +42,10 @@ _FINISH_SEC = 3.0
 # Writing the tables and the report, of each row and besides, and the end of the process, busy machines included; and
 # what is kept in hand, a share of the budget.
 _REPORT_SEC, _REPORT_ROW_SEC, _END_SEC, _END_SHARE = 3.0, 0.5, 2.0, 0.005
+
+
+# A recipe as raw flags: its name, and epochs of its own if it has some.
+Recipe = dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ class Plan:
         return [{**dataclasses.asdict(row), "train": to_json(row.train)} for row in self.rows]
 
 
-def candidate_recipes(asked: str, data: str, rows: Sequence[RowRequest]) -> list[str]:
+def candidate_recipes(asked: str, data: str, rows: Sequence[RowRequest]) -> list[Recipe]:
     """The recipes that a budget may choose from: the one that is asked for, or those that fit the other flags.
 
     Raises:
@@ -119,24 +122,26 @@ def candidate_recipes(asked: str, data: str, rows: Sequence[RowRequest]) -> list
 
     """
     if asked:
-        return [asked]
-    known = ["digits_linear"] if data == DIGITS else [name for name in recipe_names() if not name.startswith(DIGITS)]
+        return [{"recipe": asked}]
+    # The longer `fast` is trained for, the smaller is the share of its warm-up.
+    ladder: list[Recipe] = [{"recipe": FAST, "epochs": str(epochs)} for epochs in PUBLISHED_LADDER]
+    known: list[Recipe] = [{"recipe": "digits_linear"}] if data == DIGITS else [{"recipe": REFERENCE}, *ladder]
     fitting = []
-    for name in known:
+    for recipe in known:
         try:
             for row in rows:
-                row.configure(name)
+                row.configure(recipe)
         except UserError:
-            if name == known[-1]:
+            if recipe == known[-1]:
                 raise
             continue
-        fitting.append(name)
+        fitting.append(recipe)
     return fitting
 
 
 def make_plan(
     requests: Sequence[RowRequest],
-    recipes: Sequence[str],
+    recipes: Sequence[Recipe],
     measured: dict[str, Any],
     *,
     start_sec: float,
@@ -180,7 +185,7 @@ def make_plan(
             "; or do without compilation (--compile false), which takes time before anything" if compiled else ""
         )
         needed = sum(row.fixed_sec + row.epoch_sec for row in rows) + _end_sec(len(rows), measured["left_sec"], judged)
-        fewer = f"{'fewer --rows, ' if judged else ''}or fewer images (--classes, --max-train-images)"
+        fewer = f"{'fewer --rows, ' if judged else ''}or fewer images (--max-classes, --max-train-images)"
         raise UserError(
             f"the budget is too small: {max(0.0, measured['left_sec']):.0f} s are left after measuring, and one epoch "
             f"of {', '.join(row.name for row in rows)} with its judging takes {needed:.0f} s here",
@@ -193,7 +198,7 @@ def make_plan(
 def _attempt(
     kept: Sequence[RowRequest],
     requests: Sequence[RowRequest],
-    recipes: Sequence[str],
+    recipes: Sequence[Recipe],
     measured: dict[str, Any],
     *,
     start_sec: float,
@@ -205,7 +210,7 @@ def _attempt(
     rates = {request.name: training for request, training in zip(requests, measured["trainings"])}
     judging = _Judging([request.configure(recipes[-1]) for request in kept], measured, judged)
 
-    def rows_under(recipe: str) -> tuple[list[PlannedRow], float]:
+    def rows_under(recipe: Recipe) -> tuple[list[PlannedRow], float]:
         rows = [
             judging.row(request, request.configure(recipe), rates[request.name], start_sec, keep_eval_every)
             for request in kept
@@ -228,10 +233,10 @@ def _attempt(
         if len(recipes) == 1:
             seconds = sum(row.fixed_sec + needed * row.epoch_sec for row in rows)
             raise UserError(
-                f"--recipe {recipe}: its {needed} epochs with their milestones are never rescaled, and take "
-                f"{seconds / 3600:.2f} hours here for {', '.join(row.name for row in rows)}, where "
-                f"{left / 3600:.2f} are left",
-                "give more, or choose a recipe with a linear schedule",
+                f"--recipe {rows[0].train.recipe}: too long for the budget: {needed} epochs take {seconds / 3600:.2f} "
+                f"hours for {', '.join(row.name for row in rows)}, {left / 3600:.2f} are left, and milestones are "
+                f"never rescaled",
+                "raise the budget, or choose a recipe with a linear schedule",
             )
     fitting = [(rows, epochs) for _, rows, epochs in ladder if rows[0].train.epochs <= epochs]
     rows, epochs = fitting[-1] if fitting else ladder[0][1:]
@@ -351,7 +356,7 @@ def describe(plan: Plan, measured: dict[str, Any], *, asked: str, used_sec: floa
             row.train.recipe,
             f"{row.epochs:.1f}",
             "-".join(map(str, sides)),
-            str(len(row.train.view_limits())),
+            str(row.train.num_views),
             "-".join(rates),
             duration(row.start_sec + row.epochs * row.epoch_sec + row.validation_sec),
         ]

@@ -16,10 +16,10 @@ from typing import Any
 
 from fast_spatial import preflight
 from fast_spatial.budget.clock import Budget, Clock, budget_of
-from fast_spatial.budget.planning import Plan, PlannedRow, candidate_recipes, describe, make_plan
+from fast_spatial.budget.planning import Plan, PlannedRow, Recipe, candidate_recipes, describe, make_plan
 from fast_spatial.config.commands import CalibrateConfig
-from fast_spatial.config.fields import to_json
-from fast_spatial.config.recipes import REFERENCE
+from fast_spatial.config.fields import differences, to_json
+from fast_spatial.config.recipes import REFERENCE, todays_flags
 from fast_spatial.config.rows import RowRequest
 from fast_spatial.config.train import BudgetOptions, LaunchOptions
 from fast_spatial.errors import UserError
@@ -68,7 +68,7 @@ class Asked:
     may_drop: bool
 
     @property
-    def recipes(self) -> list[str]:
+    def recipes(self) -> list[Recipe]:
         """Those that the budget may choose from."""
         return candidate_recipes(self.recipe, self.data, self.rows)
 
@@ -183,16 +183,19 @@ def check(asked: Asked) -> tuple[Budget, dict[str, Any] | None]:
     found = _read(file, "flags", "budget", "begun", "start_sec", "text") if file.is_file() else None
     if found is not None and not found["begun"]:
         found = None  # it was only asked what a plan would be
+    if found is not None:
+        found["flags"] = todays_flags(found["flags"])
     if found is not None and found["flags"] != asked.flags:
+        changed = differences(found["flags"], {**dict.fromkeys(found["flags"]), **asked.flags})
         raise UserError(
-            f"--out {asked.out}: it was begun with other flags ({_differences(found['flags'], asked.flags)})",
+            f"--out {asked.out}: it was begun with other flags ({changed})",
             "name a new folder",
         )
     moment = (
         found["budget"]["moment"] if found and found["budget"]["asked"] == f"--until {asked.options.until}" else None
     )
     budget = budget_of(asked.options, gpus, moment)
-    if found is not None and found["budget"]["gpus"] != gpus and (asked.options.gpu_hours or asked.options.budget):
+    if found is not None and found["budget"]["gpus"] != gpus and (asked.options.gpu_hours or asked.options.max_cost):
         raise UserError(
             f"{budget.asked}: it was begun on {found['budget']['gpus']} GPUs, and here are {gpus}",
             "give as many, or --hours",
@@ -269,10 +272,10 @@ def open_plan(asked: Asked, budget: Budget, found: dict[str, Any] | None, clock:
     )
 
 
-def _measure(asked: Asked, recipes: Sequence[str], until: float, launch: Launch) -> tuple[dict[str, Any], float]:
+def _measure(asked: Asked, recipes: Sequence[Recipe], until: float, launch: Launch) -> tuple[dict[str, Any], float]:
     """What `calibration.calibrate` finds, and the seconds that a task takes to start and to end."""
     say("measuring how fast this machine trains and judges (seconds for each row, more where it is busy)")
-    stretched = [recipe for recipe in recipes if recipe != REFERENCE] or recipes
+    stretched = [recipe for recipe in recipes if recipe["recipe"] != REFERENCE] or recipes
     trainings = [request.configure(stretched[0]) for request in asked.rows]
     sides = {side for recipe in recipes for _, side in side_starts(asked.rows[0].configure(recipe))}
     shared = {name: getattr(asked.options, name) for name in LaunchOptions.__dataclass_fields__}
@@ -296,10 +299,3 @@ def _read(file: Path, *needed: str) -> dict[str, Any]:
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{file}: it cannot be read ({error})", "name a new folder") from None
     return found
-
-
-def _differences(there: dict[str, str], here: dict[str, str]) -> str:
-    names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
-    return "; ".join(
-        f"{name} {there.get(name, 'not given')} there, {here.get(name, 'not given')} here" for name in names
-    )

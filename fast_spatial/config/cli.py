@@ -1,84 +1,103 @@
-"""The command line's strictness: fire supplies commands and help, this decides what may reach them.
-
-fire calls a command first and complains about unknown flags afterwards, guesses types, and takes stray words,
-abbreviations and missing values for something else. So every word is checked here before fire sees it, values stay
-raw strings until `config.parse` types them, and help texts are made from the configurations' fields.
-"""
+"""The command line: flags to raw values, and the help made of the options' fields."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import inspect
 import re
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field
 from typing import Any
 
 import fire
-from fire import helptext, trace
 from fire.decorators import SetParseFn
 
-from fast_spatial.config.fields import flag
-from fast_spatial.config.train import BudgetOptions, LaunchOptions
+from fast_spatial.config.fields import RENAMED, SECTIONS, as_typed, flag, is_several, is_switch, metavar_of
 from fast_spatial.errors import UserError
 
 NAME = "launch.py"
 Options = dict[str, "Field[Any]"]
+_HELP = ("--help", "-h", "help")
+_WIDTH = 120
+_INDENT = 34
 
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """A command: what it does in a sentence, the fields that are its flags, and the function its raw values go to.
+    """A command of the registry.
 
-    `positional` names the field that may be given as the first word, without its flag; as the first words, if it
-    holds several values.
+    Attributes:
+        help: what it does, in a sentence.
+        options: the fields that are its flags.
+        read: makes a configuration of the raw values of the flags that were given.
+        preflight: checks the configuration before anything else; None: `run` starts tasks, which are checked each.
+        run: does the work, with the configuration and the raw values.
+        positional: the field that may be given as the first word without its flag; as the first words, if it holds
+            several values.
+
     """
 
     help: str
     options: Options
-    call: Callable[[dict[str, str]], None]
+    read: Callable[[dict[str, str]], Any]
+    preflight: Callable[[Any], object] | None
+    run: Callable[[Any, dict[str, str]], None]
     positional: str = ""
 
 
 def options_of(*kinds: type, without: Sequence[str] = ()) -> Options:
-    """The options of one or more configurations, by field name; those of budgets and of the processes last."""
-    fields = [f for kind in kinds for f in dataclasses.fields(kind) if f.name not in without]
-    launch, budget = ({f.name for f in dataclasses.fields(shared)} for shared in (LaunchOptions, BudgetOptions))
-    return {f.name: f for f in sorted(fields, key=lambda f: (f.name in launch, f.name in budget))}
+    """The options of one or more configurations by field name, section by section, required ones first."""
+    fields = {f.name: f for kind in kinds for f in dataclasses.fields(kind) if f.name not in without}
+    place = {name: SECTIONS.index(f.metadata["section"]) for name, f in fields.items()}
+    return dict(sorted(fields.items(), key=lambda item: (not item[1].metadata["required"], place[item[0]])))
 
 
-def dispatch(commands: dict[str, Command], argv: Sequence[str]) -> None:
+def dispatch(commands: Mapping[str, Command], argv: Sequence[str], *, renamed: Mapping[str, str]) -> None:
     """Run a command line.
+
+    Args:
+        commands: by name.
+        argv: the words.
+        renamed: commands that have another name now.
 
     Raises:
         UserError: on anything that is not a known command with known flags and their values.
 
     """
-    functions = {name: _function(command) for name, command in commands.items()}
-    if not argv or argv[0] in ("--help", "-h", "help"):
-        print(_overview(commands))
+    if not argv or argv[0] in _HELP:
+        print(overview(commands))
         return
     name, *words = argv
+    if name in renamed:
+        raise UserError(f"{name}: renamed to {renamed[name]}")
     if name not in commands:
-        raise UserError(f"{name}: no such command{_nearest(name, commands)}; choose one of {', '.join(commands)}")
-    if "--help" in words or "-h" in words:
-        print(_help(name, functions[name]))
+        raise UserError(f"{name}: unknown command{_nearest(name, commands)}; choose one of {', '.join(commands)}")
+    command = commands[name]
+    if {"--help", "-h"} & {*words}:
+        print(help_of(name, command))
         return
-    positional = commands[name].positional
-    if positional and words and not words[0].startswith("-"):
+    if command.positional and words and not words[0].startswith("-"):
         first = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
-        count = first if _is_several(commands[name].options[positional]) else 1
-        words[:count] = [f"{flag(positional)}={','.join(words[:count])}"]
-    raw = read_flags(words, commands[name].options)
-    fire.Fire(functions, command=[name, *(f"--{key}={value}" for key, value in raw.items())], name=NAME)
+        count = first if is_several(command.options[command.positional]) else 1
+        words[:count] = [f"{flag(command.positional)}={','.join(words[:count])}"]
+    raw = read_flags(words, command.options)
+
+    @SetParseFn(str)  # fire would turn "2012" into a number
+    def run(**values: str) -> None:
+        config = command.read(values)
+        if command.preflight is not None:
+            command.preflight(config)
+        command.run(config, values)
+
+    fire.Fire({name: run}, command=[name, *(f"--{key}={value}" for key, value in raw.items())], name=NAME)
 
 
 def read_flags(words: Sequence[str], options: Options) -> dict[str, str]:
     """Raw values by field name, of `--flag value`, `--flag=value`, `--switch` and `--noswitch`.
 
     Raises:
-        UserError: on a stray word, a one-letter flag, an unknown flag, a missing value, or a flag given twice.
+        UserError: on a stray word, a one-letter, unknown or renamed flag, a missing value, or a flag given twice.
 
     """
     raw: dict[str, str] = {}
@@ -86,23 +105,23 @@ def read_flags(words: Sequence[str], options: Options) -> dict[str, str]:
     while queue:
         word = queue.pop(0)
         if re.fullmatch(r"-[A-Za-z](=.*)?", word):
-            raise UserError(f"{word}: one-letter flags are not taken; write the flag out")
+            raise UserError(f"{word}: one-letter flags do not exist; write the flag out")
         if not word.startswith("--") or word == "--":
-            raise UserError(f"{word}: a stray word; every value needs its flag, as in --data {word}")
+            raise UserError(f"{word}: unexpected word; every value needs its flag, as in --data {word}")
         text, equals, value = word[2:].partition("=")
         name = text.replace("-", "_")
         off = name.removeprefix("no").removeprefix("_")
-        if name not in options and off != name and off in options and _is_switch(options[off]):
+        if name not in options and off != name and off in options and is_switch(options[off]):
             if equals:
                 raise UserError(f"{word}: {flag(name)} takes no value")
             name, value = off, "false"
         elif name not in options:
-            raise UserError(f"{flag(name)}: no such flag{_nearest(flag(name), map(flag, options))}")
-        elif not equals and _is_switch(options[name]):
+            raise UserError(_unknown(name, options))
+        elif not equals and is_switch(options[name]):
             value = queue.pop(0) if queue and queue[0].lower() in ("true", "false") else "true"
         elif not equals:
             if not queue or (queue[0].startswith("-") and not _is_number(queue[0])):
-                raise UserError(f"{flag(name)}: its value is missing")
+                raise UserError(f"{flag(name)}: missing value")
             value = queue.pop(0)
         if name in raw:
             raise UserError(f"{flag(name)}: given twice")
@@ -110,12 +129,10 @@ def read_flags(words: Sequence[str], options: Options) -> dict[str, str]:
     return raw
 
 
-def _is_switch(option: Field[Any]) -> bool:
-    return option.type in (bool, "bool")
-
-
-def _is_several(option: Field[Any]) -> bool:
-    return str(option.type).startswith("tuple")
+def _unknown(name: str, options: Options) -> str:
+    if RENAMED.get(name) in options:
+        return f"{flag(name)}: renamed to {flag(RENAMED[name])}"
+    return f"{flag(name)}: unknown flag{_nearest(flag(name), map(flag, options))}"
 
 
 def _is_number(word: str) -> bool:
@@ -131,39 +148,41 @@ def _nearest(word: str, known: Any) -> str:
     return f"; did you mean {found[0]}?" if found else ""
 
 
-def _function(command: Command) -> Callable[..., None]:
-    """A function with the command's flags as its signature, for fire to describe and call."""
-
-    def function(**raw: str) -> None:
-        command.call(raw)
-
-    lines = [command.help, "", "Args:"]
-    for name, option in command.options.items():
-        choices = option.metadata["choices"]
-        lines.append(f"    {name}: {option.metadata['help']}" + (f" ({', '.join(choices)})" if choices else ""))
-    function.__doc__ = "\n".join(lines)
-    function.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option.default)
-            for name, option in command.options.items()
-        ]
-    )
-    described: Callable[..., None] = SetParseFn(str)(function)
-    return described
+def help_of(name: str, command: Command) -> str:
+    """The help of a command: its required flags, then the others by section, with the defaults as they are typed."""
+    required = [option for option in command.options.values() if option.metadata["required"]]
+    words = [f"{flag(option.name)} {metavar_of(option)}" for option in required if option.name != command.positional]
+    if command.positional:
+        first = command.options[command.positional]
+        words.insert(0, f"{metavar_of(first)} ..." if is_several(first) else f"[{metavar_of(first)}]")
+    rest = ["[--flag value ...]"] if len(command.options) > len(required) else []
+    lines = [command.help, "", f"usage: {' '.join([NAME, name, *words, *rest])}"]
+    sections: dict[str, list[Field[Any]]] = {"required": required} if required else {}
+    for option in command.options.values():
+        if option not in required:
+            sections.setdefault(option.metadata["section"], []).append(option)
+    for section, options in sections.items():
+        lines += ["", f"{section}:", *(line for option in options for line in _lines(option))]
+    return "\n".join(lines)
 
 
-def _help(name: str, function: Callable[..., None]) -> str:
-    """Fire's help without what is not taken here: one-letter flags, and fire's own bookkeeping."""
-    text = helptext.HelpText(function, trace.FireTrace(function, name=f"{NAME} {name}"))
-    text = (
-        text.split("\nGROUPS\n")[0].replace("GROUP | <flags>", "<flags>").replace(f"'{NAME} {name}'", f"{NAME} {name}")
-    )
-    text = re.sub(r"^(\s+)-\w, --", r"\1--", text, flags=re.MULTILINE)
-    text = re.sub(r"^\s+(Type: Optional\[\]|Default: ('')?)\n", "", text, flags=re.MULTILINE)
-    return re.sub(r"--(\w+)=(\w+)", lambda m: f"{flag(m[1])} {m[2]}", text).rstrip()
+def _lines(option: Field[Any]) -> list[str]:
+    """An option's lines: the flag and what its value is, what it means, and its default."""
+    is_plain_switch = is_switch(option) and not option.default
+    left = f"  {flag(option.name)} {'' if is_plain_switch else metavar_of(option)}".rstrip()
+    text, default = option.metadata["help"], as_typed(option.default)
+    if f"({default}: " in text:  # what the default means is said already
+        text = text.replace(f"({default}: ", f"(default: {default}: ")
+    elif default:
+        text += f" (default: {default})"
+    wrapped = textwrap.wrap(text, _WIDTH - _INDENT, break_long_words=False, break_on_hyphens=False)
+    if len(left) < _INDENT - 1:
+        return [f"{left:<{_INDENT}}{wrapped[0]}", *(" " * _INDENT + line for line in wrapped[1:])]
+    return [left, *(" " * _INDENT + line for line in wrapped)]
 
 
-def _overview(commands: dict[str, Command]) -> str:
+def overview(commands: Mapping[str, Command]) -> str:
+    """The list of all commands."""
     width = max(map(len, commands))
     rows = [f"  {name:<{width}}  {command.help}" for name, command in commands.items()]
     return "\n".join(

@@ -1,4 +1,4 @@
-"""The options of every other command."""
+"""The options of every command but train."""
 
 from __future__ import annotations
 
@@ -6,171 +6,237 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from fast_spatial.config.fields import (
-    check_at_least,
-    check_choice,
-    check_given,
-    check_seed,
-    check_side,
-    flag,
-    limits_of,
-    option,
-)
+from fast_spatial.config.fields import as_typed, check_fields, flag, option
 from fast_spatial.config.modes import SPLITS, split_row
-from fast_spatial.config.train import BudgetOptions, LaunchOptions
+from fast_spatial.config.train import (
+    DATA_FOLDER,
+    EXCLUDE,
+    TRANSLATE,
+    BudgetOptions,
+    LaunchOptions,
+    check_limits,
+    check_seed,
+    check_sizes,
+)
 from fast_spatial.errors import UserError
 from fast_spatial.kernels.limits import SpatialLimits
 
+CHECKPOINT = "checkpoint of this project or the original code, or a plain state dict (.pt or .safetensors)"
+VAL_FOLDER = "folder with val/, with a folder per class; or digits"
+ARCH = "torchvision classifier; by default the checkpoint's, or resnet18"
+IMAGE_SIZE = "image size in pixels (0: the checkpoint's evaluation size, or 224)"
+# Images of a landscape that is not told how many to take, over all classes.
+DEFAULT_IMAGES = 100
+BENCH_GROUPS = ("warp", "pipeline", "score", "step", "grid", "gpu", "all")
+SYNTHETIC = "synthetic"
+
 
 @dataclass(frozen=True)
-class EvaluateConfig(LaunchOptions):
-    """Judge a checkpoint on natural, random, worst-of-10 and exhaustive (775-view) attacks, in one pass."""
+class JudgeOptions(LaunchOptions):
+    """What is judged, and how; shared by evaluations and landscapes."""
 
-    checkpoint: str = option("", "ours, the original code's, or a plain state dict (.pt or .safetensors)")
-    data: str = option("", "folder with val/ (a folder per class), or digits")
-    json: str = option("", "write the summary and every image's verdicts to this file", identity=False)
-    degrees: float = option(30.0, "largest rotation, either way")
-    translate_px: float | None = option(
-        None, "largest translation, pixels at side 224; default 24 for 30 degrees, 32 for 40"
+    checkpoint: str = option("", CHECKPOINT, section="data", metavar="FILE", required=True)
+    data: str = option("", VAL_FOLDER, section="data", metavar="FOLDER", required=True)
+    exclude: str = option("", EXCLUDE, section="data", metavar="FILE", identity=False)
+    allow_partial_classes: bool = option(
+        False, "accept a folder with fewer classes than the model has outputs", section="data"
     )
-    views: int = option(10, "random views of worst-of-10")
-    grid: bool = option(True, "also the exhaustive grid of 31 x 5 x 5 views")
-    side: int = option(0, "side of the views, pixels; 0: the one the checkpoint was judged at, or 224")
-    flip: bool = option(False, "average the logits of every view and of its mirror image (not the published protocol)")
-    arch: str = option("", "a torchvision classifier; default the checkpoint's, or resnet18")
-    dtype: str = option("float32", "arithmetic of the verdicts", choices=("float32", "tf32", "bfloat16", "float16"))
-    seed: int = option(0, "another seed draws other random views; every run uses the same unless told otherwise")
-    exclude: str = option(
-        "", "file of images to leave out, a path per line, as `check --write-exclusions` writes it", identity=False
+    degrees: float = option(30.0, "largest rotation, in degrees either way", section="attack")
+    translate_px: float | None = option(None, TRANSLATE, section="attack", metavar="PX")
+    arch: str = option("", ARCH, section="network", metavar="NAME")
+    image_size: int = option(0, IMAGE_SIZE, section="evaluation", metavar="PX", minimum=0)
+    dtype: str = option(
+        "float32",
+        "precision of the forward passes",
+        section="evaluation",
+        choices=("float32", "tf32", "bfloat16", "float16"),
     )
-    max_images: int = option(0, "judge only so many images (the result is partial); 0: all", identity=False)
-    grid_images: str = option("", "file of paths (as in the JSON, one a line): only these meet the grid (partial)")
-    grid_per_class: int = option(0, "only so many images of every class, a fixed choice, meet the grid; 0: all")
-    allow_partial_classes: bool = option(False, "the folder may hold fewer classes than the model has outputs")
-    batch_size_per_process: int = option(128, "images loaded at a time; never changes a verdict", identity=False)
-    judge_batch: int = option(0, "views in one forward pass; 0: 1024 on a GPU, 2^20 pixels' worth on a CPU")
+    views_per_forward: int = option(
+        0, "views per forward pass (0: 1024 on a GPU, 2^20 pixels' worth on a CPU)", section="evaluation", minimum=0
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_given(self, "checkpoint", "data")
-        check_choice(self, "dtype")
-        self.limits  # noqa: B018
-        check_at_least(self, 1, "views", "batch_size_per_process")
-        check_at_least(
-            self, 0, "side", "seed", "max_images", "grid_per_class", "judge_batch", "workers", "nproc_per_node"
-        )
-        check_seed(self)
-        if self.grid_per_class and (self.grid_images or not self.grid):
-            other = (
-                "--grid-images names the images that meet the grid, too" if self.grid else "--no-grid leaves it away"
-            )
-            raise UserError(f"--grid-per-class {self.grid_per_class}: {other}", "give one of the two")
-        check_side(self)
+        check_limits(self.degrees, self.translate_px)
+        check_sizes(image_size=self.image_size)
 
     @property
     def limits(self) -> SpatialLimits:
         """The limits of the attacks."""
-        return limits_of(self)
+        return SpatialLimits.from_px(self.degrees, self.translate_px)
 
 
 @dataclass(frozen=True)
-class LandscapeConfig(LaunchOptions):
-    """Judge all 775 views of a fixed, class-balanced subset: how loss and accuracy depend on angle and translation."""
+class EvaluateConfig(JudgeOptions):
+    """Judge a checkpoint on natural, random, worst-of-10 and exhaustive (775-view) attacks, in one pass."""
 
-    checkpoint: str = option("", "ours, the original code's, or a plain state dict (.pt or .safetensors)")
-    data: str = option("", "folder with val/ (a folder per class), or digits")
-    out: str = option("", "folder for landscape.json, landscape.npz and sample pictures, such as the run's own")
-    images_per_class: int = option(0, "images of every class; 0: enough for 100 in all, at least one")
-    degrees: float = option(30.0, "largest rotation, either way")
-    translate_px: float | None = option(
-        None, "largest translation, pixels at side 224; default 24 for 30 degrees, 32 for 40"
+    max_images: int = option(
+        0,
+        "size of a fixed random subset of the images; the result is partial (0: all)",
+        section="data",
+        minimum=0,
+        identity=False,
     )
-    side: int = option(0, "side of the views, pixels; 0: the checkpoint's, or 224")
-    arch: str = option("", "a torchvision classifier; default the checkpoint's, or resnet18")
-    dtype: str = option("float32", "arithmetic of the network", choices=("float32", "tf32", "bfloat16", "float16"))
-    exclude: str = option("", "file of images to leave out, a path per line, as `check --write-exclusions` writes it")
-    allow_partial_classes: bool = option(False, "the folder may hold fewer classes than the model has outputs")
-    judge_batch: int = option(0, "views in one forward pass; 0: 1024 on a GPU, 2^20 pixels' worth on a CPU")
+    views: int = option(10, "number of random views in worst-of-10", section="attack", minimum=1)
+    seed: int = option(
+        0, "seed of the random views; all runs share the default, so that they compare", section="attack", minimum=0
+    )
+    grid: bool = option(True, "the exhaustive grid of 31 x 5 x 5 views", section="attack")
+    grid_per_class: int = option(
+        0, "images of every class that meet the grid, a fixed choice (0: all)", section="attack", minimum=0
+    )
+    grid_images: str = option(
+        "",
+        "file of the images that meet the grid, one path per line as in the JSON; the result is partial",
+        section="attack",
+        metavar="FILE",
+    )
+    flip: bool = option(
+        False,
+        "logits averaged over each view and its mirror image; deviates from the published protocol",
+        section="evaluation",
+    )
+    batch_size_per_process: int = option(
+        128, "images loaded at a time; verdicts do not depend on it", section="evaluation", minimum=1, identity=False
+    )
+    json: str = option(
+        "", "file for the summary and every image's verdicts", section="output", metavar="FILE", identity=False
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_given(self, "checkpoint", "data", "out")
-        check_choice(self, "dtype")
-        self.limits  # noqa: B018
-        check_at_least(self, 0, "images_per_class", "side", "judge_batch", "workers", "nproc_per_node")
-        check_side(self)
+        check_seed(self.seed)
+        if self.grid_per_class and (self.grid_images or not self.grid):
+            other = "--grid-images" if self.grid else "--no-grid"
+            raise UserError(f"--grid-per-class {self.grid_per_class} conflicts with {other}", "remove one of them")
 
-    @property
-    def limits(self) -> SpatialLimits:
-        """The limits of the grid."""
-        return limits_of(self)
+
+@dataclass(frozen=True)
+class LandscapeConfig(JudgeOptions):
+    """Judge all 775 views of a fixed, class-balanced subset: how loss and accuracy depend on angle and translation."""
+
+    out: str = option(
+        "",
+        "folder for landscape.json, landscape.npz and sample pictures, such as the run's own",
+        section="output",
+        metavar="FOLDER",
+        required=True,
+    )
+    images_per_class: int = option(
+        0, "images of every class (0: enough for 100 in all, at least one)", section="data", minimum=0
+    )
 
     @property
     def judged(self) -> EvaluateConfig:
         """The evaluation of the same model on the same folder."""
-        shared = {f.name for f in dataclasses.fields(self)} & {f.name for f in dataclasses.fields(EvaluateConfig)}
-        return EvaluateConfig(**{name: getattr(self, name) for name in shared})
+        return EvaluateConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(JudgeOptions)})
+
+
+@dataclass(frozen=True)
+class ReproduceConfig(BudgetOptions):
+    """Train and evaluate the rows of the published table, and print ours beside it."""
+
+    data: str = option("", DATA_FOLDER, section="data", metavar="FOLDER", required=True)
+    out: str = option(
+        "",
+        "folder of the reproduction: a run per row, results.json, report.html; finished rows are skipped",
+        section="output",
+        metavar="FOLDER",
+        required=True,
+    )
+    rows: tuple[str, ...] = option(
+        (),
+        "rows of the table, such as standard,random:30,worst10:40; by default all",
+        section="attack",
+        metavar="MODE[:DEGREES],...",
+    )
+    seeds: tuple[int, ...] = option((0,), "seeds; every row is trained once per seed", section="run", metavar="N,N,...")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.seeds:
+            raise UserError("--seeds: at least one is needed")
+        rows = [split_row(row) for row in self.rows]
+        for name, values in (("rows", rows), ("seeds", self.seeds)):
+            if len(set(values)) < len(values):
+                raise UserError(f"{flag(name)} {as_typed(getattr(self, name))}: a value is given twice")
 
 
 @dataclass(frozen=True)
 class ReportConfig:
     """Write report.html and report.md from what runs left in their folders."""
 
-    runs: tuple[str, ...] = option((), "folders of train or reproduce; may come first, without their flag")
-    out: str = option("", "folder for the report; default the run's, if it is one")
-    price: float = option(0.0, "price of a GPU-hour, in a currency of your choice; 0: not told")
+    runs: tuple[str, ...] = option(
+        (),
+        "folders written by train or reproduce; may come first, without the flag",
+        section="data",
+        metavar="FOLDER",
+        required=True,
+    )
+    out: str = option(
+        "", "folder for the report; by default the run's, if there is one", section="output", metavar="FOLDER"
+    )
+    price: float = option(
+        0.0, "price of a GPU-hour, in any currency (0: unknown)", section="output", metavar="MONEY", minimum=0
+    )
 
     def __post_init__(self) -> None:
-        if not self.runs:
-            raise UserError("a folder of train or reproduce is needed, as in launch.py report /runs/table")
+        check_fields(self)
         if len(self.runs) > 1 and not self.out:
-            raise UserError("--out is needed: where the report of several runs goes")
-        check_at_least(self, 0, "price")
+            raise UserError("missing required flag: --out, the folder for a report of several runs")
 
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Write a checkpoint's model for other programs; each file is read back, and its logits are compared."""
+    """Write a checkpoint's model for other programs; each file is read back and its logits compared."""
 
-    checkpoint: str = option("", "ours, the original code's, or a plain state dict (.pt or .safetensors)")
-    safetensors: str = option("", "write torchvision's state dict to this new file; normalization is in its metadata")
-    onnx: str = option(
-        "", "write a network that takes RGB images in [0, 1], float32 [N, 3, side, side], and normalizes by itself"
+    checkpoint: str = option("", CHECKPOINT, section="data", metavar="FILE", required=True)
+    arch: str = option("", ARCH, section="network", metavar="NAME")
+    image_size: int = option(0, IMAGE_SIZE, section="network", metavar="PX", minimum=0)
+    safetensors: str = option(
+        "",
+        "new file for torchvision's state dict, with the normalization in its metadata",
+        section="output",
+        metavar="FILE.safetensors",
     )
-    side: int = option(0, "side of the images, pixels; 0: the checkpoint's, or 224")
-    arch: str = option("", "a torchvision classifier; default the checkpoint's, or resnet18")
+    onnx: str = option(
+        "",
+        "new file for a network on RGB images in [0, 1], float32 [N, 3, size, size], normalization included",
+        section="output",
+        metavar="FILE.onnx",
+    )
 
     def __post_init__(self) -> None:
-        check_given(self, "checkpoint")
+        check_fields(self)
         if not self.safetensors and not self.onnx:
-            raise UserError("--safetensors or --onnx is needed: the file to write, or both")
+            raise UserError("missing required flag: --safetensors or --onnx")
         for name in ("safetensors", "onnx"):
             file = getattr(self, name)
             if file and not file.endswith(f".{name}"):
                 raise UserError(f"{flag(name)} {file}: the name must end in .{name}")
-        check_at_least(self, 0, "side")
-        check_side(self)
+        check_sizes(image_size=self.image_size)
 
 
 @dataclass(frozen=True)
 class CheckConfig:
     """Read and decode every file, and list what would end a run or change its result."""
 
-    data: str = option("", "folder with train/ and val/ (a folder per class), or digits")
-    splits: tuple[str, ...] = option(SPLITS, "which splits, separated by commas")
-    json: str = option("", "write the report to this file")
+    data: str = option("", DATA_FOLDER, section="data", metavar="FOLDER", required=True)
+    splits: tuple[str, ...] = option(SPLITS, "splits to check", section="data", metavar="SPLIT,...")
+    json: str = option("", "file for the findings", section="output", metavar="FILE")
     write_exclusions: str = option(
         "",
-        "write the files that would end a run, and the training images that are in val/ too, to this new file, "
-        "for --exclude of train, evaluate and reproduce",
+        "new file for the images that would end a run, and training images that are in val/ too; for --exclude of "
+        "train, evaluate and reproduce",
+        section="output",
+        metavar="FILE",
     )
-    workers: int = option(0, "decoding processes; 0: one per CPU, at most 4 on a GPU")
+    workers: int = option(0, "decoding processes (0: one per CPU, at most 4 on a GPU)", section="processes", minimum=0)
 
     def __post_init__(self) -> None:
-        check_given(self, "data")
-        check_at_least(self, 0, "workers")
+        check_fields(self)
         if not self.splits or len({*self.splits} & {*SPLITS}) < len(self.splits):
-            raise UserError(f"--splits {','.join(self.splits)}: choose one or both of {', '.join(SPLITS)}")
+            raise UserError(f"--splits {as_typed(self.splits)}: choose one or both of {', '.join(SPLITS)}")
 
 
 @dataclass(frozen=True)
@@ -181,7 +247,7 @@ class CalibrateConfig(LaunchOptions):
         trainings: as JSON values.
         sides: of the training views, pixels.
         json: the file to write.
-        seconds: how long each is timed, at the least.
+        seconds: the least time that each is timed for.
 
     """
 
@@ -191,98 +257,72 @@ class CalibrateConfig(LaunchOptions):
     seconds: float = 1.0
 
 
-BENCH_GROUPS = ("warp", "pipeline", "score", "step", "grid", "gpu", "all")
-SYNTHETIC = "synthetic"
-
-
 @dataclass(frozen=True)
 class BenchConfig:
     """Measure the hot parts of training and evaluation side by side with what they replace."""
 
     what: str = option(
         "all",
-        "the part: warps, the pipeline from files to views, scoring of views, a training step, the grid attack, "
-        "or rates on GPUs; may come first, without its flag",
+        "what to measure: warps, the pipeline from files to views, scoring of views, a training step, the grid attack, "
+        "rates on GPUs, or all; may come first, without the flag",
+        section="run",
         choices=BENCH_GROUPS,
     )
     data: str = option(
-        SYNTHETIC, "folder with train/ and val/, digits, or synthetic: JPEG files of ImageNet's size, made once"
+        SYNTHETIC,
+        "folder with train/ and val/, digits, or synthetic: JPEG files of ImageNet's size, made once",
+        section="data",
+        metavar="FOLDER",
     )
-    json: str = option("", "write the comparisons, with hardware, versions and commit, to this file")
     checkpoint: str = option(
         "",
-        "a model for grid and score, its images at --data; default a small one, trained once on the digits",
+        "model for grid and score, with its images at --data; by default a small one, trained once on the digits",
+        section="data",
+        metavar="FILE",
     )
-    rounds: int = option(7, "rounds, in each of which ours and the others take turns; results are medians over them")
-    seconds: float = option(1.0, "seconds that each is timed in a round; at least one batch")
-    side: int = option(224, "side of the views, pixels (the grid's: the checkpoint's)")
-    grid_images: int = option(16, "grid: images in a round; at 224 pixels without a GPU, 2 take a minute")
-    workers: int = option(0, "threads of ours, and worker processes of torchvision; 0: one per CPU")
     read_latency_ms: float = option(
-        0.0, "pipeline: pretend that every file takes so many ms to come from the disk (needs a C compiler)"
+        0.0, "pipeline: simulated disk latency per file, in ms (needs a C compiler)", section="data", minimum=0
+    )
+    image_size: int = option(
+        224, "image size in pixels (grid: the checkpoint's)", section="run", metavar="PX", minimum=16
+    )
+    rounds: int = option(7, "rounds in which all contenders take turns; results are medians", section="run", minimum=1)
+    seconds: float = option(1.0, "seconds per contender and round; at least one batch", section="run")
+    grid_images: int = option(
+        16, "grid: images per round; at 224 pixels without a GPU, 2 take a minute", section="run", minimum=1
     )
     ffcv_python: str = option(
-        "", "pipeline: also compare with FFCV; a Python that has it, in an environment of its own"
+        "", "pipeline: Python of an environment with FFCV, to compare with", section="run", metavar="FILE"
+    )
+    json: str = option(
+        "", "file for the comparisons, with hardware, versions and commit", section="output", metavar="FILE"
+    )
+    workers: int = option(
+        0, "our threads, and torchvision's worker processes (0: one per CPU)", section="processes", minimum=0
     )
 
     def __post_init__(self) -> None:
-        check_choice(self, "what")
-        check_at_least(self, 1, "rounds", "grid_images")
-        check_at_least(self, 16, "side")
-        check_side(self)
-        check_at_least(self, 0, "workers")
-        if self.read_latency_ms < 0 or (self.read_latency_ms and self.what != "pipeline"):
-            raise UserError(
-                f"--read-latency-ms {self.read_latency_ms:g}: it must be at least 0, and is for bench pipeline alone"
-            )
+        check_fields(self)
+        check_sizes(image_size=self.image_size)
+        if self.read_latency_ms and self.what != "pipeline":
+            raise UserError(f"--read-latency-ms {self.read_latency_ms:g}: only bench pipeline takes it")
         if self.seconds <= 0:
-            raise UserError(f"--seconds {self.seconds:g}: it must be more than 0")
+            raise UserError(f"--seconds {self.seconds:g}: must be more than 0")
         if self.checkpoint and self.data == SYNTHETIC:
-            raise UserError(f"--checkpoint {self.checkpoint}: its images are needed; name their folder with --data")
+            raise UserError(f"--checkpoint {self.checkpoint}: requires --data, the folder of its images")
 
 
 @dataclass(frozen=True)
 class RecipesConfig:
-    """List the recipes, and what each costs on this machine."""
-
-    data: str = option("", "folder with train/ and val/, or digits: their number of images; default ImageNet's")
-    seconds: float = option(1.0, "how long each kind of step is timed, at the least")
-
-    def __post_init__(self) -> None:
-        if self.seconds <= 0:
-            raise UserError(f"--seconds {self.seconds:g}: it must be more than 0")
+    """List the recipes, and what is different in each."""
 
 
 @dataclass(frozen=True)
 class DoctorConfig:
-    """Say what this machine can do, what is missing, and what to do about it."""
+    """Report what this machine can do, what is missing, and the line that fixes it."""
 
-    data: str = option("", "also look at this folder of images: its layout, and how fast it is read")
-    out: str = option("", "also look whether results can be written to this folder")
-    json: str = option("", "write the findings, with versions and hardware, to this file")
-
-
-# As many images as make the 95 % interval of an accuracy at most 20 points wide; minutes on a CPU.
-DEFAULT_IMAGES = 100
-
-
-@dataclass(frozen=True)
-class ReproduceConfig(BudgetOptions):
-    """Train and evaluate the rows of the published table, and print ours beside it."""
-
-    data: str = option("", "folder with train/ and val/ (a folder per class), or digits")
-    out: str = option("", "folder of the reproduction: a run per row, results.json; rows already there are skipped")
-    rows: tuple[str, ...] = option((), "rows as MODE:DEGREES, separated by commas; default all of the table")
-    seeds: tuple[int, ...] = option((0,), "train every row once per seed, separated by commas")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("data", "out"):
-            if not getattr(self, name):
-                raise UserError(f"--{name} is needed")
-        if not self.seeds:
-            raise UserError("--seeds: at least one is needed")
-        rows = [split_row(row) for row in self.rows]
-        for name, values in (("rows", rows), ("seeds", self.seeds)):
-            if len(set(values)) < len(values):
-                raise UserError(f"--{name} {','.join(map(str, getattr(self, name)))}: one of them is named twice")
+    data: str = option(
+        "", "folder of images to look at too: its layout and how fast it is read", section="data", metavar="FOLDER"
+    )
+    out: str = option("", "folder that results shall be written to", section="output", metavar="FOLDER")
+    json: str = option("", "file for the findings, with versions and hardware", section="output", metavar="FILE")

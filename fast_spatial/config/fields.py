@@ -1,7 +1,7 @@
-"""What can be asked for: the modes and every option, as flat frozen dataclasses.
+"""Options as fields of flat frozen dataclasses: how one is declared, read from text, checked, and written to JSON.
 
 Imports neither torch nor numba, so that help and errors about options are instant. Raw strings from the command line
-become typed values here and nowhere else; a bad one is a ValueError that names the flag, the value and what is allowed.
+become typed values here and nowhere else. A bad one is a UserError that names the flag, the value and what is allowed.
 """
 
 from __future__ import annotations
@@ -10,20 +10,69 @@ import dataclasses
 import math
 import types
 import typing
-from dataclasses import field
+from collections.abc import Mapping
+from dataclasses import Field, field
 from typing import Any, TypeVar
 
 from fast_spatial.errors import UserError
-from fast_spatial.kernels.limits import MAX_SIDE, NOMINAL_SIDE, SpatialLimits
 
-MAX_SEED = 2**31 - 1
-# Fields that may change between the parts of one run: where and how it runs, not what it computes.
-_NOT_IDENTITY = "not_identity"
+# The headings of a command's help, in order.
+SECTIONS = (
+    "data",
+    "attack",
+    "schedule",
+    "optimization",
+    "augmentation",
+    "network",
+    "evaluation",
+    "output",
+    "run",
+    "budget",
+    "processes",
+)
+# Fields that had another name: of flags that are still typed, and in files that older versions wrote.
+RENAMED = {
+    "side": "image_size",
+    "start_side": "start_size",
+    "eval_side": "eval_size",
+    "score_side": "score_size",
+    "score_chunk": "views_per_forward",
+    "judge_batch": "views_per_forward",
+    "accumulate": "grad_accum_steps",
+    "classes": "max_classes",
+    "budget": "max_cost",
+    "bn_group": "bn_group_size",
+}
+_METAVARS = {"int": "N", "float": "X", "bool": "true|false"}
 
 
-def option(default: Any, help: str, *, choices: tuple[str, ...] = (), identity: bool = True) -> Any:
-    """A dataclass field that is an option of the command line; `identity` marks what decides a run's numbers."""
-    return field(default=default, metadata={"help": help, "choices": choices, _NOT_IDENTITY: not identity})
+def option(
+    default: Any,
+    help: str,
+    *,
+    section: str,
+    metavar: str = "",
+    choices: tuple[str, ...] = (),
+    minimum: float | None = None,
+    required: bool = False,
+    identity: bool = True,
+) -> Any:
+    """A dataclass field that is an option of the command line.
+
+    Args:
+        default: its value where the flag is not given.
+        help: a noun phrase.
+        section: one of `SECTIONS`.
+        metavar: what stands for the value in the help.
+        choices: all values it can take.
+        minimum: the least value.
+        required: whether it may not be empty.
+        identity: whether it decides a run's numbers, so that two parts of one run must agree on it.
+
+    """
+    assert section in SECTIONS
+    about = {"help": help, "section": section, "metavar": metavar, "choices": choices, "minimum": minimum}
+    return field(default=default, metadata={**about, "required": required, "identity": identity})
 
 
 Config = TypeVar("Config")
@@ -34,6 +83,31 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def is_switch(option: Field[Any]) -> bool:
+    """Whether an option is true or false."""
+    return option.type in (bool, "bool")
+
+
+def is_several(option: Field[Any]) -> bool:
+    """Whether an option holds several values."""
+    return str(option.type).startswith("tuple")
+
+
+def metavar_of(option: Field[Any]) -> str:
+    """What stands for an option's value in the help: its choices, or a word."""
+    kind = str(option.type).removesuffix(" | None")
+    return "|".join(option.metadata["choices"]) or option.metadata["metavar"] or _METAVARS.get(kind, "TEXT")
+
+
+def as_typed(value: Any) -> str:
+    """A value as the command line takes it; empty if no text means it."""
+    if isinstance(value, tuple):
+        return ",".join(map(as_typed, value))
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return "" if value is None else str(value).removesuffix(".0")
+
+
 def parse(kind: type[Config], raw: dict[str, str], preset: dict[str, Any] | None = None) -> Config:
     """Build a configuration from raw strings by field name; the preset replaces defaults, never what was given.
 
@@ -42,13 +116,13 @@ def parse(kind: type[Config], raw: dict[str, str], preset: dict[str, Any] | None
 
     """
     hints = typing.get_type_hints(kind)
-    given = {name: _convert(name, text, hints[name]) for name, text in raw.items()}
+    given = {name: convert(name, text, hints[name]) for name, text in raw.items()}
     return kind(**{**(preset or {}), **given})
 
 
-def decides_numbers(option: dataclasses.Field[Any]) -> bool:
+def decides_numbers(option: Field[Any]) -> bool:
     """Whether an option decides a run's numbers, so that two parts of one run must agree on it."""
-    return not option.metadata.get(_NOT_IDENTITY, False)
+    return bool(option.metadata.get("identity", True))
 
 
 def identity(config: Any) -> dict[str, Any]:
@@ -61,17 +135,39 @@ def to_json(config: Any) -> dict[str, Any]:
     return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
 
 
-def from_json(kind: type[Config], values: dict[str, Any]) -> Config:
-    """The inverse of `to_json`; fields this version does not know are left out."""
+def todays_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Options by name, as an older version may have written them, under the names of this one."""
+    return {RENAMED.get(name, name): value for name, value in values.items()}
+
+
+def from_json(kind: type[Config], values: Mapping[str, Any]) -> Config:
+    """The inverse of `to_json`, of this version or an older one; other fields are left out."""
     known = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known})
+    given = todays_names(values).items()
+    return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in given if name in known})
+
+
+def differences(saved: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+    """In which values two mappings differ, among the names of the second: "lr: 0.1 saved, 0.2 given"; "" if in none."""
+    found = [name for name in given if saved.get(name) != given[name]]
+    return "; ".join(f"{name}: {_shown(saved.get(name))} saved, {_shown(given[name])} given" for name in found)
+
+
+def _shown(value: Any) -> str:
+    return "nothing" if value is None else str(value)
 
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _convert(name: str, text: str, hint: Any) -> Any:
+def convert(name: str, text: str, hint: Any) -> Any:
+    """A field's value from text.
+
+    Raises:
+        UserError: naming the flag, the text and what is expected.
+
+    """
     kind = hint
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         kind = next(a for a in typing.get_args(hint) if a is not type(None))
@@ -80,7 +176,7 @@ def _convert(name: str, text: str, hint: Any) -> Any:
         parts = [p for p in text.split(",") if p.strip()]
         if of[-1] is not Ellipsis and len(parts) != len(of):
             raise UserError(f"{flag(name)} {text}: expected {len(of)} numbers separated by commas")
-        return tuple(_convert(name, part.strip(), of[0]) for part in parts)
+        return tuple(convert(name, part.strip(), of[0]) for part in parts)
     if kind is bool:
         if text.lower() not in ("true", "false"):
             raise UserError(f"{flag(name)} {text}: expected true or false")
@@ -97,52 +193,20 @@ def _convert(name: str, text: str, hint: Any) -> Any:
     return text
 
 
-def check_given(config: Any, *names: str) -> None:
-    """Raise a UserError if a required option is missing."""
-    missing = [flag(name) for name in names if not getattr(config, name)]
+def check_fields(config: Any) -> None:
+    """Check every option by what it was declared with: whether it is required, its choices, its least value.
+
+    Raises:
+        UserError: naming the first that is wrong.
+
+    """
+    options = dataclasses.fields(config)
+    missing = [flag(f.name) for f in options if f.metadata.get("required") and not getattr(config, f.name)]
     if missing:
-        raise UserError(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} needed")
-
-
-def limits_of(config: Any) -> SpatialLimits:
-    """The limits that --degrees and --translate-px mean; raises a UserError if they are out of range."""
-    if not 0 <= config.degrees <= 180:
-        raise UserError(f"--degrees {config.degrees:g}: rotations reach from 0 to 180 degrees")
-    px = config.translate_px
-    if px is not None and not 0 <= px <= NOMINAL_SIDE:
-        raise UserError(f"--translate-px {px:g}: translations reach from 0 to {NOMINAL_SIDE} pixels")
-    return SpatialLimits.from_px(config.degrees, px)
-
-
-def check_seed(config: Any) -> None:
-    """Raise a UserError if --seed is too large."""
-    if config.seed > MAX_SEED:
-        raise UserError(f"--seed {config.seed}: it must be at most {MAX_SEED}")
-
-
-def check_side(config: Any) -> None:
-    """Raise a UserError if a side is too large."""
-    for name in ("side", "eval_side"):
-        if getattr(config, name, 0) > MAX_SIDE:
-            raise UserError(f"{flag(name)} {getattr(config, name)}: it must be at most {MAX_SIDE}")
-
-
-def check_choice(config: Any, *names: str) -> None:
-    """Raise a UserError if an option is none of its choices."""
-    fields = {f.name: f for f in dataclasses.fields(config)}
-    for name in names:
-        choices = fields[name].metadata["choices"]
-        if getattr(config, name) not in choices:
-            raise UserError(f"{flag(name)} {getattr(config, name)}: choose one of {', '.join(choices)}")
-
-
-def check_at_least(config: Any, low: int, *names: str) -> None:
-    """Raise a UserError if an option is below its minimum."""
-    for name in names:
-        if getattr(config, name) < low:
-            raise UserError(f"{flag(name)} {getattr(config, name)}: it must be at least {low}")
-
-
-def show_numbers(values: tuple[Any, ...]) -> str:
-    """Numbers as a flag takes them."""
-    return ",".join(f"{v:g}" for v in values)
+        raise UserError(f"missing required flag{'s' * (len(missing) > 1)}: {', '.join(missing)}")
+    for option in options:
+        value, choices, least = (getattr(config, option.name), *map(option.metadata.get, ("choices", "minimum")))
+        if choices and value not in choices:
+            raise UserError(f"{flag(option.name)} {value}: choose one of {', '.join(choices)}")
+        if least is not None and value is not None and value < least:
+            raise UserError(f"{flag(option.name)} {as_typed(value)}: must be at least {as_typed(least)}")

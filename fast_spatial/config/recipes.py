@@ -7,22 +7,26 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
+import textwrap
 import tomllib
 import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fast_spatial.config.fields import identity, parse
+from fast_spatial.config.fields import RENAMED, as_typed, flag, identity, parse, todays_names
 from fast_spatial.config.modes import DIGITS
 from fast_spatial.config.train import BUDGETS, TrainConfig
 from fast_spatial.errors import UserError
 
 FOLDER = Path(__file__).parent / "recipes"
-REFERENCE = "reference"
+REFERENCE, FAST = "reference", "fast"
+# Recipes that differed in their epochs alone, and are --recipe fast --epochs N now.
+_LADDER = re.compile(r"e(16|24|32|40|56|88)")
 _ANY = TrainConfig(data="data", out="out", mode="standard")
 # A recipe holds what decides a run's numbers, but for what the run is about, and when it is judged.
-_OF_A_RUN = {"mode", "degrees", "translate_px", "seed", "classes", "max_train_images"}
+_OF_A_RUN = {"mode", "degrees", "translate_px", "seed", "max_classes", "max_train_images"}
 _KEYS = (identity(_ANY).keys() - _OF_A_RUN) | {"eval_every"}
 _EXPECTED = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a text in quotes"}
 
@@ -35,7 +39,7 @@ class PublishedRun:
     minutes: float
 
 
-# Standard training in the style of the ladder, by epochs, and what was otherwise than here: orientation, no promise.
+# Standard training in the style of `fast`, by epochs, under other conditions than ours: orientation, no promise.
 PUBLISHED_LADDER = {
     16: PublishedRun(66.9, 35.0),
     24: PublishedRun(68.8, 51.6),
@@ -51,15 +55,41 @@ PUBLISHED_CONDITIONS = (
 
 
 def names() -> list[str]:
-    """The recipes that come with the project: the reference, then by epochs; those of the digits last."""
+    """The recipes that come with the project: the reference first, those of the digits last."""
     found = [path.stem for path in FOLDER.glob("*.toml")]
     return sorted(found, key=lambda name: (name.startswith(DIGITS), name != REFERENCE, len(name), name))
+
+
+def describe() -> str:
+    """A list of the recipes: what each is for, and the options that it sets otherwise than the reference."""
+    reference, parts = load(REFERENCE), []
+    for name in names():
+        headline = (FOLDER / f"{name}.toml").read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+        parts.append(f"{name}: {headline}")
+        words = [f"{flag(key)}={as_typed(value)}" for key, value in load(name).items() if reference.get(key) != value]
+        parts += textwrap.wrap(
+            "  ".join(words), 112, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False
+        )
+    parts += [
+        "",
+        "Flags override a recipe: --recipe fast --epochs 32. A TOML file of your own serves too: --recipe FILE.",
+        "docs/training.md lists the accuracies that others reached in 16 to 88 epochs.",
+    ]
+    return "\n".join(parts)
+
+
+def todays_flags(flags: Mapping[str, str]) -> dict[str, str]:
+    """Raw flags of a training, as an older version may have kept them, under the names of this one."""
+    found = todays_names(flags)
+    if of_ladder := _LADDER.fullmatch(found.get("recipe", "")):
+        found = {"epochs": of_ladder[1], **found, "recipe": FAST}
+    return found
 
 
 def default_recipe(data: str, *, limited: bool = False) -> str:
     """The recipe of a training on these data that names none; with a budget, one that can be stretched."""
     if limited:
-        return "digits_linear" if data == DIGITS else "e16"
+        return "digits_linear" if data == DIGITS else FAST
     return DIGITS if data == DIGITS else REFERENCE
 
 
@@ -83,6 +113,8 @@ def load(name: str) -> dict[str, Any]:
 
     """
     path = FOLDER / f"{name}.toml" if name in names() else Path(name)
+    if (found := _LADDER.fullmatch(name)) and not path.exists():
+        raise UserError(f"--recipe {name}: replaced by --recipe {FAST} --epochs {found[1]}")
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -97,7 +129,9 @@ def load(name: str) -> dict[str, Any]:
         if key in _KEYS:
             values[key] = _typed(name, key, value, hints[key])
         else:
+            renamed = RENAMED.get(key, "")
             what = "it is no part of a recipe; give it as a flag" if key in hints else "no such option"
+            what = f"renamed to {renamed}" if renamed in _KEYS else what
             raise UserError(f"--recipe {name}: {key}: {what}", f"a recipe may hold {', '.join(sorted(_KEYS))}")
     try:
         dataclasses.replace(_ANY, **values)

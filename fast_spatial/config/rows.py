@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,13 +26,13 @@ class RowRequest:
 
     Attributes:
         name: for people.
-        configure: its training under a recipe (empty: the one of a training without a budget).
+        configure: its training, with these raw flags besides those that were given.
         importance: where not all can be trained for long enough, the lowest is left out first.
 
     """
 
     name: str
-    configure: Callable[[str], TrainConfig]
+    configure: Callable[[Mapping[str, str]], TrainConfig]
     importance: tuple[int, int] = (0, 0)
 
 
@@ -48,7 +48,7 @@ def requests(config: ReproduceConfig, train_flags: dict[str, str]) -> list[RowRe
         importance = (-seed, -BY_IMPORTANCE.index(row) if row in BY_IMPORTANCE else 0)
         return RowRequest(
             name,
-            lambda recipe: train_config({**train_flags, **decided, **({"recipe": recipe} if recipe else {})}, launch),
+            lambda more: train_config({**train_flags, **decided, **more}, launch),
             importance,
         )
 

@@ -36,7 +36,7 @@ def find_decoding(config: Any, world: World) -> World:
     if isinstance(config, CalibrateConfig):
         config = from_json(TrainConfig, config.trainings[0])
     exact = not isinstance(config, TrainConfig) or config.deterministic
-    distributed.progress(config.stall_minutes + _PROBE_MINUTES)
+    distributed.reset_watchdog(config.stall_minutes + _PROBE_MINUTES)
     begun = time.monotonic()
     find = partial(choose, "cpu" if config.warp == "numba" else config.decode, on_gpu=world.device.type == "cuda")
     own = find(hw_decoder_load=0.0 if exact else HW_DECODER_LOAD)
@@ -47,7 +47,7 @@ def find_decoding(config: Any, world: World) -> World:
         say(chosen.message)
         if chosen_exact.decoding.on != chosen.decoding.on:
             say(f"for evaluations, {chosen_exact.message}")
-    distributed.progress(config.stall_minutes)
+    distributed.reset_watchdog(config.stall_minutes)
     return replace(world, decoding=chosen, exact_decoding=chosen_exact, probe_sec=probe_sec)
 
 
@@ -55,7 +55,7 @@ def _lowest(own: Choice, world: World) -> Choice:
     """What all processes use, of what each of them found."""
     found: list[Choice] = distributed.gather(own)
     rank = max(range(len(found)), key=lambda rank: RUNGS.index(found[rank].decoding), default=0)  # on rank 0
-    rung = distributed.of_first(RUNGS.index(found[rank].decoding) if found else 0, world.device)
+    rung = distributed.broadcast(RUNGS.index(found[rank].decoding) if found else 0, world.device)
     if RUNGS[rung] == own.decoding:
         return own
     why = f"as process {rank} found: {found[rank].why}" if found else "as another process found"

@@ -19,6 +19,17 @@ from fast_spatial.runtime.distributed import World
 from fast_spatial.runtime.runlog import say
 
 
+def training_limits(config: TrainConfig) -> NDArray[np.float64]:
+    """Each training view's limits, float64 [V, 2]."""
+    untouched = MODES[config.mode].untouched
+    return view_limits(
+        config.num_views - untouched,
+        untouched_first=untouched,
+        degrees=config.limits.degrees,
+        translate=config.limits.translate,
+    )
+
+
 def training_loader(
     config: TrainConfig,
     images: ImageIndex,
@@ -45,7 +56,7 @@ def training_loader(
     """
     return Loader(
         images,
-        limits=config.view_limits(),
+        limits=training_limits(config),
         settings=augmentation_settings(
             center=MODES[config.mode].center,
             scale=config.crop_scale,
@@ -55,7 +66,7 @@ def training_loader(
             lighting_std=config.lighting,
         ),
         side=side,
-        largest_side=config.side,
+        largest_side=config.image_size,
         global_batch_size=global_batch_size or config.global_batch_size,
         key=pack_key(TRAINING, config.seed),
         train=True,

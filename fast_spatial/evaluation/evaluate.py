@@ -25,7 +25,7 @@ from fast_spatial.evaluation.attack import GridSurvivors, GridVerdict
 from fast_spatial.evaluation.deadline import RESERVE_SEC, Deadline, TimeUp
 from fast_spatial.evaluation.folded import Scorer
 from fast_spatial.evaluation.forward import FlipJudge, ModuleJudge, Passes, default_judge_batch
-from fast_spatial.evaluation.inputs import prepare
+from fast_spatial.evaluation.inputs import load_model_and_images
 from fast_spatial.evaluation.verdicts import (
     NEAR_TIE,
     ImageVerdict,
@@ -173,7 +173,7 @@ def evaluate_checkpoint(config: EvaluateConfig, world: World, until: float | Non
     """
     seed_everything(0, deterministic=False)
     torch.backends.cudnn.benchmark = False  # verdicts should not depend on which algorithm won a race
-    model, images, on_grid, side = prepare(config)
+    model, images, on_grid, side = load_model_and_images(config)
     left_out = images.describe_left_out()
     if left_out and world.rank == 0:
         say(left_out)
@@ -210,7 +210,7 @@ def evaluate_checkpoint(config: EvaluateConfig, world: World, until: float | Non
     with stop_requests() as request:
 
         def moved() -> None:
-            distributed.progress(config.stall_minutes)
+            distributed.reset_watchdog(config.stall_minutes)
             request.obey()
 
         in_rounds = None if until is None else images.balanced_order()
@@ -224,7 +224,7 @@ def evaluate_checkpoint(config: EvaluateConfig, world: World, until: float | Non
                 judge,
                 deadline.guard(bar),
                 limits,
-                judge_batch=config.judge_batch,
+                judge_batch=config.views_per_forward,
                 wants_grid=meets.__contains__ if until is None else None,
                 moved=moved,
             ):
@@ -236,7 +236,7 @@ def evaluate_checkpoint(config: EvaluateConfig, world: World, until: float | Non
                 moved()
                 deadline.check()
 
-            passes = Passes(judge, config.judge_batch or default_judge_batch(world.device, side), pad=True)
+            passes = Passes(judge, config.views_per_forward or default_judge_batch(world.device, side), pad=True)
             right = [v.index for v in mine if v.natural and v.index in meets]
             # Every process goes on with its own images, so that none has to know what the others found.
             alone = dataclasses.replace(world, rank=0, world_size=1)
@@ -244,7 +244,7 @@ def evaluate_checkpoint(config: EvaluateConfig, world: World, until: float | Non
                 GridSurvivors(passes, limits, side, moved_in_time),
                 batches("grid", alone, order=in_rounds[np.isin(in_rounds, right)]),
             )
-    distributed.progress(4 * config.stall_minutes)  # others may have more survivors
+    distributed.reset_watchdog(4 * config.stall_minutes)  # others may have more survivors
     parts = distributed.gather((mine, on_time, failed))
     if world.rank == 0:
         found = sorted((verdict for part, *_ in parts for verdict in part), key=lambda v: v.index)
@@ -276,7 +276,7 @@ def evaluate_checkpoint(config: EvaluateConfig, world: World, until: float | Non
         say(summary_table(summary))
         if config.json:
             failures = [what for *_, part in parts for what in part]
-            write_report(Path(config.json), config, summary, found, images, world.decoding, failures)
+            write_evaluation_json(Path(config.json), config, summary, found, images, world.decoding, failures)
     distributed.barrier()
 
 
@@ -307,7 +307,7 @@ def summary_table(summary: Summary) -> str:
     return "\n".join(lines)
 
 
-def write_report(
+def write_evaluation_json(
     path: Path,
     config: EvaluateConfig,
     summary: Summary,

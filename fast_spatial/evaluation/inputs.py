@@ -15,7 +15,7 @@ from fast_spatial.models.classifier import Classifier
 from fast_spatial.pipelines.dataset import ImageIndex
 
 
-def prepare(config: EvaluateConfig) -> tuple[Classifier, ImageIndex, set[int] | None, int]:
+def load_model_and_images(config: EvaluateConfig) -> tuple[Classifier, ImageIndex, set[int] | None, int]:
     """What an evaluation needs, validated: model, images, the positions that meet the grid (None: all) and the side.
 
     Raises:
@@ -52,7 +52,7 @@ def prepare(config: EvaluateConfig) -> tuple[Classifier, ImageIndex, set[int] | 
             raise UserError(
                 f"--grid-per-class {config.grid_per_class}: {error}", "ask for as many as every class has"
             ) from None
-    return model.eval(), images, on_grid, config.side or weights.side or 224
+    return model.eval(), images, on_grid, config.image_size or weights.side or 224
 
 
 def _relabel(images: ImageIndex, classes: tuple[str, ...], path: Path, config: EvaluateConfig) -> ImageIndex:

@@ -72,14 +72,14 @@ class ImageLandscape:
     worst_predicted: int
 
 
-def prepare(config: LandscapeConfig) -> tuple[Classifier, ImageIndex, int, int]:
+def load_model_and_subset(config: LandscapeConfig) -> tuple[Classifier, ImageIndex, int, int]:
     """The model, the images, how many of each class are judged, and the side, validated.
 
     Raises:
         UserError: on a checkpoint that does not fit, or a class with too few images.
 
     """
-    model, images, _, side = inputs.prepare(config.judged)
+    model, images, _, side = inputs.load_model_and_images(config.judged)
     counts = images.class_counts()
     per_class = config.images_per_class or min(int(counts.min()), max(1, DEFAULT_IMAGES // len(counts)))
     try:
@@ -104,10 +104,12 @@ def landscape(config: LandscapeConfig, world: World, until: float | None = None)
     seed_everything(0, deterministic=False)
     torch.backends.cudnn.benchmark = False
     dtype = dtype_of(config.dtype, world.device)
-    model, images, per_class, side = prepare(config)
+    model, images, per_class, side = load_model_and_subset(config)
     start = time.monotonic()
     passes = Passes(
-        Scorer(model.to(world.device), dtype), config.judge_batch or default_judge_batch(world.device, side), pad=True
+        Scorer(model.to(world.device), dtype),
+        config.views_per_forward or default_judge_batch(world.device, side),
+        pad=True,
     )
     batch_size = max(1, PASSES_PER_BATCH * passes.size // GRID_VIEWS)
     placement = placement_of(config, world, exact=True)
@@ -137,13 +139,13 @@ def landscape(config: LandscapeConfig, world: World, until: float | None = None)
     with stop_requests() as request:
 
         def moved() -> None:
-            distributed.progress(config.stall_minutes)
+            distributed.reset_watchdog(config.stall_minutes)
             request.obey()
 
         with suppress(TimeUp):
             for image in judge_all_views(passes, Deadline(until).guard(bar), config.limits, side, moved=moved):
                 mine.append(image)
-    distributed.progress(4 * config.stall_minutes)
+    distributed.reset_watchdog(4 * config.stall_minutes)
     parts = distributed.gather((mine, failed))
     if world.rank == 0:
         found = {image.index: image for part, _ in parts for image in part}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fast_spatial.config.train import TrainConfig
-from fast_spatial.data.loading import evaluation_loader
+from fast_spatial.data.loading import evaluation_loader, training_limits
 from fast_spatial.data.placing import placement_of
 from fast_spatial.evaluation.attack import verdicts
 from fast_spatial.evaluation.folded import Scorer
@@ -38,10 +38,10 @@ class Validation:
         on_gpu_failure: Callable[[str], None] = say,
     ) -> None:
         self._config, self._world, self._images, self._judge = config, world, images, judge
-        limits_V2, side = config.view_limits(), config.eval_side or config.side
+        limits_V2, side = training_limits(config), config.eval_size or config.image_size
         self._warps = int((limits_V2 != 0).any(axis=1).sum())
         # On GPUs of the training passes' shape.
-        size = config.score_chunk or default_pass_size(world.device, side)
+        size = config.views_per_forward or default_pass_size(world.device, side)
         self._passes = Passes(
             FlipJudge(judge) if config.eval_flip else judge,
             size or config.global_batch_size // world.world_size * len(limits_V2),

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fast_spatial.config.fields import todays_names
 from fast_spatial.errors import UserError
 from fast_spatial.kernels.limits import MAX_SIDE
 from fast_spatial.models import classifier, surgery, untrusted
@@ -81,7 +82,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     if about.get("format") == FORMAT:
         content |= {"format": FORMAT, "arch": about.get("arch")}
         content |= {name: json.loads(about[name]) for name in ("classes", "mean", "std")}
-        content["config"] = {"side": json.loads(about["side"])}
+        content["config"] = {"image_size": json.loads(about["side"])}
     return content
 
 
@@ -123,8 +124,8 @@ def read_weights(path: Path) -> Weights:
 
 def _read_ours(path: Path, content: dict[str, Any]) -> Weights:
     arch, classes, config, state = (content.get(key) for key in ("arch", "classes", "config", "model"))
-    config = config if isinstance(config, dict) else {}
-    side, blurpool = config.get("eval_side") or config.get("side"), config.get("blurpool", False)
+    config = todays_names(config) if isinstance(config, dict) else {}
+    side, blurpool = config.get("eval_size") or config.get("image_size"), config.get("blurpool", False)
     mean, std = content.get("mean", classifier.IMAGENET_MEAN), content.get("std", classifier.IMAGENET_STD)
     unnamed = classes is None and path.suffix == ".safetensors"  # an export of weights that came without names
     right = {
@@ -132,7 +133,7 @@ def _read_ours(path: Path, content: dict[str, Any]) -> Weights:
         "arch": isinstance(arch, str) and arch in classifier.known_archs(),
         "classes": unnamed or _are_names(classes),
         "config.blurpool": type(blurpool) is bool,
-        "config.side": type(side) is int and 1 <= side <= MAX_SIDE,
+        "config.image_size": type(side) is int and 1 <= side <= MAX_SIDE,
         "mean and std": _is_normalization(mean, std),
     }
     if not all(right.values()):

@@ -10,7 +10,7 @@ from torch import Tensor
 from fast_spatial.models.classifier import Classifier
 
 
-class WeightAverage:
+class WeightEma:
     """After every step, average = decay * average + (1 - decay) * weights; it begins as the weights it is given.
 
     BatchNorm's running means and variances are averaged in the same way, so that they belong to the averaged weights as

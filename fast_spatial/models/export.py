@@ -48,7 +48,7 @@ def find_onnx() -> ModuleType:
     return runtime
 
 
-def prepare(config: ExportConfig) -> tuple[Classifier, str, int, dict[str, str]]:
+def load_model(config: ExportConfig) -> tuple[Classifier, str, int, dict[str, str]]:
     """What is exported, validated: the model, its architecture, the side of its images, and the files' metadata.
 
     Raises:
@@ -70,7 +70,7 @@ def prepare(config: ExportConfig) -> tuple[Classifier, str, int, dict[str, str]]
             f"--onnx {config.onnx}: the weights take {held / 1e9:.2g} GB, and one ONNX file holds 2",
             "use --safetensors",
         )
-    arch, side = config.arch or weights.arch or checkpoint.DEFAULT_ARCH, config.side or weights.side or 224
+    arch, side = config.arch or weights.arch or checkpoint.DEFAULT_ARCH, config.image_size or weights.side or 224
     values = {"classes": weights.classes, "side": side, "mean": weights.mean, "std": weights.std}
     about = {name: json.dumps(value) for name, value in values.items()}
     return model, arch, side, {"format": checkpoint.FORMAT, "arch": arch, **about}
@@ -83,7 +83,7 @@ def export_checkpoint(config: ExportConfig) -> None:
         UserError: if a file does not give the checkpoint's logits; it is not left behind.
 
     """
-    model, arch, side, about = prepare(config)
+    model, arch, side, about = load_model(config)
     generator = torch.Generator().manual_seed(0)
     batches = [torch.rand(size, 3, side, side, generator=generator) for size in BATCH_SIZES]
     with torch.no_grad():

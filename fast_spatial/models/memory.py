@@ -27,12 +27,12 @@ class MemoryEstimate:
 
 
 def estimate(
-    arch: str, num_classes: int, side: int, batch: int, accumulate: int, views: int, half: bool
+    arch: str, num_classes: int, side: int, batch: int, grad_accum_steps: int, views: int, half: bool
 ) -> MemoryEstimate:
     """Estimate from one forward pass on shapes alone.
 
     Args:
-        batch: images per step and process; `accumulate` parts of it are trained on one after the other.
+        batch: images per step and process; `grad_accum_steps` parts of it are trained on one after the other.
         views: views of each image that the loader holds (uint8), in three batches.
         half: whether activations are 16 bits wide.
 
@@ -54,7 +54,7 @@ def estimate(
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         net(images)
     per_image = sum(saved.values()) / probe / (2 if half else 1)
-    part = -(-batch // accumulate)
+    part = -(-batch // grad_accum_steps)
     scored = batch * views * 64 * (side / 2) ** 2 * 2 * (2 if half else 4) if views > 1 else 0.0
     return MemoryEstimate(
         weights_gib=parameters * (4 + 4 + 4 + (2 if half else 4)) / _GIB,

@@ -45,10 +45,10 @@ BUILT_IN = (
 # What a row of the table is, not how it deviates.
 _OF_ROWS = ("mode", "degrees", "translate_px", "seed")
 _IN_WORDS: dict[str, dict[Any, str]] = {
-    "classes": {0: "all"},
+    "max_classes": {0: "all"},
     "max_train_images": {0: "all"},
-    "bn_group": {0: "each process's batch"},
-    "score_side": {0: "the views' own"},
+    "bn_group_size": {0: "each process's batch"},
+    "score_size": {0: "the views' own"},
     "dtype": {"auto": "auto: half precision where the hardware has it"},
 }
 

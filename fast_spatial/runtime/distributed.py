@@ -72,12 +72,12 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def is_shared() -> bool:
+def is_initialized() -> bool:
     """Whether there are other processes."""
     return dist.is_initialized()
 
 
-def progress(minutes: float) -> None:
+def reset_watchdog(minutes: float) -> None:
     """Say that this process moves; if it does not say so again in time, it prints all its stacks and exits.
 
     Processes that wait for one that hangs stop moving too, so every rank shows where it was.
@@ -85,21 +85,21 @@ def progress(minutes: float) -> None:
     faulthandler.dump_traceback_later(minutes * 60, exit=True, file=sys.stderr)
 
 
-def sum_over_ranks(values: Tensor) -> Tensor:
+def all_reduce_sum(values: Tensor) -> Tensor:
     """The sum of a tensor over all processes, in place."""
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
 
 
-def smallest(value: Tensor) -> Tensor:
+def all_reduce_min(value: Tensor) -> Tensor:
     """The smallest of all processes' values of a tensor, element by element, in place."""
     if dist.is_initialized():
         dist.all_reduce(value, op=dist.ReduceOp.MIN)
     return value
 
 
-def of_first(value: int, device: torch.device) -> int:
+def broadcast(value: int, device: torch.device) -> int:
     """The first process's number."""
     if not dist.is_initialized():
         return value
@@ -108,7 +108,7 @@ def of_first(value: int, device: torch.device) -> int:
     return int(shared)
 
 
-def agree(value: int, device: torch.device) -> bool:
+def all_equal(value: int, device: torch.device) -> bool:
     """Whether all processes hold the same number."""
     if not dist.is_initialized():
         return True

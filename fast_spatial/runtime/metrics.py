@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fast_spatial.runtime.distributed import smallest, sum_over_ranks
+from fast_spatial.runtime.distributed import all_reduce_min, all_reduce_sum
 
 
 class Tally:
@@ -23,13 +23,13 @@ class Tally:
 
     def means(self, *, over_ranks: bool) -> dict[str, float]:
         """The mean of each quantity over this process's images, or everyone's; waits for the device."""
-        sums = sum_over_ranks(self._sums.clone()) if over_ranks else self._sums
+        sums = all_reduce_sum(self._sums.clone()) if over_ranks else self._sums
         *totals, count = sums.tolist()
         return {name: total / count if count else float("nan") for name, total in zip(self._names, totals)}
 
     def state(self) -> list[float]:
         """Everyone's sums, to go on from with `load`; waits for the device."""
-        return sum_over_ranks(self._sums.clone()).tolist()  # type: ignore[no-any-return]
+        return all_reduce_sum(self._sums.clone()).tolist()  # type: ignore[no-any-return]
 
     def load(self, state: list[float]) -> None:
         """Go on from such sums; on one process alone, since they are everyone's."""
@@ -51,7 +51,7 @@ class Divergence:
 
     def first_step(self) -> int | None:
         """The first such step of any process, known to all; waits for the device."""
-        first = int(smallest(self._first.clone()))
+        first = int(all_reduce_min(self._first.clone()))
         return None if first == self._NEVER else first
 
 
@@ -67,7 +67,7 @@ class EachOnce:
 
     def check(self) -> None:
         """Raise a RuntimeError unless every image was judged exactly once."""
-        counts = sum_over_ranks(self._counts.to(self._device))
+        counts = all_reduce_sum(self._counts.to(self._device))
         missed, repeated = int((counts == 0).sum()), int((counts > 1).sum())
         if missed or repeated:
             raise RuntimeError(

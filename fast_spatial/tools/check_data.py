@@ -68,7 +68,7 @@ class Findings:
             self.add(report.path, Finding("duplicate", f"it is {printable(self.val_images[report.digest])}"))
 
 
-class Memory:
+class FindingsCache:
     """What was found about files whose size and time of change are still the same, in a database in the cache folder.
 
     What does not lie in the content alone (crashes, unreadable files) is not remembered.
@@ -137,7 +137,7 @@ def check_data(config: CheckConfig) -> int:
 
     memory_file = cache_folder() / f"check-{_RULES}-{decoder}.sqlite"
     try:
-        with closing(Memory(memory_file)) as memory:
+        with closing(FindingsCache(memory_file)) as memory:
             reports = _reports(data, splits, processes=processes, remembered=memory.find)
             with closing(reports):
                 for report in Bar(reports, total=images, images_per_batch=1, title="check", show=True):

@@ -86,5 +86,5 @@ class BadImages:
         if len(paths) > self._at_most:
             raise UserError(
                 f"--max-bad-images {self._at_most}: {len(paths)} images cannot be decoded: {some(sorted(paths))}",
-                f"look at the disk and the folder with launch.py check --data {self._images.root.parent}",
+                f"look at the disk and the folder with launch.py check-data --data {self._images.root.parent}",
             )

@@ -1,8 +1,4 @@
-"""How fast this machine trains and judges, measured on a few steps; what a whole training costs, from that.
-
-`measure_steps` times steps alone, on random pixels, in this process: for a table of recipes. `calibrate` is a task of
-all processes, which times what they will do: load real images and train on them, and judge.
-"""
+"""How fast this machine trains and judges: a task of all processes, which load images, train on them, and judge."""
 
 from __future__ import annotations
 
@@ -10,9 +6,8 @@ import dataclasses
 import itertools
 import json
 import math
-import statistics
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,52 +32,10 @@ from fast_spatial.runtime.device import dtype_of, seed_everything
 from fast_spatial.runtime.distributed import World
 from fast_spatial.runtime.files import write_json
 from fast_spatial.training.optim import set_lr
-from fast_spatial.training.schedule import mean_over_rest
 from fast_spatial.training.step import make_step
 
 # Of the images trained on in a measured step: a step of more is hardly faster for each of them.
 MOST_PIXELS = {"cpu": 1 << 19, "cuda": 1 << 24}
-
-
-def measure_steps(
-    config: TrainConfig,
-    device: torch.device,
-    sides: Collection[int],
-    *,
-    num_classes: int,
-    processes: int = 1,
-    seconds: float = 1.0,
-) -> dict[int, float]:
-    """Images per second of one process in a training's steps, at each side; of random pixels, so without the loader.
-
-    Args:
-        config: the training: its mode, network and arithmetic; its weights start afresh.
-        device: what computes.
-        sides: of the views, pixels.
-        num_classes: outputs of the network.
-        processes: that share a batch.
-        seconds: how long each side is timed, at the least, and for three steps; two steps before that are not.
-
-    """
-    seed_everything(config.seed, deterministic=config.deterministic)
-    step = make_step(config, num_classes, device, dtype_of(config.dtype, device))
-    found = {}
-    for side in sides:
-        batch = min(config.global_batch_size // processes, MOST_PIXELS[device.type] // side**2)
-        labels = torch.arange(batch, device=device) % num_classes
-        shape = (batch, len(config.view_limits()), side, side, 3)
-        images = Batch(torch.randint(256, shape, dtype=torch.uint8, device=device), labels, torch.arange(batch))
-        for _ in range(2):
-            step(images)
-        taken: list[float] = []
-        while len(taken) < 3 or sum(taken) < seconds:
-            _wait(device)
-            start = time.perf_counter()
-            step(images)
-            _wait(device)
-            taken.append(time.perf_counter() - start)
-        found[side] = batch / statistics.median(taken)
-    return found
 
 
 def calibrate(config: CalibrateConfig, world: World, until: float) -> None:
@@ -96,9 +49,9 @@ def calibrate(config: CalibrateConfig, world: World, until: float) -> None:
     trainings = [from_json(TrainConfig, values) for values in config.trainings]
     first = trainings[0]
     images = load_split(
-        first.data, "train", exclude=first.exclude, classes=first.classes, max_images=first.max_train_images
+        first.data, "train", exclude=first.exclude, classes=first.max_classes, max_images=first.max_train_images
     )
-    val_images = load_split(first.data, "val", exclude=first.exclude, classes=first.classes)
+    val_images = load_split(first.data, "val", exclude=first.exclude, classes=first.max_classes)
     found: dict[str, dict[str, Any]] = {}
     start = time.monotonic()
     for training in trainings:
@@ -107,7 +60,7 @@ def calibrate(config: CalibrateConfig, world: World, until: float) -> None:
         rates = measure_training(training, images, world, config.sides, seconds=config.seconds)
         validated = measure_validation(training, val_images, world)
         found[_kind(training)] = {"images_per_sec": rates, "validation_images_per_sec": validated}
-        distributed.progress(config.stall_minutes)
+        distributed.reset_watchdog(config.stall_minutes)
         if world.device.type == "cuda":
             torch.cuda.empty_cache()  # the next training is another network, of other shapes
     judged = measure_verdicts(first, len(images.classes), world, seconds=config.seconds)
@@ -160,7 +113,7 @@ def measure_training(
             return time.perf_counter() - start
 
         steps(3)
-        count = distributed.of_first(max(4, math.ceil(seconds / (steps(2) / 2))), world.device)
+        count = distributed.broadcast(max(4, math.ceil(seconds / (steps(2) / 2))), world.device)
         found[side] = batch * count / steps(count)
     return found
 
@@ -169,7 +122,9 @@ def measure_validation(config: TrainConfig, images: ImageIndex, world: World) ->
     """Images per second, over all processes, of a training's evaluations between epochs; on some of the images."""
     device = world.device
     dtype = dtype_of(config.dtype, device)
-    count = min(len(images), world.world_size * _images_per_process(config, world, config.eval_side or config.side))
+    count = min(
+        len(images), world.world_size * _images_per_process(config, world, config.eval_size or config.image_size)
+    )
     part = images.random_subset(count)
     judge = Scorer(Classifier(classifier.build(config.arch, len(images.classes))).to(device), dtype)
     validate = Validation(
@@ -192,7 +147,7 @@ def measure_verdicts(config: TrainConfig, num_classes: int, world: World, *, sec
     """Views per second, over all processes, that are warped and judged in float32."""
     device = world.device
     dtype = dtype_of("float32", device)
-    side = config.eval_side or config.side
+    side = config.eval_size or config.image_size
     size = default_judge_batch(device, side)
     passes = Passes(Scorer(Classifier(classifier.build(config.arch, num_classes)).to(device), dtype), size, pad=True)
     matrices_G23 = torch.from_numpy(matrices(grid(SpatialLimits.from_px(30.0)), side)).to(device)
@@ -211,7 +166,7 @@ def measure_verdicts(config: TrainConfig, num_classes: int, world: World, *, sec
 def _images_per_process(config: TrainConfig, world: World, side: int) -> int:
     """How many images a process is timed on at a time: its part of a batch, or what a CPU is about as fast with."""
     of_training = config.global_batch_size // world.world_size
-    unit = config.accumulate * max(1, config.bn_group)
+    unit = config.grad_accum_steps * max(1, config.bn_group_size)
     return min(of_training, max(unit, MOST_PIXELS[world.device.type] // side**2 // unit * unit))
 
 
@@ -229,9 +184,3 @@ def _endless(loader: Loader) -> Iterator[Batch]:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def training_hours(config: TrainConfig, images: int, images_per_sec: Mapping[int, float]) -> float:
-    """Hours that a training's steps take, from the rate at each of its sides; evaluations are not counted."""
-    seconds_per_image = mean_over_rest(config, 0.0, {side: 1 / rate for side, rate in images_per_sec.items()})
-    return config.epochs * images * seconds_per_image / 3600

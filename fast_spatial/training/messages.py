@@ -26,8 +26,10 @@ def describe(
 ) -> str:
     """What is about to run, memory included."""
     batch = config.global_batch_size // world.world_size
-    views = len(config.view_limits())
-    need = estimate(config.arch, classes, config.side, batch, config.accumulate, views, dtype != torch.float32)
+    views = config.num_views
+    need = estimate(
+        config.arch, classes, config.image_size, batch, config.grad_accum_steps, views, dtype != torch.float32
+    )
     where = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
     recipe = f", recipe {config.recipe}" if config.recipe else ""
     lines = [
@@ -43,7 +45,8 @@ def describe(
         free_gib = torch.cuda.mem_get_info(world.device)[0] / (1 << 30)
         if need.total_gib > free_gib:
             lines.append(
-                f"this GPU has {free_gib:.1f} GiB free: if it runs out, add --accumulate {2 * config.accumulate}"
+                f"this GPU has {free_gib:.1f} GiB free: if memory runs out, add --grad-accum-steps "
+                f"{2 * config.grad_accum_steps}"
             )
     return "\n".join(lines)
 
@@ -56,8 +59,8 @@ def describe_resume(saved: dict[str, Any], config: TrainConfig, world: World, do
     elif saved["world_size"] != world.world_size:
         same = "the images and their draws stay the same"
         lines.append(f"on {world.world_size} processes instead of {saved['world_size']}: {same}")
-        if not config.bn_group:
-            lines.append("BatchNorm normalizes over batches of another size (--bn-group fixes their size)")
+        if not config.bn_group_size:
+            lines.append("BatchNorm normalizes over batches of another size (--bn-group-size fixes their size)")
     return "\n".join(lines)
 
 

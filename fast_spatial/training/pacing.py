@@ -165,5 +165,5 @@ class Pacemaker:
     def _side_is_final(self, done: int) -> bool:
         """Whether all batches that the loader was told of have the training's last side."""
         return len(side_starts(self._config)) == 1 or (
-            side_at(self._config, self._timeline.progress(done)) == self._config.side
+            side_at(self._config, self._timeline.progress(done)) == self._config.image_size
         )

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fast_spatial.config.fields import to_json
+from fast_spatial.config.fields import differences, to_json, todays_names
 from fast_spatial.config.train import TrainConfig
 from fast_spatial.errors import UserError
 from fast_spatial.models import checkpoint
@@ -90,7 +90,7 @@ class Saver:
         write_atomically(last, lambda file: file.write(content), keep=self._out / PREVIOUS)
 
 
-class Interval:
+class CheckpointTimer:
     """Says once when so many steps, or seconds, have passed since it said so last; 0: never."""
 
     def __init__(self, steps: int, seconds: float) -> None:
@@ -164,23 +164,19 @@ def read_segments(run: str) -> list[Segment]:
 
 def check_same_run(there: dict[str, Any], here: dict[str, Any], config: TrainConfig) -> None:
     """Raise a UserError if a checkpoint is of another run than what would go on here."""
-    mine, theirs = ({**about["recipe"], **about} for about in (here, there))
-    differences = [
-        f"{name} {theirs.get(name)} there, {mine[name]} here"
-        for name in mine
-        if name != "recipe" and theirs.get(name) != mine[name]
-    ]
-    if differences:
-        advice = "name a new folder"
-        if config.dtype == "auto" and theirs["dtype"] != mine["dtype"]:
-            advice = f"add --dtype {theirs['dtype']}, which is not what this machine is best at, or {advice}"
-        raise UserError(f"--out {config.out}: it holds another run ({'; '.join(differences)})", f"{advice}")
+    given, saved = ({**todays_names(about["recipe"]), **about} for about in (here, there))
+    del given["recipe"]
+    if changed := differences(saved, given):
+        advice = "choose another folder"
+        if config.dtype == "auto" and saved["dtype"] != given["dtype"]:
+            advice = f"add --dtype {saved['dtype']}, which is not what this machine is best at, or {advice}"
+        raise UserError(f"--out {config.out}: contains a run with different settings ({changed})", advice)
 
 
 def check_processes_agree(world: World, about: dict[str, Any]) -> None:
     """Raise a UserError if this process would not do the same as the others."""
     for name, value in about.items():
-        if not distributed.agree(zlib.crc32(json.dumps(value).encode()), world.device):
+        if not distributed.all_equal(zlib.crc32(json.dumps(value).encode()), world.device):
             raise UserError(
                 f"the processes differ in their {name}: {value} here",
                 "give the same command on all nodes, with the same images, and --out on a disk that they share",

@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from fast_spatial.config.train import SIDE_STEP, TrainConfig
+from fast_spatial.config.train import SIZE_STEP, TrainConfig
 
 # From here on, training is at the full side: the progress of the recipes that this style comes from.
 FULL_SIDE_FROM = 0.75
@@ -78,10 +78,10 @@ def side_starts(config: TrainConfig) -> list[tuple[float, int]]:
     They are 32 pixels apart where `start_side` and `side` are a multiple of 32 apart, else 16. All but the last, which
     begins at three quarters, are used for equally long.
     """
-    if not config.start_side:
-        return [(0.0, config.side)]
-    gap = config.side - config.start_side
-    sides = range(config.start_side, config.side + 1, SIDE_STEP if gap % (2 * SIDE_STEP) else 2 * SIDE_STEP)
+    if not config.start_size:
+        return [(0.0, config.image_size)]
+    gap = config.image_size - config.start_size
+    sides = range(config.start_size, config.image_size + 1, SIZE_STEP if gap % (2 * SIZE_STEP) else 2 * SIZE_STEP)
     return [(FULL_SIDE_FROM * number / (len(sides) - 1), side) for number, side in enumerate(sides)]
 
 
@@ -93,7 +93,7 @@ def side_at(config: TrainConfig, progress: float) -> int:
 def mean_over_rest(config: TrainConfig, progress: float, at_side: Mapping[int, float]) -> float:
     """The mean over the rest of a training of what depends on the side: of seconds per step, say."""
     if progress >= 1:
-        return at_side[config.side]
+        return at_side[config.image_size]
     starts = [*side_starts(config), (1.0, 0)]
     parts = (
         max(0.0, end - max(start, progress)) * at_side[side] for (start, side), (end, _) in itertools.pairwise(starts)

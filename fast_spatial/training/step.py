@@ -36,8 +36,8 @@ class StepResult(NamedTuple):
 def make_step(config: TrainConfig, num_classes: int, device: torch.device, dtype: torch.dtype) -> TrainStep:
     """The steps of a training, on a network of fresh weights."""
     net = classifier.build(config.arch, num_classes)
-    if config.bn_group:
-        surgery.group_batch_norm(net, config.bn_group)
+    if config.bn_group_size:
+        surgery.group_batch_norm(net, config.bn_group_size)
     if config.blurpool:
         surgery.blur_before_strides(net)
     if device.type == "cpu" and dtype == torch.bfloat16:
@@ -47,10 +47,10 @@ def make_step(config: TrainConfig, num_classes: int, device: torch.device, dtype
         model,
         make_optimizer(config, model),
         dtype=dtype,
-        scored=len(config.view_limits()) > 1,
-        accumulate=config.accumulate,
-        score_chunk=config.score_chunk,
-        score_side=config.score_side,
+        scored=config.num_views > 1,
+        grad_accum_steps=config.grad_accum_steps,
+        views_per_forward=config.views_per_forward,
+        score_size=config.score_size,
         label_smoothing=config.label_smoothing,
         compiled=config.is_compiled(on_gpu=device.type == "cuda"),
     )
@@ -64,9 +64,9 @@ class TrainStep:
         optimizer: over its parameters.
         dtype: float32 or a half precision for autocast; float16 brings a gradient scaler.
         scored: whether batches have several views to choose from.
-        accumulate: parts of a batch trained on one after the other, as one step.
-        score_chunk: views in one judging pass; 0: as many as are best at their side (`default_pass_size`).
-        score_side: judge the views at this smaller side, and train at the full one; 0: judge them as they are.
+        grad_accum_steps: parts of a batch trained on one after the other, as one step.
+        views_per_forward: views in one judging pass; 0: as many as are best at their side (`default_pass_size`).
+        score_size: judge the views at this smaller side, and train at the full one; 0: judge them as they are.
         label_smoothing: share of the training target spread over all classes. It changes the gradient alone: views are
             chosen, and losses returned, by plain cross-entropy.
         compiled: let torch.compile fuse the network, and the scorer's as `Scorer` takes it.
@@ -80,18 +80,18 @@ class TrainStep:
         *,
         dtype: torch.dtype,
         scored: bool,
-        accumulate: int = 1,
-        score_chunk: int = 0,
-        score_side: int = 0,
+        grad_accum_steps: int = 1,
+        views_per_forward: int = 0,
+        score_size: int = 0,
         label_smoothing: float = 0.0,
         compiled: bool = False,
     ) -> None:
         self.model, self.optimizer, self.dtype = model, optimizer, dtype
-        self._accumulate, self._label_smoothing = accumulate, label_smoothing
+        self._grad_accum_steps, self._label_smoothing = grad_accum_steps, label_smoothing
         self._device = model.scale.device
         self.scaler = torch.amp.GradScaler(self._device.type, enabled=dtype == torch.float16)
         self.scorer = Scorer(model, dtype, compiled=compiled) if scored else None
-        self._score_chunk, self._score_side = score_chunk, score_side
+        self._views_per_forward, self._score_size = views_per_forward, score_size
         self._passes: dict[int, Passes] = {}  # by the side of the views, which may grow
         if compiled:
             compile_network(model.net)
@@ -113,7 +113,7 @@ class TrainStep:
         normalized = views.dtype != torch.uint8
         self.optimizer.zero_grad(set_to_none=True)
         losses, corrects = [], []
-        parts = list(zip(views.tensor_split(self._accumulate), batch.labels.tensor_split(self._accumulate)))
+        parts = list(zip(views.tensor_split(self._grad_accum_steps), batch.labels.tensor_split(self._grad_accum_steps)))
         for number, (part, labels) in enumerate(parts):
             with self._sync(last=number == len(parts) - 1):
                 with record_function("forward"), self._autocast():
@@ -138,7 +138,7 @@ class TrainStep:
 
         Of crops, all views are made once and normalized, for the judge as for the training.
         """
-        if isinstance(batch.made, Crops) and not self._score_side:
+        if isinstance(batch.made, Crops) and not self._score_size:
             B, V = batch.made.matrices.shape[:2]
             views_NCSS = batch.made.normalized(self.model.scale, self.model.shift, self.dtype)
             choice = self._worst(batch, lambda passes: passes.prepared(views_NCSS, V))
@@ -152,8 +152,8 @@ class TrainStep:
             return torch.zeros_like(batch.labels)
         side = batch.side
         if side not in self._passes:
-            size = self._score_chunk or default_pass_size(self._device, self._score_side or side)
-            self._passes[side] = Passes(self.scorer, size, pad=self.scorer.compiled, side=self._score_side)
+            size = self._views_per_forward or default_pass_size(self._device, self._score_size or side)
+            self._passes[side] = Passes(self.scorer, size, pad=self.scorer.compiled, side=self._score_size)
         return worst_view(losses_of(logits(self._passes[side]), batch.labels))
 
     def _autocast(self) -> Any:

@@ -21,7 +21,7 @@ from fast_spatial.errors import UserError
 from fast_spatial.evaluation.folded import Scorer
 from fast_spatial.evaluation.validation import Validation
 from fast_spatial.models import checkpoint
-from fast_spatial.models.ema import WeightAverage
+from fast_spatial.models.ema import WeightEma
 from fast_spatial.pipelines.text import some
 from fast_spatial.runtime import distributed
 from fast_spatial.runtime.device import dtype_of, seed_everything, seed_step
@@ -37,7 +37,7 @@ from fast_spatial.training.messages import describe, describe_resume, diverged, 
 from fast_spatial.training.optim import set_lr
 from fast_spatial.training.pacing import Decision, Pace, Pacemaker
 from fast_spatial.training.run_folder import (
-    Interval,
+    CheckpointTimer,
     Saver,
     check_processes_agree,
     check_same_run,
@@ -77,11 +77,11 @@ def _train(
     seed_everything(config.seed, deterministic=config.deterministic)
     out = Path(config.out)
     dtype = dtype_of(config.dtype, world.device)
-    load = partial(load_split, config.data, exclude=config.exclude, classes=config.classes)
+    load = partial(load_split, config.data, exclude=config.exclude, classes=config.max_classes)
     train_images, val_images = load("train", max_images=config.max_train_images), load("val")
     step = make_step(config, len(train_images.classes), world.device, dtype)
     net, optimizer = step.model.net, step.optimizer
-    average = WeightAverage(step.model, config.ema) if config.ema else None
+    average = WeightEma(step.model, config.ema) if config.ema else None
     if average is None:
         judge = step.scorer or Scorer(step.model, dtype)
     else:
@@ -182,7 +182,9 @@ def _train(
     # --- what happens between steps
     ballot, divergence = Ballot(wishes=4), Divergence(world.device)
     pacemaker = None if pace is None else Pacemaker(pace, config, timeline, steps_per_epoch)
-    due = Interval(config.checkpoint_steps if world.rank == 0 else 0, config.checkpoint_sec if world.rank == 0 else 0)
+    due = CheckpointTimer(
+        config.checkpoint_steps if world.rank == 0 else 0, config.checkpoint_sec if world.rank == 0 else 0
+    )
 
     def follow(decision: Decision) -> None:
         """Train on as was decided, unless what was decided before ends the training sooner."""
@@ -245,13 +247,13 @@ def _train(
 
     def moved() -> None:
         """Called between the batches of an evaluation; the weights were saved before it."""
-        distributed.progress(config.stall_minutes)
+        distributed.reset_watchdog(config.stall_minutes)
         if request.signal_number:
             stop(request.signal_number)
 
     # --- train
     if pacemaker is not None and done < timeline.end and config.schedule != "milestones":
-        follow(Decision(done, distributed.of_first(pacemaker.first_end(done), world.device)))
+        follow(Decision(done, distributed.broadcast(pacemaker.first_end(done), world.device)))
     epoch = first_epoch
     while epoch * steps_per_epoch < timeline.end:
         start_step = first_step if epoch == first_epoch else 0
@@ -282,7 +284,7 @@ def _train(
                 tally.add(result.loss, result.correct)
                 done += 1
                 divergence.note(done, result.loss)
-                distributed.progress(config.stall_minutes)
+                distributed.reset_watchdog(config.stall_minutes)
                 if number % config.log_every == config.log_every - 1:
                     check_finite()
                     means = tally.means(over_ranks=False)
@@ -344,7 +346,7 @@ def _train(
             improved, best_pct = chosen > best_pct, max(chosen, best_pct)
         epoch += 1
         save(epoch, 0, best=improved)
-        distributed.progress(config.stall_minutes)
+        distributed.reset_watchdog(config.stall_minutes)
     if saver is not None:
         saver.wait()
     distributed.barrier()

@@ -58,14 +58,14 @@ def test_other_times_are_refused(text, error):
         ({"hours": 3.0}, 0, 3.0),
         ({"hours": 3.0}, 8, 3.0),
         ({"gpu_hours": 24.0}, 8, 3.0),
-        ({"budget": 30.0, "price": 2.5}, 4, 3.0),
+        ({"max_cost": 30.0, "price": 2.5}, 4, 3.0),
     ],
 )
 def test_gpu_hours_and_money_are_hours_of_all_gpus(options, gpus, hours):
     assert budget_of(BudgetOptions(**options), gpus).hours == hours
 
 
-@pytest.mark.parametrize("options", [{"gpu_hours": 24.0}, {"budget": 30.0, "price": 2.5}])
+@pytest.mark.parametrize("options", [{"gpu_hours": 24.0}, {"max_cost": 30.0, "price": 2.5}])
 def test_gpu_hours_need_gpus(options):
     with pytest.raises(UserError, match="none is visible\ngive --hours, or --until"):
         budget_of(BudgetOptions(**options), 0)
@@ -74,11 +74,11 @@ def test_gpu_hours_need_gpus(options):
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        ({"hours": 1.0, "until": "18:00"}, "--hours and --until: give one budget"),
-        ({"budget": 30.0}, "--budget 30: the price of a GPU-hour is needed"),
+        ({"hours": 1.0, "until": "18:00"}, "--hours and --until exclude each other"),
+        ({"max_cost": 30.0}, "--max-cost 30: the price of a GPU-hour is unknown"),
         ({"hours": -1.0}, "--hours -1"),
-        ({"hours": 0.0}, "--hours 0: it must be more than 0"),
-        ({"plan_only": True}, "--plan-only: there is nothing to plan"),
+        ({"hours": 0.0}, "--hours 0: must be more than 0"),
+        ({"plan_only": True}, "--plan-only: no budget to plan for"),
     ],
 )
 def test_contradictions_are_refused(options, error):

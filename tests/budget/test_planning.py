@@ -80,22 +80,22 @@ def test_the_sides_of_a_recipe_are_reckoned_with():
 
 
 @pytest.mark.parametrize(
-    ("hours", "recipe"),
+    ("hours", "recipe", "epochs"),
     [
-        (1.1, "e16"),
-        (1.55, "e24"),
-        (2.0, "e32"),
-        (3.0, "e40"),
-        (3.9, "e56"),
-        (5.5, "e88"),
-        (12.0, "e88"),
-        (18.0, "reference"),
+        (1.1, "fast", 16),
+        (1.55, "fast", 24),
+        (2.0, "fast", 32),
+        (3.0, "fast", 40),
+        (3.9, "fast", 56),
+        (5.5, "fast", 88),
+        (12.0, "fast", 88),
+        (18.0, "reference", 110),
     ],
 )
-def test_the_longest_recipe_that_fits_is_stretched(hours, recipe):
+def test_the_longest_recipe_that_fits_is_stretched(hours, recipe, epochs):
     plan = planned("imagenet", hours, rows="standard")
     (row,) = plan.rows
-    assert row.train.recipe == recipe
+    assert (row.train.recipe, row.train.epochs) == (recipe, epochs)
     if recipe == "reference":
         assert row.epochs == 110
         assert row.is_fixed
@@ -106,7 +106,8 @@ def test_the_longest_recipe_that_fits_is_stretched(hours, recipe):
 
 def test_milestones_are_never_rescaled():
     with pytest.raises(
-        UserError, match=r"--recipe reference: its 110 epochs .* never rescaled, and take 15\.\d+ hours"
+        UserError,
+        match=r"--recipe reference: too long for the budget: 110 epochs take 15\.\d+ hours .* never rescaled",
     ):
         planned("imagenet", 10.0, rows="standard", recipe="reference")
     plan = planned("imagenet", 20.0, rows="standard", recipe="reference")
@@ -200,7 +201,9 @@ def test_judging_with_flips_is_provided_for():
 
 def test_recipes_that_do_not_fit_the_other_flags_are_no_candidates():
     rows = requests(ReproduceConfig(data="imagenet", out="out", rows=("standard",)), {"warmup_epochs": "3"})
-    assert candidate_recipes("", "imagenet", rows) == ["e16", "e24", "e32", "e40", "e56", "e88"]
+    assert candidate_recipes("", "imagenet", rows) == [
+        {"recipe": "fast", "epochs": str(epochs)} for epochs in (16, 24, 32, 40, 56, 88)
+    ]
     with pytest.raises(UserError, match="--lr"):
         candidate_recipes("", "imagenet", requests(ReproduceConfig(data="i", out="o"), {"lr": "-1"}))
 

@@ -136,7 +136,7 @@ def test_a_restart_may_have_more_time_but_no_other_flags(monkeypatch, capsys):
     assert run(monkeypatch, Tasks(break_at=2), *REPRODUCE) == 130
     capsys.readouterr()
     assert run(monkeypatch, Tasks(), *REPRODUCE, "--lr", "0.01") == 2
-    assert "was begun with other flags (lr not given there, 0.01 here)" in capsys.readouterr().err
+    assert "was begun with other flags (lr: nothing saved, 0.01 given)" in capsys.readouterr().err
     monkeypatch.setattr(commands, "STARTED", NOW_SEC - 1000)
     assert run(monkeypatch, Tasks(), *REPRODUCE) == 2
     assert "--hours 0.25: all of it is used (0.28 hours in use)" in capsys.readouterr().err
@@ -187,8 +187,8 @@ def test_evaluations_between_epochs_are_as_often_as_was_asked(monkeypatch, flip)
     [
         (["--gpu-hours", "1"], "--gpu-hours 1: it counts hours of GPUs, and none is visible"),
         (["--hours", "1", "--nnodes", "2", "--rdzv-endpoint", "h:1"], "--nnodes 2: budgets are for one machine"),
-        (["--hours", "1", "--epochs", "3"], "--epochs 3: the budget decides how many"),
-        (["--hours", "0"], "--hours 0: it must be more than 0"),
+        (["--hours", "1", "--epochs", "3"], "--epochs conflicts with a budget"),
+        (["--hours", "0"], "--hours 0: must be more than 0"),
         (["--until", "2020-01-01"], "--until 2020-01-01: that is over"),
         (["--hours", "1", "--global-batch-size", "5000"], "--global-batch-size 5000: digits holds only 1497"),
     ],

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
 import subprocess
 import sys
+import typing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +17,19 @@ import pytest
 
 from fast_spatial import commands, launcher, preflight
 from fast_spatial.config.cli import read_flags
-from fast_spatial.config.fields import flag
+from fast_spatial.config.commands import (
+    BenchConfig,
+    CheckConfig,
+    DoctorConfig,
+    EvaluateConfig,
+    ExportConfig,
+    LandscapeConfig,
+    RecipesConfig,
+    ReportConfig,
+    ReproduceConfig,
+)
+from fast_spatial.config.fields import RENAMED, SECTIONS, convert, flag
+from fast_spatial.config.train import TrainConfig
 from fast_spatial.reporting import report
 
 ROOT = Path(__file__).parents[2]
@@ -44,7 +58,7 @@ TRAIN_OPTIONS = {
     "recipe": "",
     "hours": None,
     "gpu_hours": None,
-    "budget": None,
+    "max_cost": None,
     "price": 0.0,
     "until": "",
     "plan_only": False,
@@ -67,23 +81,23 @@ TRAIN_OPTIONS = {
     "optimizer": "sgd",
     "arch": "resnet18",
     "blurpool": False,
-    "side": 224,
-    "start_side": 0,
-    "eval_side": 0,
+    "image_size": 224,
+    "start_size": 0,
+    "eval_size": 0,
     "eval_flip": False,
     "crop_scale": (0.08, 1.0),
     "crop_ratio": (3 / 4, 4 / 3),
     "flip_prob": 0.5,
     "jitter": (0.1, 0.1, 0.1),
     "lighting": 0.05,
-    "bn_group": 0,
+    "bn_group_size": 0,
     "dtype": "auto",
-    "accumulate": 1,
-    "score_chunk": 0,
-    "score_side": 0,
+    "grad_accum_steps": 1,
+    "views_per_forward": 0,
+    "score_size": 0,
     "compile": "auto",
     "seed": 0,
-    "classes": 0,
+    "max_classes": 0,
     "max_train_images": 0,
     "exclude": "",
     "deterministic": False,
@@ -104,7 +118,7 @@ EVALUATE_OPTIONS = {
     "translate_px": None,
     "views": 10,
     "grid": True,
-    "side": 0,
+    "image_size": 0,
     "flip": False,
     "arch": "",
     "dtype": "float32",
@@ -115,7 +129,7 @@ EVALUATE_OPTIONS = {
     "grid_per_class": 0,
     "allow_partial_classes": False,
     "batch_size_per_process": 128,
-    "judge_batch": 0,
+    "views_per_forward": 0,
     **LAUNCH_OPTIONS,
 }
 LANDSCAPE_OPTIONS = {
@@ -125,16 +139,16 @@ LANDSCAPE_OPTIONS = {
     "images_per_class": 0,
     "degrees": 30.0,
     "translate_px": None,
-    "side": 0,
+    "image_size": 0,
     "arch": "",
     "dtype": "float32",
     "exclude": "",
     "allow_partial_classes": False,
-    "judge_batch": 0,
+    "views_per_forward": 0,
     **LAUNCH_OPTIONS,
 }
 REPORT_OPTIONS = {"runs": (), "out": "", "price": 0.0}
-EXPORT_OPTIONS = {"checkpoint": "", "safetensors": "", "onnx": "", "side": 0, "arch": ""}
+EXPORT_OPTIONS = {"checkpoint": "", "safetensors": "", "onnx": "", "image_size": 0, "arch": ""}
 CHECK_OPTIONS = {"data": "", "splits": ("train", "val"), "json": "", "write_exclusions": "", "workers": 0}
 BENCH_OPTIONS = {
     "what": "all",
@@ -143,14 +157,25 @@ BENCH_OPTIONS = {
     "checkpoint": "",
     "rounds": 7,
     "seconds": 1.0,
-    "side": 224,
+    "image_size": 224,
     "grid_images": 16,
     "workers": 0,
     "read_latency_ms": 0.0,
     "ffcv_python": "",
 }
-RECIPES_OPTIONS = {"data": "", "seconds": 1.0}
 DOCTOR_OPTIONS = {"data": "", "out": "", "json": ""}
+KINDS: dict[str, tuple[type, ...]] = {
+    "train": (TrainConfig,),
+    "evaluate": (EvaluateConfig,),
+    "reproduce": (TrainConfig, ReproduceConfig),
+    "landscape": (LandscapeConfig,),
+    "report": (ReportConfig,),
+    "export": (ExportConfig,),
+    "check-data": (CheckConfig,),
+    "recipes": (RecipesConfig,),
+    "bench": (BenchConfig,),
+    "doctor": (DoctorConfig,),
+}
 REPRODUCE_DECIDES = {"mode", "degrees", "translate_px", "seed", "replay"}
 
 
@@ -194,51 +219,54 @@ def configured(monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["trian"], "trian: no such command; did you mean train?; choose one of "),
-        (["evalute", "--data", "d"], "evalute: no such command; did you mean evaluate?"),
-        (["--train"], "--train: no such command; did you mean train?"),
-        ([""], "no such command; choose one of train, evaluate, reproduce"),
-        (["train", "--epoch", "3"], "--epoch: no such flag; did you mean --epochs?"),
-        ([*TRAIN, "--epoch", "3"], "--epoch: no such flag; did you mean --epochs?"),
-        ([*TRAIN, "--global_batch", "3"], "--global-batch: no such flag; did you mean --global-batch-size?"),
-        ([*TRAIN, "--checkpoint", "c.pt"], "--checkpoint: no such flag"),
-        ([*EVALUATE, "--epochs", "3"], "--epochs: no such flag"),
-        (["export", "--checkpoint", "c.pt"], "--safetensors or --onnx is needed"),
-        (["export", "--onnx", "m.onnx"], "--checkpoint is needed"),
+        (["trian"], "trian: unknown command; did you mean train?; choose one of "),
+        (["evalute", "--data", "d"], "evalute: unknown command; did you mean evaluate?"),
+        (["--train"], "--train: unknown command; did you mean train?"),
+        ([""], "unknown command; choose one of train, evaluate, reproduce"),
+        (["train", "--epoch", "3"], "--epoch: unknown flag; did you mean --epochs?"),
+        ([*TRAIN, "--epoch", "3"], "--epoch: unknown flag; did you mean --epochs?"),
+        ([*TRAIN, "--global_batch", "3"], "--global-batch: unknown flag; did you mean --global-batch-size?"),
+        ([*TRAIN, "--checkpoint", "c.pt"], "--checkpoint: unknown flag"),
+        ([*EVALUATE, "--epochs", "3"], "--epochs: unknown flag"),
+        (["export", "--checkpoint", "c.pt"], "missing required flag: --safetensors or --onnx"),
+        (["export", "--onnx", "m.onnx"], "missing required flag: --checkpoint"),
         (["export", "--checkpoint", "c.pt", "--onnx", "m"], "--onnx m: the name must end in .onnx"),
-        (["export", "--checkpoint", "c.pt", "--onnx", "m.onnx", "--side", "-1"], "--side -1: it must be at least 0"),
-        (["reproduce", "--data", "d", "--out", "o", "--degrees", "40"], "--degrees: no such flag"),
-        (["landscape", "--data", "d", "--out", "o"], "--checkpoint is needed"),
-        (["report"], "a folder of train or reproduce is needed"),
-        (["report", "a", "b"], "--out is needed: where the report of several runs goes"),
-        (["report", "--out", "o", "a"], "a: a stray word"),
-        (["report", "a", "--price", "-1"], "--price -1.0: it must be at least 0"),
+        (
+            ["export", "--checkpoint", "c.pt", "--onnx", "m.onnx", "--image-size", "-1"],
+            "--image-size -1: must be at least 0",
+        ),
+        (["reproduce", "--data", "d", "--out", "o", "--degrees", "40"], "--degrees: unknown flag"),
+        (["landscape", "--data", "d", "--out", "o"], "missing required flag: --checkpoint"),
+        (["report"], "missing required flag: --runs"),
+        (["report", "a", "b"], "missing required flag: --out"),
+        (["report", "--out", "o", "a"], "a: unexpected word"),
+        (["report", "a", "--price", "-1"], "--price -1: must be at least 0"),
         ([*TRAIN, "--epochs", "1e5"], "--epochs 1e5: expected a whole number"),
         ([*TRAIN, "--epochs=3.0"], "--epochs 3.0: expected a whole number"),
-        ([*TRAIN, "--seed"], "--seed: its value is missing"),
-        ([*TRAIN, "--seed", "--epochs", "3"], "--seed: its value is missing"),
-        (["train", "--data", "--mode", "random"], "--data: its value is missing"),
-        ([*TRAIN, "-r", "x"], "-r: one-letter flags are not taken"),
-        ([*TRAIN, "-e=3"], "-e=3: one-letter flags are not taken"),
-        ([*TRAIN, "-m"], "-m: one-letter flags are not taken"),
-        ([*TRAIN, "--nodata"], "--nodata: no such flag"),
-        ([*TRAIN, "--no-epochs"], "--no-epochs: no such flag"),
-        ([*TRAIN, "stray"], "stray: a stray word; every value needs its flag"),
-        (["train", "digits", "--mode", "random", "--out", "o"], "digits: a stray word"),
-        ([*TRAIN, "-5"], "-5: a stray word"),
-        ([*TRAIN, "-"], "-: a stray word"),
-        ([*TRAIN, "--", "--verbose"], "--: a stray word"),
-        ([*TRAIN, "--deterministic", "yes"], "yes: a stray word"),
-        ([*TRAIN, "--interactive"], "--interactive: no such flag"),
+        ([*TRAIN, "--seed"], "--seed: missing value"),
+        ([*TRAIN, "--seed", "--epochs", "3"], "--seed: missing value"),
+        (["train", "--data", "--mode", "random"], "--data: missing value"),
+        ([*TRAIN, "-r", "x"], "-r: one-letter flags do not exist"),
+        ([*TRAIN, "-e=3"], "-e=3: one-letter flags do not exist"),
+        ([*TRAIN, "-m"], "-m: one-letter flags do not exist"),
+        ([*TRAIN, "--nodata"], "--nodata: unknown flag"),
+        ([*TRAIN, "--no-epochs"], "--no-epochs: unknown flag"),
+        ([*TRAIN, "stray"], "stray: unexpected word; every value needs its flag"),
+        (["train", "digits", "--mode", "random", "--out", "o"], "digits: unexpected word"),
+        ([*TRAIN, "-5"], "-5: unexpected word"),
+        ([*TRAIN, "-"], "-: unexpected word"),
+        ([*TRAIN, "--", "--verbose"], "--: unexpected word"),
+        ([*TRAIN, "--deterministic", "yes"], "yes: unexpected word"),
+        ([*TRAIN, "--interactive"], "--interactive: unknown flag"),
         ([*TRAIN, "--seed", "1", "--seed", "2"], "--seed: given twice"),
-        ([*TRAIN, "--bn-group", "1", "--bn_group=2"], "--bn-group: given twice"),
+        ([*TRAIN, "--bn-group-size", "1", "--bn_group_size=2"], "--bn-group-size: given twice"),
         ([*TRAIN, "--deterministic", "--nodeterministic"], "--deterministic: given twice"),
         ([*TRAIN, "--nodeterministic=true"], "--nodeterministic takes no value"),
         ([*TRAIN, "--deterministic=1"], "--deterministic 1: expected true or false"),
-        ([*TRAIN, "--lr", "-0.5"], "--lr -0.5: it must be at least 0"),
+        ([*TRAIN, "--lr", "-0.5"], "--lr -0.5: must be at least 0"),
         ([*TRAIN, "--lr=-inf"], "--lr -inf: expected a finite number"),
-        (["train"], "--data and --mode and --out are needed"),
-        (["train", "--data=", "--mode", "random", "--out", "o"], "--data is needed"),
+        (["train"], "missing required flags: --data, --mode, --out"),
+        (["train", "--data=", "--mode", "random", "--out", "o"], "missing required flag: --data"),
     ],
 )
 def test_a_command_line_with_a_mistake_is_refused_in_two_lines_before_anything_happens(capsys, words, message):
@@ -250,7 +278,7 @@ def test_a_command_line_with_a_mistake_is_refused_in_two_lines_before_anything_h
 @pytest.mark.parametrize(
     ("words", "first"),
     [
-        (["train", "--data", "digits", "--mode", "random", "--out", "o", "--epoch", "3"], "--epoch: no such flag"),
+        (["train", "--data", "digits", "--mode", "random", "--out", "o", "--epoch", "3"], "--epoch: unknown flag"),
         (["reproduce", "--data", "digits", "--out", "o", "--rows", "fast:30"], "--rows fast:30: choose modes of"),
     ],
 )
@@ -276,7 +304,7 @@ import contextlib, io, sys
 from fast_spatial import commands
 with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
     statuses = [commands.main(line) for line in {lines!r}]
-print(statuses, sorted({{"torch", "torchvision", "nvidia", "sklearn", "tensorboard"}} & set(sys.modules)))
+print(statuses, sorted({{"torch", "numba", "torchvision", "nvidia", "sklearn", "tensorboard"}} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == ("[0, 0, 2, 2, 2] []" if name == "train" else "[0, 2] []")
@@ -343,10 +371,18 @@ def test_a_negative_number_is_a_value(value):
 
 def test_the_flags_of_train_arrive_in_the_configuration(configured):
     config = configured(
-        *TRAIN, "--translate-px", "12", "--milestones", "3,5", "--crop-scale=0.5,1", "--bn_group", "32", "--lr=5e-2"
+        *TRAIN,
+        "--translate-px",
+        "12",
+        "--milestones",
+        "3,5",
+        "--crop-scale=0.5,1",
+        "--bn_group_size",
+        "32",
+        "--lr=5e-2",
     )
     assert (config.translate_px, config.milestones, config.crop_scale) == (12.0, (3, 5), (0.5, 1.0))
-    assert (config.bn_group, config.lr, config.mode) == (32, 0.05, "random")
+    assert (config.bn_group_size, config.lr, config.mode) == (32, 0.05, "random")
 
 
 @pytest.mark.parametrize("words", [[], ["--help"], ["-h"], ["help"]])
@@ -357,6 +393,12 @@ def test_the_overview_lists_the_commands(capsys, words):
         assert re.search(rf"^  {name} +{re.escape(command.help)}$", text, re.MULTILINE)
 
 
+def listed(text: str) -> dict[str, str]:
+    """What a help says about each flag."""
+    _, *blocks = re.split(r"^  (?=--)", text, flags=re.MULTILINE)
+    return {block.split()[0]: " ".join(block.split("\n\n")[0].split()) for block in blocks}
+
+
 @pytest.mark.parametrize("name", commands.COMMANDS)
 @pytest.mark.parametrize("ask", [["--help"], ["-h"], ["--epochs", "3", "--help"]])
 def test_help_lists_every_flag_with_its_text_and_no_one_letter_flag(capsys, name, ask):
@@ -364,23 +406,65 @@ def test_help_lists_every_flag_with_its_text_and_no_one_letter_flag(capsys, name
     captured = capsys.readouterr()
     assert captured.err == ""
     text = captured.out
-    assert commands.COMMANDS[name].help in text
-    _, *blocks = re.split(r"^    (?=--)", text.split("\nFLAGS\n")[1], flags=re.MULTILINE)
-    texts = {block.split()[0]: block for block in blocks}
-    options = commands.COMMANDS[name].options
-    assert list(texts) == [flag(option) for option in options]
+    assert text.startswith(commands.COMMANDS[name].help)
+    texts, options = listed(text), commands.COMMANDS[name].options
+    assert set(texts) == {flag(option) for option in options}
     for option, field in options.items():
-        for part in (field.metadata["help"], *field.metadata["choices"]):
-            assert part in texts[flag(option)]
+        words = re.sub(r"\(default: (\w+): ", r"(\1: ", texts[flag(option)])
+        assert field.metadata["help"] in words
+        assert "|".join(field.metadata["choices"]) in words
     assert re.findall(r"(?<![\w-])-[A-Za-z]\b", text) == []
     assert len(set(texts.values())) == len(options)
+    assert max(map(len, text.splitlines())) <= 120
 
 
-def test_help_shows_defaults(capsys):
+def test_help_has_sections_and_what_is_required_comes_first(capsys):
     commands.main(["train", "--help"])
     text = capsys.readouterr().out
-    assert "    --epochs EPOCHS\n        Default: 110\n        passes over the training images\n" in text
-    assert "(30, 60, 85, 95, 105)" in text
+    headings = re.findall(r"^([a-z]+):$", text, flags=re.MULTILINE)
+    assert headings == ["required", *SECTIONS]
+    required = text[text.index("required:") : text.index("\ndata:")]
+    assert list(listed(required)) == ["--data", "--mode", "--out"]
+    assert "--data FOLDER --mode nocrop|standard|random|worst10 --out FOLDER [--flag value ...]" in text
+
+
+@pytest.mark.parametrize("name", commands.COMMANDS)
+def test_every_default_that_is_printed_is_accepted_when_it_is_typed(capsys, name):
+    commands.main([name, "--help"])
+    found = {
+        given: match[1]
+        for given, text in listed(capsys.readouterr().out).items()
+        if (match := re.search(r"\(default: ([^ ):]+)", text))
+    }
+    options = commands.COMMANDS[name].options
+    shown = {option for option, field in options.items() if field.default not in ("", None, ())}
+    assert {given.removeprefix("--").replace("-", "_") for given in found} == shown
+    words = [word for pair in found.items() for word in pair]
+    values = read_flags(words, options)
+    kinds = {field.name: kind for kind in KINDS[name] for field in dataclasses.fields(kind)}
+    hints = {kind: typing.get_type_hints(kind) for kind in KINDS[name]}
+    for option, text in values.items():
+        assert convert(option, text, hints[kinds[option]][option]) == options[option].default
+
+
+@pytest.mark.parametrize("old", sorted(RENAMED))
+@pytest.mark.parametrize("name", commands.COMMANDS)
+def test_a_flag_that_was_renamed_is_refused_with_its_new_name(capsys, name, old):
+    new = RENAMED[old]
+    first, _ = refused(capsys, name, flag(old), "1")
+    if new in commands.COMMANDS[name].options:
+        assert first == f"launch.py: {flag(old)}: renamed to {flag(new)}"
+    else:
+        assert first.startswith(f"launch.py: {flag(old)}: unknown flag")
+
+
+def test_a_command_that_was_renamed_is_refused_with_its_new_name(capsys):
+    assert refused(capsys, "check", "--data", "d")[0] == "launch.py: check: renamed to check-data"
+
+
+def test_the_recipes_are_listed(capsys):
+    assert commands.main(["recipes"]) == 0
+    assert "fast: A short recipe" in capsys.readouterr().out
 
 
 def defaults(command: str) -> dict[str, Any]:
@@ -396,8 +480,8 @@ def test_the_options_of_the_other_commands_are_the_frozen_ones():
     assert defaults("landscape") == LANDSCAPE_OPTIONS
     assert defaults("report") == REPORT_OPTIONS
     assert defaults("export") == EXPORT_OPTIONS
-    assert defaults("check") == CHECK_OPTIONS
-    assert defaults("recipes") == RECIPES_OPTIONS
+    assert defaults("check-data") == CHECK_OPTIONS
+    assert defaults("recipes") == {}
     assert defaults("bench") == BENCH_OPTIONS
     assert defaults("doctor") == DOCTOR_OPTIONS
 
@@ -424,14 +508,14 @@ def test_the_part_to_measure_may_come_first(monkeypatch, words, what):
     ("words", "expected"),
     [
         (["wrap"], "--what wrap: choose one of warp, pipeline"),
-        (["warp", "step"], "step: a stray word"),
+        (["warp", "step"], "step: unexpected word"),
         (["warp", "--what", "step"], "--what: given twice"),
-        (["--checkpoint", "a.pt"], "name their folder with --data"),
+        (["--checkpoint", "a.pt"], "--checkpoint a.pt: requires --data"),
         (["pipeline", "--data", "nowhere"], "nowhere"),
         (["--ffcv-python", "nowhere/python"], "--ffcv-python nowhere/python: there is no such file"),
-        (["warp", "--read-latency-ms", "5"], "is for bench pipeline alone"),
-        (["--rounds", "0"], "--rounds 0: it must be at least 1"),
-        (["--seconds", "0"], "--seconds 0: it must be more than 0"),
+        (["warp", "--read-latency-ms", "5"], "only bench pipeline takes it"),
+        (["--rounds", "0"], "--rounds 0: must be at least 1"),
+        (["--seconds", "0"], "--seconds 0: must be more than 0"),
     ],
 )
 def test_a_benchmark_that_cannot_work_is_refused(capsys, words, expected):

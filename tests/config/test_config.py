@@ -13,6 +13,7 @@ from fast_spatial.config.commands import EvaluateConfig, ReproduceConfig
 from fast_spatial.config.fields import from_json, identity, parse, to_json
 from fast_spatial.config.modes import MODES, PUBLISHED
 from fast_spatial.config.train import TrainConfig
+from fast_spatial.data.loading import training_limits
 from fast_spatial.errors import UserError
 
 TRAIN = {"data": "d", "out": "o", "mode": "worst10"}
@@ -38,20 +39,20 @@ ANOTHER_RUN = {
     "optimizer": "apex",
     "arch": "resnet50",
     "blurpool": True,
-    "side": 160,
-    "start_side": 160,
-    "eval_side": 256,
+    "image_size": 160,
+    "start_size": 160,
+    "eval_size": 256,
     "eval_flip": True,
     "crop_scale": (0.25, 1.0),
     "crop_ratio": (1.0, 1.0),
     "flip_prob": 0.0,
     "jitter": (0.1, 0.1, 0.2),
     "lighting": 0.0,
-    "bn_group": 32,
-    "accumulate": 2,
-    "score_side": 128,
+    "bn_group_size": 32,
+    "grad_accum_steps": 2,
+    "score_size": 128,
     "seed": 1,
-    "classes": 100,
+    "max_classes": 100,
     "max_train_images": 1000,
     "deterministic": True,
 }
@@ -59,14 +60,14 @@ SAME_RUN = {
     "decode": "cpu",
     "warp": "dali",
     "data": "elsewhere",
-    "recipe": "e16",
+    "recipe": "fast",
     "out": "elsewhere",
     "dtype": "float32",
     "resume": "never",
     "checkpoint_every": "500",
     "on_bad_image": "skip",
     "max_bad_images": 3,
-    "score_chunk": 64,
+    "views_per_forward": 64,
     "compile": "false",
     "eval_every": 5,
     "log_every": 1,
@@ -74,7 +75,7 @@ SAME_RUN = {
     "exclude": "exclude.txt",
     "hours": 2.0,
     "gpu_hours": 2.0,
-    "budget": 2.0,
+    "max_cost": 2.0,
     "price": 2.0,
     "until": "18:00",
     "plan_only": True,
@@ -107,7 +108,7 @@ def train_config(**raw: str) -> TrainConfig:
 )
 def test_a_mode_is_its_crop_and_its_views(mode, center, views):
     assert MODES[mode].center is center
-    np.testing.assert_allclose(train_config(mode=mode).view_limits(), views, rtol=1e-12, strict=True)
+    np.testing.assert_allclose(training_limits(train_config(mode=mode)), views, rtol=1e-12, strict=True)
 
 
 def test_there_are_four_modes():
@@ -115,13 +116,13 @@ def test_there_are_four_modes():
 
 
 def test_worst10_has_as_many_random_views_as_asked_for_after_the_untouched_one():
-    limits = train_config(views="3", degrees="40").view_limits()
+    limits = training_limits(train_config(views="3", degrees="40"))
     np.testing.assert_allclose(limits, np.array([[0, 0], *[[40, 32 / 224]] * 3]), rtol=1e-12, strict=True)
 
 
 def test_views_count_in_worst10_alone():
-    assert train_config(mode="random", views="3").view_limits().shape == (1, 2)
-    assert train_config(mode="standard", views="3").view_limits().shape == (1, 2)
+    assert train_config(mode="random", views="3").num_views == 1
+    assert train_config(mode="standard", views="3").num_views == 1
 
 
 @pytest.mark.parametrize(
@@ -145,7 +146,7 @@ def test_translations_go_with_rotations_as_published_unless_they_are_given(kind,
 
 def test_the_defaults_are_the_reference_recipe():
     assert identity(train_config()) == {
-        **{"mode": "worst10", "seed": 0, "arch": "resnet18", "side": 224},
+        **{"mode": "worst10", "seed": 0, "arch": "resnet18", "image_size": 224},
         **{"degrees": 30.0, "translate_px": None, "views": 10},
         **{"epochs": 110, "global_batch_size": 256},
         **{"optimizer": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 0.0001},
@@ -153,9 +154,9 @@ def test_the_defaults_are_the_reference_recipe():
         **{"crop_scale": [0.08, 1.0], "crop_ratio": [0.75, 4 / 3], "flip_prob": 0.5},
         **{"jitter": [0.1, 0.1, 0.1], "lighting": 0.05},
         **{"schedule": "milestones", "warmup_epochs": 0.0, "bn_weight_decay": True, "label_smoothing": 0.0, "ema": 0.0},
-        **{"blurpool": False, "start_side": 0, "eval_side": 0, "eval_flip": False},
-        **{"bn_group": 0, "accumulate": 1, "deterministic": False},
-        **{"classes": 0, "max_train_images": 0, "score_side": 0},
+        **{"blurpool": False, "start_size": 0, "eval_size": 0, "eval_flip": False},
+        **{"bn_group_size": 0, "grad_accum_steps": 1, "deterministic": False},
+        **{"max_classes": 0, "max_train_images": 0, "score_size": 0},
     }
 
 
@@ -207,10 +208,10 @@ def test_what_is_not_given_has_its_default():
         (TrainConfig, {"epochs": "1e2"}, ["--epochs 1e2", "a whole number"]),
         (TrainConfig, {"epochs": ""}, ["--epochs", "a whole number"]),
         (TrainConfig, {"global_batch_size": "0"}, ["--global-batch-size 0", "at least 1"]),
-        (TrainConfig, {"accumulate": "0"}, ["--accumulate 0", "at least 1"]),
+        (TrainConfig, {"grad_accum_steps": "0"}, ["--grad-accum-steps 0", "at least 1"]),
         (TrainConfig, {"views": "0"}, ["--views 0", "at least 1"]),
         (TrainConfig, {"log_every": "0"}, ["--log-every 0", "at least 1"]),
-        (TrainConfig, {"side": "0"}, ["--side 0", "at least 1"]),
+        (TrainConfig, {"image_size": "0"}, ["--image-size 0", "at least 1"]),
         (TrainConfig, {"lr": "fast"}, ["--lr fast", "a number"]),
         (TrainConfig, {"lr": "nan"}, ["--lr nan", "a finite number"]),
         (TrainConfig, {"lr": "-0.5"}, ["--lr -0.5", "at least 0"]),
@@ -218,19 +219,19 @@ def test_what_is_not_given_has_its_default():
         (TrainConfig, {"weight_decay": "-1"}, ["--weight-decay -1", "at least 0"]),
         (TrainConfig, {"gamma": "-1"}, ["--gamma -1", "at least 0"]),
         (TrainConfig, {"lighting": "-1"}, ["--lighting -1", "at least 0"]),
-        (TrainConfig, {"bn_group": "-1"}, ["--bn-group -1", "at least 0"]),
-        (TrainConfig, {"score_chunk": "-1"}, ["--score-chunk -1", "at least 0"]),
-        (TrainConfig, {"score_side": "224"}, ["--score-side 224", "below --side 224"]),
-        (TrainConfig, {"score_side": "4"}, ["--score-side 4", "at least 8"]),
+        (TrainConfig, {"bn_group_size": "-1"}, ["--bn-group-size -1", "at least 0"]),
+        (TrainConfig, {"views_per_forward": "-1"}, ["--views-per-forward -1", "at least 0"]),
+        (TrainConfig, {"score_size": "224"}, ["--score-size 224", "below --image-size 224"]),
+        (TrainConfig, {"score_size": "4"}, ["--score-size 4", "at least 8"]),
         (TrainConfig, {"compile": "yes"}, ["--compile yes", "auto, true, false"]),
-        (TrainConfig, {"classes": "-1"}, ["--classes -1", "at least 0"]),
+        (TrainConfig, {"max_classes": "-1"}, ["--max-classes -1", "at least 0"]),
         (TrainConfig, {"max_train_images": "-1"}, ["--max-train-images -1", "at least 0"]),
         (TrainConfig, {"resume": "yes"}, ["--resume yes", "auto, never"]),
         (TrainConfig, {"on_bad_image": "ignore"}, ["--on-bad-image ignore", "stop, skip"]),
         (TrainConfig, {"max_bad_images": "-1"}, ["--max-bad-images -1", "at least 0"]),
         (TrainConfig, {"checkpoint_every": "15m"}, ["--checkpoint-every 15m", "15min"]),
-        (TrainConfig, {"checkpoint_every": "-5"}, ["--checkpoint-every -5", "number of steps"]),
-        (TrainConfig, {"checkpoint_every": ""}, ["--checkpoint-every", "number of steps"]),
+        (TrainConfig, {"checkpoint_every": "-5"}, ["--checkpoint-every -5", "expected steps"]),
+        (TrainConfig, {"checkpoint_every": ""}, ["--checkpoint-every", "expected steps"]),
         (TrainConfig, {"eval_every": "-1"}, ["--eval-every -1", "at least 0"]),
         (TrainConfig, {"profile": "-1"}, ["--profile -1", "at least 0"]),
         (TrainConfig, {"workers": "-1"}, ["--workers -1", "at least 0"]),
@@ -252,10 +253,10 @@ def test_what_is_not_given_has_its_default():
         (TrainConfig, {"schedule": "linear", "warmup_epochs": "110"}, ["--warmup-epochs 110", "below --epochs 110"]),
         (TrainConfig, {"label_smoothing": "1"}, ["--label-smoothing 1", "below 1"]),
         (TrainConfig, {"ema": "-0.1"}, ["--ema -0.1", "at least 0"]),
-        (TrainConfig, {"start_side": "224"}, ["--start-side 224", "below --side 224"]),
-        (TrainConfig, {"start_side": "150"}, ["--start-side 150", "a multiple of 16"]),
-        (TrainConfig, {"start_side": "128", "score_side": "128"}, ["--score-side 128", "below --start-side 128"]),
-        (TrainConfig, {"eval_side": "100000"}, ["--eval-side 100000", "at most"]),
+        (TrainConfig, {"start_size": "224"}, ["--start-size 224", "below --image-size 224"]),
+        (TrainConfig, {"start_size": "150"}, ["--start-size 150", "a multiple of 16"]),
+        (TrainConfig, {"start_size": "128", "score_size": "128"}, ["--score-size 128", "below --start-size 128"]),
+        (TrainConfig, {"eval_size": "100000"}, ["--eval-size 100000", "at most"]),
         (TrainConfig, {"crop_scale": "1"}, ["--crop-scale 1", "2 numbers separated by commas"]),
         (TrainConfig, {"crop_scale": "0.5,0.1"}, ["--crop-scale 0.5,0.1", "0 < MIN <= MAX <= 1"]),
         (TrainConfig, {"crop_scale": "0,1"}, ["--crop-scale 0,1", "0 < MIN <= MAX <= 1"]),
@@ -269,16 +270,16 @@ def test_what_is_not_given_has_its_default():
         (EvaluateConfig, {"dtype": "auto"}, ["--dtype auto", "float32, tf32, bfloat16, float16"]),
         (EvaluateConfig, {"views": "0"}, ["--views 0", "at least 1"]),
         (EvaluateConfig, {"batch_size_per_process": "0"}, ["--batch-size-per-process 0", "at least 1"]),
-        (EvaluateConfig, {"judge_batch": "-1"}, ["--judge-batch -1", "at least 0"]),
+        (EvaluateConfig, {"views_per_forward": "-1"}, ["--views-per-forward -1", "at least 0"]),
         (EvaluateConfig, {"max_images": "-1"}, ["--max-images -1", "at least 0"]),
         (EvaluateConfig, {"grid_per_class": "-1"}, ["--grid-per-class -1", "at least 0"]),
         (
             EvaluateConfig,
             {"grid_per_class": "5", "grid_images": "f"},
-            ["--grid-per-class 5", "--grid-images", "one of"],
+            ["--grid-per-class 5", "--grid-images", "remove one"],
         ),
-        (EvaluateConfig, {"grid_per_class": "5", "grid": "false"}, ["--grid-per-class 5", "--no-grid", "one of"]),
-        (EvaluateConfig, {"side": "-1"}, ["--side -1", "at least 0"]),
+        (EvaluateConfig, {"grid_per_class": "5", "grid": "false"}, ["--grid-per-class 5", "--no-grid", "remove one"]),
+        (EvaluateConfig, {"image_size": "-1"}, ["--image-size -1", "at least 0"]),
         (EvaluateConfig, {"seed": "2147483648"}, ["--seed 2147483648", "2147483647"]),
         (EvaluateConfig, {"degrees": "500"}, ["--degrees 500", "180"]),
         (EvaluateConfig, {"translate_px": "300"}, ["--translate-px 300", "224"]),
@@ -299,11 +300,11 @@ def test_a_bad_value_is_refused_naming_the_flag_the_value_and_what_is_allowed(ki
 @pytest.mark.parametrize(
     ("kind", "raw", "message"),
     [
-        (TrainConfig, {}, "--data and --mode and --out are needed"),
-        (TrainConfig, {"data": "d", "mode": "random"}, "--out is needed"),
-        (EvaluateConfig, {}, "--checkpoint and --data are needed"),
-        (EvaluateConfig, {"data": "d"}, "--checkpoint is needed"),
-        (ReproduceConfig, {"data": "d"}, "--out is needed"),
+        (TrainConfig, {}, "missing required flags: --data, --mode, --out"),
+        (TrainConfig, {"data": "d", "mode": "random"}, "missing required flag: --out"),
+        (EvaluateConfig, {}, "missing required flags: --checkpoint, --data"),
+        (EvaluateConfig, {"data": "d"}, "missing required flag: --checkpoint"),
+        (ReproduceConfig, {"data": "d"}, "missing required flag: --out"),
     ],
 )
 def test_what_is_missing_is_named(kind, raw, message):
@@ -348,7 +349,7 @@ def test_what_changes_the_numbers_makes_another_run(name, value):
 
 @pytest.mark.parametrize(("name", "value"), SAME_RUN.items())
 def test_where_and_how_it_runs_leaves_a_run_the_same(name, value):
-    needed: dict[str, dict[str, Any]] = {"budget": {"price": 2.0}, "plan_only": {"hours": 2.0}}
+    needed: dict[str, dict[str, Any]] = {"max_cost": {"price": 2.0}, "plan_only": {"hours": 2.0}}
     other = dataclasses.replace(train_config(), **{name: value, **needed.get(name, {})})
     assert other != train_config()
     assert identity(other) == identity(train_config())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import tomllib
 from pathlib import Path
 
@@ -10,16 +11,15 @@ import pytest
 
 from fast_spatial.config import recipes
 from fast_spatial.config.commands import ReproduceConfig
-from fast_spatial.config.fields import identity, parse
+from fast_spatial.config.fields import as_typed, flag, identity, parse
 from fast_spatial.config.train import TrainConfig
 from fast_spatial.errors import UserError
 from fast_spatial.reproduce import plan
 from fast_spatial.training.schedule import side_starts
 
 RUN = {"data": "d", "out": "o", "mode": "worst10"}
-LADDER = ("e16", "e24", "e32", "e40", "e56", "e88")
 DIGITS_VALUES = {
-    "side": 32,
+    "image_size": 32,
     "epochs": 8,
     "global_batch_size": 64,
     "lr": 0.02,
@@ -37,15 +37,15 @@ def write(folder: Path, text: str) -> str:
 
 
 def test_these_come_with_the_project():
-    assert recipes.names() == ["reference", *LADDER, "digits", "digits_linear"]
+    assert recipes.names() == ["reference", "fast", "digits", "digits_linear"]
 
 
 def test_the_reference_is_the_defaults_and_names_all_that_decides_numbers_but_the_attack_and_the_pilots():
     values = recipes.load("reference")
     defaults = parse(TrainConfig, RUN)
     assert {name: getattr(defaults, name) for name in values} == values
-    unnamed = {"mode", "degrees", "translate_px", "views", "seed", "classes", "max_train_images", "deterministic"}
-    assert identity(defaults).keys() - values.keys() == unnamed | {"accumulate", "score_side"}
+    unnamed = {"mode", "degrees", "translate_px", "views", "seed", "max_classes", "max_train_images", "deterministic"}
+    assert identity(defaults).keys() - values.keys() == unnamed | {"grad_accum_steps", "score_size"}
 
 
 @pytest.mark.parametrize("name", recipes.names())
@@ -57,17 +57,31 @@ def test_every_value_of_a_file_is_explained(name):
             assert len(comment.split()) >= 2, line
 
 
-@pytest.mark.parametrize("name", LADDER)
-def test_the_ladder_differs_in_its_epochs_alone(name):
-    values = recipes.load(name)
-    assert values.pop("epochs") == int(name[1:])
-    first = recipes.load("e16")
-    del first["epochs"]
-    assert values == first
-    training = recipes.train_config({**RUN, "recipe": name})
-    assert (training.lr, training.global_batch_size) == (2.0, 1024)
+@pytest.mark.parametrize("epochs", [16, 88])
+def test_the_fast_recipe_takes_any_number_of_epochs(epochs):
+    training = recipes.train_config({**RUN, "recipe": "fast", "epochs": str(epochs)})
+    assert (training.epochs, training.lr, training.global_batch_size) == (epochs, 2.0, 1024)
     assert side_starts(training) == [(0.0, 160), (0.75, 192)]
     assert not training.blurpool and not training.eval_flip
+
+
+def test_the_list_of_recipes_says_what_each_is_for_and_what_it_sets():
+    text = recipes.describe()
+    lines = text.splitlines()
+    assert len(lines) <= 20 and max(map(len, lines)) <= 120
+    assert [line.split(":")[0] for line in lines if re.match(r"\w+: ", line)] == recipes.names()
+    values = {flag(key): as_typed(value) for key, value in recipes.load("fast").items()}
+    fast = text[text.index("fast:") : text.index("digits:")]
+    given = dict(word.split("=") for word in fast.split() if word.startswith("--"))
+    assert given.items() <= values.items()
+    assert {"--lr": "2", "--epochs": "16", "--image-size": "192"}.items() <= given.items()
+
+
+@pytest.mark.parametrize("epochs", [16, 24, 32, 40, 56, 88])
+def test_a_recipe_that_is_gone_is_refused_naming_what_replaces_it(epochs):
+    with pytest.raises(UserError, match=rf"^--recipe e{epochs}: replaced by --recipe fast --epochs {epochs}$"):
+        recipes.train_config({**RUN, "recipe": f"e{epochs}"})
+    assert recipes.todays_flags({"recipe": f"e{epochs}"}) == {"recipe": "fast", "epochs": str(epochs)}
 
 
 def test_the_digits_have_the_recipe_that_their_published_results_were_made_with():
@@ -81,15 +95,15 @@ def test_the_digits_have_the_recipe_that_their_published_results_were_made_with(
 
 
 def test_flags_override_a_recipe_even_with_the_defaults():
-    given = {"epochs": "110", "side": "64", "milestones": "30,60,85,95,105"}
+    given = {"epochs": "110", "image_size": "64", "milestones": "30,60,85,95,105"}
     config = recipes.train_config({**RUN, "data": "digits", **given})
-    assert (config.epochs, config.side, config.milestones) == (110, 64, (30, 60, 85, 95, 105))
+    assert (config.epochs, config.image_size, config.milestones) == (110, 64, (30, 60, 85, 95, 105))
     assert config.global_batch_size == 64
 
 
 def test_a_recipe_that_is_named_replaces_the_one_of_the_data():
     config = recipes.train_config({**RUN, "data": "digits", "recipe": "reference"})
-    assert (config.epochs, config.side) == (110, 224)
+    assert (config.epochs, config.image_size) == (110, 224)
 
 
 def test_a_file_of_ones_own_is_taken(tmp_path):
@@ -103,6 +117,7 @@ def test_a_file_of_ones_own_is_taken(tmp_path):
     ("text", "message"),
     [
         ("epoch = 3", "epoch: no such option"),
+        ("side = 32", "side: renamed to image_size"),
         ("mode = 'random'", "mode: it is no part of a recipe; give it as a flag"),
         ("workers = 3", "workers: it is no part of a recipe; give it as a flag"),
         ("epochs = 3.5", "epochs = 3.5: expected a whole number"),
@@ -114,8 +129,8 @@ def test_a_file_of_ones_own_is_taken(tmp_path):
         ("jitter = [0.1, 0.1]", "jitter = [0.1, 0.1]: expected an array of 3 numbers"),
         ("milestones = [1, 2.5]", "milestones = 2.5: expected a whole number"),
         ("milestones = 3", "milestones = 3: expected an array of numbers"),
-        ("milestones = [5, 3]", "milestones = 5,3: they must increase"),
-        ("global_batch_size = 0", "global_batch_size = 0: it must be at least 1"),
+        ("milestones = [5, 3]", "milestones = 5,3: must increase"),
+        ("global_batch_size = 0", "global_batch_size = 0: must be at least 1"),
         ("schedule = 'cosine'", "schedule = cosine: choose one of milestones, linear"),
         ("epochs = ", "it is no TOML file"),
     ],
@@ -128,14 +143,14 @@ def test_a_bad_file_is_refused_naming_it_and_the_key(tmp_path, text, message):
 
 
 def test_a_recipe_that_is_not_there_is_refused_with_those_that_are():
-    with pytest.raises(UserError, match=r"--recipe e17: there is no such file\nchoose one of reference, e16"):
+    with pytest.raises(UserError, match=r"--recipe e17: there is no such file\nchoose one of reference, fast"):
         recipes.train_config({**RUN, "recipe": "e17"})
 
 
 def test_a_reproduction_takes_a_recipe_and_judges_as_it_says():
-    rows = plan(ReproduceConfig(data="d", out="o", rows=("standard",)), {"recipe": "e16", "eval_flip": "true"})
+    rows = plan(ReproduceConfig(data="d", out="o", rows=("standard",)), {"recipe": "fast", "eval_flip": "true"})
     (row,) = rows
-    assert (row.train.epochs, row.train.eval_side, row.evaluate.flip) == (16, 224, True)
+    assert (row.train.epochs, row.train.eval_size, row.evaluate.flip) == (16, 224, True)
 
 
 def test_the_installed_package_brings_its_recipes():

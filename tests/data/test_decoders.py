@@ -66,7 +66,7 @@ def asked(monkeypatch) -> list[tuple[str, dict[str, Any]]]:
 
 
 def config_of(out: Path, **values: Any) -> TrainConfig:
-    return TrainConfig(data="digits", mode="standard", out=str(out), arch="resnet18", side=32, **TINY, **values)
+    return TrainConfig(data="digits", mode="standard", out=str(out), arch="resnet18", image_size=32, **TINY, **values)
 
 
 def test_a_training_may_use_the_engine_and_verdicts_may_not(asked, tmp_path, capfd):
@@ -203,12 +203,12 @@ def test_a_gpu_that_fails_is_named_by_training_evaluation_and_landscape(tmp_path
     events = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     (event,) = [event for event in events if event["event"] == "decoding"]  # between epochs
     assert (event["steps_before"], event["what"]) == (2, "the GPU failed")
-    about: Any = {"checkpoint": str(tmp_path / "last.pt"), "data": "digits", "side": 32}
+    about: Any = {"checkpoint": str(tmp_path / "last.pt"), "data": "digits", "image_size": 32}
     found = tmp_path / "found.json"
     few: Any = {"max_images": 40, "batch_size_per_process": 20, "grid": False, "views": 1}
     evaluate_checkpoint(EvaluateConfig(**about, **few, json=str(found)), ALONE)
     assert json.loads(found.read_text())["decoding_failures"] == ["process 0: the GPU failed"]
-    config = LandscapeConfig(**about, out=str(tmp_path / "landscape"), images_per_class=1, judge_batch=775)
+    config = LandscapeConfig(**about, out=str(tmp_path / "landscape"), images_per_class=1, views_per_forward=775)
     landscape(config, ALONE)
     (written,) = (tmp_path / "landscape").glob("*.json")
     assert json.loads(written.read_text())["decoding_failures"] == ["process 0: the GPU failed"]

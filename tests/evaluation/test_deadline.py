@@ -53,12 +53,12 @@ def plant(patch: pytest.MonkeyPatch, data: Path, clock_step: float = 1.0) -> Non
     planted = Classifier(Brightness(), mean=(0, 0, 0), std=(1, 1, 1))
     images = read_index(data, "val")
 
-    def prepare(config: EvaluateConfig) -> Any:
+    def load_model_and_images(config: EvaluateConfig) -> Any:
         chosen = images.balanced_positions(config.grid_per_class).tolist()
         return planted.eval(), images, set(chosen) if config.grid_per_class else None, SIDE
 
     for module in (evaluate, inputs):
-        patch.setattr(module, "prepare", prepare)
+        patch.setattr(module, "load_model_and_images", load_model_and_images)
     patch.setattr(deadline, "time", SimpleNamespace(monotonic=itertools.count(0.0, clock_step).__next__))
 
 
@@ -85,7 +85,7 @@ def evaluation(until: float | None = None, world: distributed.World = ALONE, **o
         checkpoint="planted.pt",
         data="digits",  # which have no published side
         batch_size_per_process=BATCH,
-        judge_batch=8,
+        views_per_forward=8,
         workers=1,
         **options,
     )
@@ -224,7 +224,7 @@ def map_views(
 ) -> Any:
     one_image = 775 // landscape.PASSES_PER_BATCH + 1
     config = LandscapeConfig(
-        checkpoint="planted.pt", data=str(data), out=str(out), judge_batch=one_image, workers=1, **options
+        checkpoint="planted.pt", data=str(data), out=str(out), views_per_forward=one_image, workers=1, **options
     )
     landscape.landscape(config, world, until)
     return landscape.read(out)

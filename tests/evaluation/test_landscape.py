@@ -145,7 +145,7 @@ def trained(tmp_path_factory):
 
 def config_of(trained, out: Path, **options) -> LandscapeConfig:
     data, checkpoint = trained
-    shared = {"side": 32, "arch": "squeezenet1_1", "workers": 1}
+    shared = {"image_size": 32, "arch": "squeezenet1_1", "workers": 1}
     return LandscapeConfig(data=str(data), checkpoint=str(checkpoint), out=str(out), **{**shared, **options})
 
 
@@ -159,11 +159,11 @@ def rank_main(rank: int, port: int, config: LandscapeConfig) -> None:
 
 def test_one_and_two_processes_see_the_same(trained, tmp_path):
     five, two = (images * GRID_VIEWS // landscape.PASSES_PER_BATCH + 1 for images in (5, 2))  # of 9 images
-    landscape.landscape(config_of(trained, tmp_path / "one", images_per_class=3, judge_batch=five), ALONE)
+    landscape.landscape(config_of(trained, tmp_path / "one", images_per_class=3, views_per_forward=five), ALONE)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    spawn(rank_main, (port, config_of(trained, tmp_path / "two", images_per_class=3, judge_batch=two)), nprocs=2)
+    spawn(rank_main, (port, config_of(trained, tmp_path / "two", images_per_class=3, views_per_forward=two)), nprocs=2)
     one, both = read(tmp_path / "one"), read(tmp_path / "two")
     assert one is not None and both is not None
     np.testing.assert_allclose(one.loss, both.loss, rtol=2e-3)
@@ -210,6 +210,6 @@ def test_a_damaged_landscape_is_named(tmp_path):
 
 def test_too_many_images_per_class_are_refused(trained, tmp_path):
     with pytest.raises(UserError, match=r"^--images-per-class 5: .* holds only 4 images of class cat"):
-        landscape.prepare(config_of(trained, tmp_path, images_per_class=5))
-    _, images, per_class, side = landscape.prepare(config_of(trained, tmp_path))
+        landscape.load_model_and_subset(config_of(trained, tmp_path, images_per_class=5))
+    _, images, per_class, side = landscape.load_model_and_subset(config_of(trained, tmp_path))
     assert (len(images), per_class, side) == (12, 4, 32)  # all there are, if they are fewer than wanted

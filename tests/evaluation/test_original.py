@@ -19,7 +19,7 @@ import torch
 from fast_spatial import commands
 from fast_spatial.config.commands import EvaluateConfig
 from fast_spatial.evaluation.folded import Scorer
-from fast_spatial.evaluation.inputs import prepare
+from fast_spatial.evaluation.inputs import load_model_and_images
 from fast_spatial.evaluation.verdicts import ImageVerdict, judge_batches
 from fast_spatial.kernels.sampling import EVALUATION, augmentation_settings, pack_key, view_limits
 from fast_spatial.pipelines.loader import Loader
@@ -64,7 +64,7 @@ def draws(degrees: float, seeds: int) -> list[list[ImageVerdict]]:
     config = EvaluateConfig(
         checkpoint=str(REFERENCE / "checkpoint.pt.best"), data=str(REFERENCE / "images"), allow_partial_classes=True
     )
-    model, images, _, side = prepare(config)
+    model, images, _, side = load_model_and_images(config)
     scorer = Scorer(model, torch.float32)
     found = []
     for seed in range(seeds):

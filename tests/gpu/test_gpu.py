@@ -78,7 +78,7 @@ def test_compiled_networks_judge_and_train_as_plain_ones():
         torch.manual_seed(1)
         model = Classifier(classifier.build("resnet18", 10)).to(CUDA)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, fused=True)
-        step = TrainStep(model, optimizer, dtype=torch.bfloat16, scored=True, score_chunk=16, compiled=compiled)
+        step = TrainStep(model, optimizer, dtype=torch.bfloat16, scored=True, views_per_forward=16, compiled=compiled)
         losses.append([step(Batch(views, labels, torch.arange(8))).loss.mean().item() for _ in range(10)])
     assert losses[1][-1] < 0.7 * losses[1][0]
     assert abs(losses[0][0] - losses[1][0]) < 0.02 * losses[0][0]
@@ -134,7 +134,7 @@ def losses_of_steps(compiled: bool) -> list[float]:
     torch.manual_seed(0)
     model = Classifier(classifier.build("resnet18", 10)).to(CUDA)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, fused=True)
-    step = TrainStep(model, optimizer, dtype=torch.bfloat16, scored=True, accumulate=2, compiled=compiled)
+    step = TrainStep(model, optimizer, dtype=torch.bfloat16, scored=True, grad_accum_steps=2, compiled=compiled)
     views = torch.randint(0, 256, (16, 3, 64, 64, 3), dtype=torch.uint8, device=CUDA)
     labels = torch.arange(16, device=CUDA) % 10
     return [step(Batch(views, labels, torch.arange(16))).loss.mean().item() for _ in range(5)]
@@ -142,10 +142,10 @@ def losses_of_steps(compiled: bool) -> list[float]:
 
 def test_nccl_collectives_of_one_give_back_what_they_got(nccl_group_of_one):
     value = torch.tensor([3.0, 4.0], device=CUDA)
-    assert distributed.sum_over_ranks(value.clone()).tolist() == [3.0, 4.0]
-    assert distributed.smallest(value.clone()).tolist() == [3.0, 4.0]
-    assert distributed.of_first(7, CUDA) == 7
-    assert distributed.agree(7, CUDA)
+    assert distributed.all_reduce_sum(value.clone()).tolist() == [3.0, 4.0]
+    assert distributed.all_reduce_min(value.clone()).tolist() == [3.0, 4.0]
+    assert distributed.broadcast(7, CUDA) == 7
+    assert distributed.all_equal(7, CUDA)
     assert distributed.gather("word") == ["word"]
     distributed.barrier()
     ballot = distributed.Ballot(2)
@@ -196,12 +196,12 @@ def test_the_gpu_stream_has_the_draws_of_the_cpu_and_nearly_its_pixels(placement
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_steps_lower_the_loss_in_every_dtype(dtype, accumulate):
+@pytest.mark.parametrize("grad_accum_steps", [1, 2])
+def test_steps_lower_the_loss_in_every_dtype(dtype, grad_accum_steps):
     torch.manual_seed(0)
     model = Classifier(classifier.build("resnet18", 10)).to(CUDA)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, fused=True)
-    step = TrainStep(model, optimizer, dtype=dtype, scored=True, accumulate=accumulate)
+    step = TrainStep(model, optimizer, dtype=dtype, scored=True, grad_accum_steps=grad_accum_steps)
     views = torch.randint(0, 256, (16, 3, 64, 64, 3), dtype=torch.uint8, device=CUDA)
     labels = torch.arange(16, device=CUDA) % 10
     losses = [step(Batch(views, labels, torch.arange(16))).loss.mean().item() for _ in range(30)]

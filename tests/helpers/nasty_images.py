@@ -1,4 +1,4 @@
-"""A corpus of files that are trouble, each with what `check` must say about it."""
+"""A corpus of files that are trouble, each with what `check-data` must say about it."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def random_bytes(count: int) -> bytes:
     return epoch_order(pack_key(TRAINING, 1), 0, count).astype(np.uint8).tobytes()
 
 
-# Name to (content, kinds that `check` must find, in their order). Those of severity "kills" end a training.
+# Name to (content, kinds that `check-data` must find, in their order). Those of severity "kills" end a training.
 FILES: dict[str, tuple[Callable[[], bytes], list[str]]] = {
     "fine.jpg": (jpeg, []),
     "grey.jpg": (lambda: encode(picture().convert("L"), "JPEG"), []),

@@ -81,7 +81,7 @@ BUGS = (
     ),
     Bug(
         "the untouched image missing from worst10",
-        "fast_spatial/config/fields.py",
+        "fast_spatial/config/modes.py",
         '"worst10": Mode(center=False, untouched=True',
         '"worst10": Mode(center=False, untouched=False',
         "tests/config/test_config.py",
@@ -156,7 +156,9 @@ def first_failure(bug: Bug) -> str | None:
     """The first test that fails with the bug planted, or None."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "project"
-        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__"))
+        shutil.copytree(
+            ROOT, copy, symlinks=True, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__")
+        )
         planted = copy / bug.file
         text = planted.read_text(encoding="utf-8")
         if text.count(bug.old) < 1:

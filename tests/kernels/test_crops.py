@@ -121,7 +121,7 @@ def test_views_of_crops_are_the_reference():
 
 @pytest.mark.parametrize(
     ("warps", "options"),
-    [(6, {}), (6, {"score_chunk": 20, "accumulate": 2}), (6, {"score_side": 8}), (1, {})],
+    [(6, {}), (6, {"views_per_forward": 20, "grad_accum_steps": 2}), (6, {"score_size": 8}), (1, {})],
     ids=["judged", "in parts", "judged smaller", "one view"],
 )
 def test_a_step_on_crops_is_the_step_on_their_views(warps, options):

@@ -27,11 +27,11 @@ for side in (1, 9, 37, 70):
     rows = torch.from_numpy(matrices(params, side))
     colour = torch.eye(3, 4).expand(B, 3, 4) + 0.1 * torch.from_numpy(rng.normal(size=(B, 3, 4))).float()
     colour[:, :, 3] *= 300
-    ones, noughts = torch.ones(3), torch.zeros(3)
+    ones, zeros = torch.ones(3), torch.zeros(3)
     for change in (None, colour):
         exact = warp_reference(images, rows.double(), change).flatten(0, 1).permute(0, 3, 1, 2)
         for dtype in (torch.float32, torch.uint8):
-            got = warp_cuda.warp_normalized(images, rows, change, ones, noughts, dtype)
+            got = warp_cuda.warp_normalized(images, rows, change, ones, zeros, dtype)
             assert got.dtype == dtype and got.shape == (B * V, 3, side, side)
             assert got.is_contiguous(memory_format=torch.channels_last)
             assert (got - exact).abs().max() < 0.52, (side, dtype)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fast_spatial.models.classifier import Classifier
-from fast_spatial.models.ema import WeightAverage
+from fast_spatial.models.ema import WeightEma
 
 
 def network() -> Classifier:
@@ -18,7 +18,7 @@ def network() -> Classifier:
 
 def test_the_average_follows_the_recursion_batch_norms_statistics_included():
     model = network()
-    average = WeightAverage(model, 0.75)
+    average = WeightEma(model, 0.75)
     expected = {name: value.double() for name, value in model.net.state_dict().items()}
     for _ in range(5):
         with torch.no_grad():
@@ -39,7 +39,7 @@ def test_the_average_follows_the_recursion_batch_norms_statistics_included():
 def test_the_average_is_a_network_of_its_own():
     model = network()
     before = copy.deepcopy(model.net.state_dict())
-    average = WeightAverage(model, 0.5)
+    average = WeightEma(model, 0.5)
     weight = model.net.state_dict()["0.weight"]
     weight += 1.0
     assert torch.equal(average.state_dict()["0.weight"], before["0.weight"])

@@ -117,7 +117,7 @@ def assert_normalizes(classifier, mean, std):
 
 def test_ours_says_everything_about_itself(tmp_path):
     state = numbered_state(SMALL, 3)
-    config = to_json(TrainConfig(data="d", out="o", mode="random", arch=SMALL, side=64))
+    config = to_json(TrainConfig(data="d", out="o", mode="random", arch=SMALL, image_size=64))
     content = {"format": "fast_spatial 1", "model": state, "arch": SMALL, "classes": ["a", "b", "c"], "config": config}
     weights = read_weights(write(tmp_path / "best.pt", content))
     assert (weights.arch, weights.classes, weights.num_classes, weights.side) == (SMALL, ("a", "b", "c"), 3, 64)

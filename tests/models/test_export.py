@@ -143,7 +143,7 @@ def test_an_exported_file_is_a_checkpoint_that_knows_what_it_was(exported):
 
 def test_the_original_codes_normalization_goes_along(original, tmp_path, capsys):
     files = ["--safetensors", str(tmp_path / "deep" / "o.safetensors"), "--onnx", str(tmp_path / "o.onnx")]
-    words = ["export", "--checkpoint", str(original), *files, "--arch", "squeezenet1_1", "--side", "32"]
+    words = ["export", "--checkpoint", str(original), *files, "--arch", "squeezenet1_1", "--image-size", "32"]
     assert commands.main(words) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(": ")[0] for line in lines] == [files[1], files[3]]
@@ -218,7 +218,7 @@ def test_nothing_is_overwritten(trained, tmp_path, capsys):
         (["--onnx", "file/m.onnx"], "file is a file, not a folder"),
         (["--onnx", "folder.onnx"], "--onnx folder.onnx: that is a folder; name a file"),
         (["--onnx", "m.onnx", "--arch", "resnet34"], "it is a resnet18, not a resnet34"),
-        (["--onnx", "m.onnx", "--side", "5000"], "--side 5000: it must be at most 4096"),
+        (["--onnx", "m.onnx", "--image-size", "5000"], "--image-size 5000: must be at most 4096"),
         (["--onnx", "m.onnx", "--checkpoint", "gone.pt"], "--checkpoint gone.pt: there is no such file"),
     ],
 )
@@ -255,9 +255,9 @@ def test_a_full_disk_ends_in_two_lines_and_leaves_nothing(trained, tmp_path, mon
 
 
 def test_images_too_small_for_the_network_are_refused(original, tmp_path, capsys):
-    words = ["--checkpoint", str(original), "--arch", "squeezenet1_1", "--side", "4"]
+    words = ["--checkpoint", str(original), "--arch", "squeezenet1_1", "--image-size", "4"]
     line = refused(capsys, "export", *words, "--safetensors", str(tmp_path / "m.safetensors"))[0]
-    assert line.startswith("launch.py: --arch squeezenet1_1 cannot take views of --side 4: ")
+    assert line.startswith("launch.py: --arch squeezenet1_1 cannot take views of --image-size 4: ")
 
 
 def test_weights_that_one_onnx_file_cannot_hold_are_refused(trained, tmp_path, monkeypatch, capsys):

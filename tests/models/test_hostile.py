@@ -137,11 +137,11 @@ def without(name: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (without("config"), "missing or not as this program writes it: config.side"),
+        (without("config"), "missing or not as this program writes it: config.image_size"),
         (without("classes"), "missing or not as this program writes it: classes"),
         ({**ours(), "classes": ["a", "a", "b"]}, "missing or not as this program writes it: classes"),
         ({**ours(), "classes": None, "arch": "resnet"}, "missing or not as this program writes it: arch, classes"),
-        ({**ours(), "config": {"side": True}}, "missing or not as this program writes it: config.side"),
+        ({**ours(), "config": {"side": True}}, "missing or not as this program writes it: config.image_size"),
         ({**ours(), "model": [3]}, "missing or not as this program writes it: model"),
         ({**ours(), "model": {"fc.weight": 3}}, "its model holds other than tensors: fc.weight\n"),
         (

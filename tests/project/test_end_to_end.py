@@ -71,7 +71,7 @@ def test_counts_depend_on_neither_processes_nor_batches_and_on_the_judging_shape
     reports = {}
     for processes, batch, judged in ((1, 128, 0), (2, 7, 0), (3, 50, 0), (1, 128, 33), (1, 128, 500)):
         words = ["evaluate", "--checkpoint", out / "best.pt", "--data", "digits", "--json", tmp_path / "found.json"]
-        words += ["--nproc-per-node", processes, "--batch-size-per-process", batch, "--judge-batch", judged]
+        words += ["--nproc-per-node", processes, "--batch-size-per-process", batch, "--views-per-forward", judged]
         ended = launch(*words)
         assert ended.returncode == 0, ended.stderr
         reports[processes, batch, judged] = json.loads((tmp_path / "found.json").read_text())
@@ -94,7 +94,7 @@ COMPARISONS += ["score.11views", "step.worst10", "step.worst10_score16", "grid"]
 def test_the_benchmark_compares_every_part_and_says_what_limits_training(run, tmp_path):
     """On few and small images: what is said about speed here means nothing, and is not asked."""
     out, _ = run
-    words = ["--data", "digits", "--checkpoint", out / "best.pt", "--side", 32, "--rounds", 1, "--seconds", 0.01]
+    words = ["--data", "digits", "--checkpoint", out / "best.pt", "--image-size", 32, "--rounds", 1, "--seconds", 0.01]
     ended = launch("bench", "all", *words, "--grid-images", 2, "--json", tmp_path / "bench.json")
     assert ended.returncode == 0, ended.stderr
     found = json.loads((tmp_path / "bench.json").read_text())
@@ -120,13 +120,13 @@ def test_a_rotten_file_is_named_and_ends_a_training_in_status_1(tmp_path):
             (tmp_path / "data" / split / name / "rotten.jpg").write_bytes(b"not an image")
     ended = launch(
         *("train", "--data", tmp_path / "data", "--mode", "standard", "--out", tmp_path / "run"),
-        *("--global-batch-size", 2, "--epochs", 1, "--side", 32),
+        *("--global-batch-size", 2, "--epochs", 1, "--image-size", 32),
     )
     assert ended.returncode == 1
     *_, what, advice = ended.stderr.splitlines()
     assert what.startswith(f"launch.py: {tmp_path}/data/train/")
     assert "cannot be decoded" in what
-    assert "launch.py check" in advice
+    assert "launch.py check-data" in advice
 
 
 @pytest.mark.slow

@@ -22,7 +22,19 @@ from fast_spatial.training.train import train
 from tests.config.test_cli import refused
 from tests.project.test_preflight import ARCH, CLASSES, make_checkpoint, make_folder
 
-TRAIN = ("train", "--data", "data", "--mode", "nocrop", "--out", "run", "--global-batch-size", "4", "--side", "32")
+TRAIN = (
+    "train",
+    "--data",
+    "data",
+    "--mode",
+    "nocrop",
+    "--out",
+    "run",
+    "--global-batch-size",
+    "4",
+    "--image-size",
+    "32",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -141,7 +153,7 @@ def test_training_says_what_was_left_out(capfd):
         epochs=1,
         milestones=(),
         global_batch_size=4,
-        side=32,
+        image_size=32,
         arch=ARCH,
         exclude="exclude.txt",
     )

@@ -25,19 +25,19 @@ DATA = Path(__file__).parents[1] / "assets" / "9f20ae0"
 
 # The options that the files hold under other names, and their flags today.
 FLAGS = {
-    "side": "--side",
-    "start_side": "--start-side",
-    "eval_side": "--eval-side",
-    "score_side": "--score-side",
-    "score_chunk": "--score-chunk",
-    "accumulate": "--accumulate",
-    "bn_group": "--bn-group",
-    "classes": "--classes",
-    "budget": "--budget",
+    "side": "--image-size",
+    "start_side": "--start-size",
+    "eval_side": "--eval-size",
+    "score_side": "--score-size",
+    "score_chunk": "--views-per-forward",
+    "accumulate": "--grad-accum-steps",
+    "bn_group": "--bn-group-size",
+    "classes": "--max-classes",
+    "budget": "--max-cost",
 }
-JUDGE_BATCH = "--judge-batch"
+JUDGE_BATCH = "--views-per-forward"
 # What the recipe e24 is asked for as.
-E24 = ["--recipe", "e24"]
+E24 = ["--recipe", "fast", "--epochs", "24"]
 
 
 def flags(**values: object) -> list[str]:
@@ -143,7 +143,7 @@ def test_a_training_with_another_value_is_refused(name, capfd):
     there = read("runs/training/config.json")[name]
     assert commands.main(replaced(TRAINING, *flags(**{name: OTHERS[name]}))) == 2
     said = capfd.readouterr().err
-    assert today(name) in said.replace("-", "_") and f"{there} there, {OTHERS[name]} here" in said
+    assert today(name) in said.replace("-", "_") and f"{there} saved, {OTHERS[name]} given" in said
 
 
 def test_what_does_not_decide_the_numbers_may_change(monkeypatch):
@@ -156,7 +156,7 @@ def test_a_checkpoint_of_another_training_is_refused(capfd):
     config = read("runs/training/config.json")
     Path("runs/training/config.json").write_text(json.dumps({**config, "accumulate": 1}))
     assert commands.main(replaced(TRAINING, *flags(accumulate=1))) == 2
-    assert "2 there, 1 here" in capfd.readouterr().err
+    assert "2 saved, 1 given" in capfd.readouterr().err
 
 
 @pytest.fixture
@@ -178,7 +178,7 @@ def test_a_training_in_a_budget_is_repeated(repeated):
 
 def test_another_training_repeats_nothing(repeated, capfd):
     assert commands.main(replaced(repeated, *flags(bn_group=8))) == 2
-    assert "16 there, 8 here" in capfd.readouterr().err
+    assert "16 saved, 8 given" in capfd.readouterr().err
 
 
 # --- a checkpoint
@@ -308,7 +308,7 @@ def test_the_plans_are_of_the_recipes_that_this_is_about():
 def test_a_plan_with_another_value_is_refused(name, capfd):
     there = read("runs/table/plan.json")["flags"][name]
     assert commands.main([*replaced(TABLE, *flags(**{name: OTHERS[name]})), *HOURS]) == 2
-    assert f"{there} there, {OTHERS[name]} here" in capfd.readouterr().err
+    assert f"{there} saved, {OTHERS[name]} given" in capfd.readouterr().err
 
 
 def test_a_plan_with_another_recipe_is_refused(capfd):

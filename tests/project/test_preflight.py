@@ -18,14 +18,26 @@ from fast_spatial import commands, launcher, preflight, reproduce
 from fast_spatial.config.commands import EvaluateConfig, ReproduceConfig
 from fast_spatial.config.fields import from_json, parse, to_json
 from fast_spatial.config.train import TrainConfig
-from fast_spatial.evaluation.inputs import prepare
+from fast_spatial.evaluation.inputs import load_model_and_images
 from fast_spatial.models import checkpoint, classifier
 from fast_spatial.pipelines.dataset import check_classes_agree
 from tests.config.test_cli import refused
 
 ARCH = "shufflenet_v2_x0_5"  # the smallest
 CLASSES = ("ant", "bee", "cat")
-TRAIN = ("train", "--data", "data", "--mode", "random", "--out", "run", "--global-batch-size", "4", "--side", "32")
+TRAIN = (
+    "train",
+    "--data",
+    "data",
+    "--mode",
+    "random",
+    "--out",
+    "run",
+    "--global-batch-size",
+    "4",
+    "--image-size",
+    "32",
+)
 
 
 def make_folder(
@@ -42,7 +54,7 @@ def make_folder(
 
 def make_checkpoint(path: Path, classes: tuple[str, ...] = CLASSES) -> Path:
     """A checkpoint as training writes it, of an untrained model."""
-    config = TrainConfig(data="data", out="run", mode="random", arch=ARCH, side=32)
+    config = TrainConfig(data="data", out="run", mode="random", arch=ARCH, image_size=32)
     net = classifier.build(ARCH, len(classes))
     content = {"format": checkpoint.FORMAT, "model": net.state_dict(), "arch": ARCH, "classes": list(classes)}
     torch.save({**content, "config": to_json(config)}, path)
@@ -191,10 +203,10 @@ def test_the_line_that_sorts_a_flat_val_does_so(refuse, monkeypatch):
 
 
 def test_more_classes_asked_for_than_there_are(refuse, data):
-    assert "--classes 5: data has 3 classes" in refuse(*TRAIN, "--classes", "5")[0]
+    assert "--max-classes 5: data has 3 classes" in refuse(*TRAIN, "--max-classes", "5")[0]
 
 
-@pytest.mark.parametrize(("images", "words"), [(1, []), (1, ["--classes", "2"])])
+@pytest.mark.parametrize(("images", "words"), [(1, []), (1, ["--max-classes", "2"])])
 def test_fewer_training_images_than_one_batch(refuse, images, words):
     make_folder(Path("data"), images=images)
     assert "--global-batch-size" in refuse(*TRAIN, *words)[0]
@@ -203,7 +215,7 @@ def test_fewer_training_images_than_one_batch(refuse, images, words):
 @pytest.mark.parametrize(
     ("words", "part"),
     [
-        (["--classes", "20"], "--classes 20: digits has 10 classes"),
+        (["--max-classes", "20"], "--max-classes 20: digits has 10 classes"),
         (["--global-batch-size", "2000"], "--global-batch-size 2000"),
     ],
 )
@@ -223,8 +235,11 @@ def test_the_same_run_is_continued_whatever_the_logging_and_the_processes(data, 
 def test_another_run_in_the_folder_is_refused_listing_what_differs(refuse, data, started):
     assert commands.main([*TRAIN]) == 0
     lines = refuse(*TRAIN, "--lr", "0.2", "--milestones", "3,5", "--eval-every", "5")
-    listed = "lr 0.1 there, 0.2 here; milestones [30, 60, 85, 95, 105] there, [3, 5] here"
-    assert lines == [f"launch.py: --out run: it holds another run ({listed})", "name a new folder"]
+    listed = "milestones: [30, 60, 85, 95, 105] saved, [3, 5] given; lr: 0.1 saved, 0.2 given"
+    assert lines == [
+        f"launch.py: --out run: contains a run with different settings ({listed})",
+        "choose another folder",
+    ]
     assert len(started) == 1
 
 
@@ -301,15 +316,21 @@ def test_by_default_there_is_a_process_per_gpu(refuse, data, started, monkeypatc
         (["--nnodes", "0"], "--nnodes 0: expected a number, or MIN:MAX"),
         (["--nnodes", "1:x", "--rdzv-endpoint", "h:1"], "--nnodes 1:x: expected a number, or MIN:MAX"),
         (["--nnodes", "2:1", "--rdzv-endpoint", "h:1"], "--nnodes 2:1: expected a number, or MIN:MAX"),
-        (["--stall-minutes", "0"], "--stall-minutes 0: it must be more than 0"),
+        (["--stall-minutes", "0"], "--stall-minutes 0: must be more than 0"),
         (["--in-process", "--nproc-per-node", "2"], "--in-process: it runs one process"),
-        (["--accumulate", "5"], "--accumulate 5: each process has only 4 images of a batch"),
-        (["--accumulate", "3", "--nproc-per-node", "2"], "--accumulate 3: each process has only 2 images of a batch"),
-        (["--bn-group", "3"], "--bn-group 3: each process has 4 images of a batch in --accumulate 1 parts"),
-        (["--bn-group", "8"], "--bn-group 8: each process has 4 images"),
+        (["--grad-accum-steps", "5"], "--grad-accum-steps 5: more than the 4 images"),
         (
-            ["--bn-group", "4", "--accumulate", "2"],
-            "--bn-group 4: each process has 4 images of a batch in --accumulate 2 parts",
+            ["--grad-accum-steps", "3", "--nproc-per-node", "2"],
+            "--grad-accum-steps 3: more than the 2 images",
+        ),
+        (
+            ["--bn-group-size", "3"],
+            "--bn-group-size 3: does not divide the 4 images",
+        ),
+        (["--bn-group-size", "8"], "--bn-group-size 8: does not divide the 4 images"),
+        (
+            ["--bn-group-size", "4", "--grad-accum-steps", "2"],
+            "--bn-group-size 4: does not divide the 4 images",
         ),
         (["--max-train-images", "3"], "--max-train-images 3: less than one"),
         (["--dtype", "float16"], "--dtype float16: it needs a GPU, and none is visible; use float32 or bfloat16"),
@@ -330,11 +351,11 @@ def test_other_architectures_are_taken(data, started, arch):
 @pytest.mark.parametrize("arch", ["vit_b_16", "alexnet"])
 def test_an_architecture_that_cannot_take_views_of_the_side_is_refused(refuse, data, arch):
     line = refuse(*TRAIN, "--arch", arch)[0]
-    assert f"--arch {arch}" in line and "--side 32" in line
+    assert f"--arch {arch}" in line and "--image-size 32" in line
 
 
 def test_batches_that_do_work_are_taken(data, started):
-    assert commands.main([*TRAIN, "--bn-group", "2", "--accumulate", "2", "--max-train-images", "4"]) == 0
+    assert commands.main([*TRAIN, "--bn-group-size", "2", "--grad-accum-steps", "2", "--max-train-images", "4"]) == 0
     assert len(started) == 1
 
 
@@ -385,12 +406,12 @@ def test_a_good_evaluation_is_started(data, ours, started):
 
 
 def test_what_is_judged(data, ours, plain):
-    classifier, images, on_grid, side = prepare(evaluation(ours))
+    classifier, images, on_grid, side = load_model_and_images(evaluation(ours))
     assert (len(images), images.labels.tolist(), on_grid, side) == (6, [0, 0, 1, 1, 2, 2], None, 32)
     assert not classifier.training
-    assert prepare(evaluation(ours, side="64"))[3] == 64
-    assert prepare(evaluation(plain, arch=ARCH))[3] == 224
-    assert len(prepare(evaluation(ours, max_images="4"))[1]) == 4
+    assert load_model_and_images(evaluation(ours, image_size="64"))[3] == 64
+    assert load_model_and_images(evaluation(plain, arch=ARCH))[3] == 224
+    assert len(load_model_and_images(evaluation(ours, max_images="4"))[1]) == 4
 
 
 def test_a_checkpoint_that_is_missing(refuse, data):
@@ -438,7 +459,7 @@ def test_fewer_classes_than_the_model_has_outputs_must_be_asked_for(refuse, plai
     lines = refuse("evaluate", "--checkpoint", str(plain), "--data", "data", "--arch", ARCH)
     assert "--data data: it has 2 classes, the model 3 outputs" in lines[0]
     assert "--allow-partial-classes" in lines[1]
-    images = prepare(evaluation(plain, arch=ARCH, allow_partial_classes="true"))[1]
+    images = load_model_and_images(evaluation(plain, arch=ARCH, allow_partial_classes="true"))[1]
     assert images.labels.tolist() == [0, 0, 1, 1]
 
 
@@ -456,7 +477,7 @@ def test_a_folder_with_some_of_our_classes_is_labelled_by_their_names(refuse, ou
     lines = refuse("evaluate", "--checkpoint", str(ours), "--data", "data")
     assert "--data data: it has 2 of the 3 classes" in lines[0]
     assert lines[1] == "to judge on these alone, add --allow-partial-classes"
-    images = prepare(evaluation(ours, allow_partial_classes="true"))[1]
+    images = load_model_and_images(evaluation(ours, allow_partial_classes="true"))[1]
     assert images.labels.tolist() == [1, 1, 2, 2]
 
 
@@ -468,15 +489,15 @@ def test_a_class_that_our_checkpoint_was_not_trained_on_is_named(refuse, ours):
 
 def test_a_pilot_run_on_the_first_classes_is_judged_on_these(data, started):
     config = parse(ReproduceConfig, {"data": "data", "out": "runs", "rows": "standard"})
-    (row,) = reproduce.plan(config, {"classes": "2", "global_batch_size": "4"})
+    (row,) = reproduce.plan(config, {"max_classes": "2", "global_batch_size": "4"})
     Path(row.train.out).mkdir(parents=True)
     make_checkpoint(Path(row.evaluate.checkpoint), CLASSES[:2])
-    assert prepare(row.evaluate)[1].labels.tolist() == [0, 0, 1, 1]
+    assert load_model_and_images(row.evaluate)[1].labels.tolist() == [0, 0, 1, 1]
 
 
 def test_paths_that_meet_the_grid(refuse, data, ours):
     Path("list.txt").write_text("val/bee/0.png\n\nval/cat/1.png\n")
-    assert prepare(evaluation(ours, grid_images="list.txt"))[2] == {2, 5}
+    assert load_model_and_images(evaluation(ours, grid_images="list.txt"))[2] == {2, 5}
     Path("list.txt").write_text("val/bee/0.png\nval/bee/7.png\n")
     words = ["evaluate", "--checkpoint", str(ours), "--data", "data", "--grid-images"]
     line = refuse(*words, "list.txt")[0]
@@ -485,9 +506,9 @@ def test_paths_that_meet_the_grid(refuse, data, ours):
 
 
 def test_how_many_images_of_each_class_meet_the_grid(refuse, data, ours):
-    one = prepare(evaluation(ours, grid_per_class="1"))[2]
+    one = load_model_and_images(evaluation(ours, grid_per_class="1"))[2]
     assert one is not None and sorted(position // 2 for position in one) == [0, 1, 2]
-    assert prepare(evaluation(ours, grid_per_class="2"))[2] == set(range(6))
+    assert load_model_and_images(evaluation(ours, grid_per_class="2"))[2] == set(range(6))
     words = ["evaluate", "--checkpoint", str(ours), "--data", "data", "--grid-per-class", "3"]
     what, advice = refuse(*words)
     assert "--grid-per-class 3: " in what and what.endswith("data/val holds only 2 images of class ant")
@@ -517,7 +538,7 @@ def test_an_evaluation_checks_the_folder_too(refuse, ours, make, part):
 
 def test_an_evaluation_needs_val_alone(ours):
     make_folder(Path("data"), train=())
-    assert np.bincount(prepare(evaluation(ours))[1].labels).tolist() == [2, 2, 2]
+    assert np.bincount(load_model_and_images(evaluation(ours))[1].labels).tolist() == [2, 2, 2]
 
 
 # --- the reproduction
@@ -529,3 +550,23 @@ def test_every_row_is_checked_before_the_first_is_trained(refuse, data):
     (folder / "notes.txt").write_text("mine")
     words = ["reproduce", "--data", "data", "--out", "runs", "--rows", "standard,random:30", "--global-batch-size", "4"]
     assert f"--out {folder}: it holds files" in refuse(*words)[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "flag"),
+    [
+        (["--global-batch-size", "1"], "--global-batch-size 1"),
+        (["--global-batch-size", "4", "--grad-accum-steps", "4"], "--grad-accum-steps 4"),
+        (["--global-batch-size", "4", "--bn-group-size", "1"], "--bn-group-size 1"),
+    ],
+)
+def test_a_batch_of_which_batch_norm_would_see_one_value_is_refused(refuse, words, flag):
+    first, second = refuse("train", "--data", "digits", "--mode", "standard", "--out", "run", *words)
+    assert first.startswith(f"launch.py: {flag}: BatchNorm") and "--image-size 32" in first
+    assert "--global-batch-size" in second
+
+
+def test_a_batch_of_one_image_of_many_pixels_is_taken(data, started):
+    words = [*TRAIN[: TRAIN.index("--global-batch-size")], "--global-batch-size", "1"]
+    assert commands.main([*words, "--image-size", "64"]) == 0
+    assert len(started) == 1

@@ -191,7 +191,7 @@ def test_a_folder_has_the_published_rows_by_default():
         ("worst10", 30.0),
         ("worst10", 40.0),
     ]
-    assert {(row.train.epochs, row.train.global_batch_size, row.train.side) for row in rows} == {(110, 256, 224)}
+    assert {(row.train.epochs, row.train.global_batch_size, row.train.image_size) for row in rows} == {(110, 256, 224)}
 
 
 def test_every_row_and_seed_has_a_folder_of_its_own():
@@ -227,7 +227,7 @@ def test_flags_of_the_recipe_and_of_the_processes_reach_every_row():
 
 
 def test_a_bad_flag_of_the_recipe_is_refused():
-    with pytest.raises(UserError, match=r"^--epochs 0: it must be at least 1"):
+    with pytest.raises(UserError, match=r"^--epochs 0: must be at least 1"):
         plan(ReproduceConfig(data="digits", out="runs"), {"epochs": "0"})
 
 

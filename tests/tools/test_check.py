@@ -1,4 +1,4 @@
-"""`launch.py check`: what would end a run or change its result is found, named, remembered and left out on request."""
+"""`launch.py check-data` finds what would end a run or change its result, remembers it, and lists it for --exclude."""
 
 from __future__ import annotations
 
@@ -307,7 +307,7 @@ def test_the_summary_counts_names_and_advises(data, capsys):
     write(data / "val/a/turned.jpg", FILES["rotated.jpg"][0]())
     write(data / "val/a/cmyk.jpg", FILES["cmyk.jpg"][0]())
     with pytest.raises(SystemExit) as ended:
-        commands.main(["check", "--data", str(data)])
+        commands.main(["check-data", "--data", str(data)])
     assert ended.value.code == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{data}: 15 images to decode, in {usable_cpus()} processes"
@@ -330,18 +330,18 @@ def test_the_summary_counts_names_and_advises(data, capsys):
 def test_notes_alone_are_no_failure(data, monkeypatch, kind, status):
     monkeypatch.setattr(check, "inspect_files", lambda paths, **_: (Report(p, [Finding(kind, "it is")]) for p in paths))
     with pytest.raises(SystemExit) as ended:
-        commands.main(["check", "--data", str(data)])
+        commands.main(["check-data", "--data", str(data)])
     assert ended.value.code == status
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "--data is needed"),
+        ([], "missing required flag: --data"),
         (["--data", "nowhere"], "--data nowhere: there is no such folder"),
         (["--data", "data", "--splits", "test"], "--splits test: choose one or both of train, val"),
         (["--data", "data", "--splits", "val,val"], "--splits val,val: choose one or both of train, val"),
-        (["--data", "data", "--workers", "-1"], "--workers -1: it must be at least 0"),
+        (["--data", "data", "--workers", "-1"], "--workers -1: must be at least 0"),
         (["--data", "data/train"], "--data data/train: it has no train/ (it holds a, b)"),
         (["--data", "data", "--write-exclusions", "mine.txt"], "--write-exclusions mine.txt: it exists already"),
         (["--data", "data", "--write-exclusions", "data/x.txt"], "--write-exclusions data/x.txt: the data folder is"),
@@ -352,7 +352,7 @@ def test_notes_alone_are_no_failure(data, monkeypatch, kind, status):
 def test_a_check_that_cannot_work_is_refused(data, monkeypatch, capsys, words, message):
     monkeypatch.chdir(data.parent)
     Path("mine.txt").write_text("precious")
-    assert message in refused(capsys, "check", *words)[0]
+    assert message in refused(capsys, "check-data", *words)[0]
     assert Path("mine.txt").read_text() == "precious"
 
 
@@ -380,7 +380,7 @@ def test_a_memory_that_cannot_be_used_is_named(data, cache, capsys):
     found_in(data)
     (file,) = cache.glob("check-*.sqlite")
     file.write_bytes(b"no database at all" * 100)
-    assert "file is not a database" in refused_late(capsys, "check", "--data", str(data))
+    assert "file is not a database" in refused_late(capsys, "check-data", "--data", str(data))
 
 
 def refused_late(capsys, *words: str) -> str:
@@ -409,7 +409,17 @@ def test_ctrl_c_ends_it_at_once_and_it_continues(tmp_path, cache, capsys):
         write(tmp_path / f"data/val/a/{number}.jpg", jpeg(number % 7) + bytes(number))
     write(tmp_path / "stuck/sitecustomize.py", STUCK.replace("HANG_SEC", str(HANG_SEC)).encode())
     stuck = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path / 'stuck'}", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(ROOT / "launch.py"), "check", "--data", "data", "--splits", "val", "--workers", "1"]
+    command = [
+        sys.executable,
+        str(ROOT / "launch.py"),
+        "check-data",
+        "--data",
+        "data",
+        "--splits",
+        "val",
+        "--workers",
+        "1",
+    ]
     with subprocess.Popen(command, cwd=tmp_path, env=stuck, process_group=0, stderr=subprocess.PIPE) as running:
         try:
             give_up = time.monotonic() + HANG_SEC / 2

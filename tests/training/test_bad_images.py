@@ -143,7 +143,7 @@ def test_without_leave_the_first_one_ends_it_with_its_name(images):
         seen(loader_of(images, 8).epoch(0))
     named = Path(str(ended.value).split(": it cannot", maxsplit=1)[0].split(": a part", maxsplit=1)[0])
     assert named in {Path(images.path(position)) for position in (*GARBAGE, *TRUNCATED)}
-    assert "launch.py check --data" in str(ended.value)
+    assert "launch.py check-data --data" in str(ended.value)
 
 
 def test_a_split_without_a_good_image_ends_at_once(images):
@@ -173,7 +173,7 @@ def test_a_training_goes_on_without_them_and_an_evaluation_does_not(images, tmp_
     shutil.copytree(data / "train", data / "val")
     for position in (*GARBAGE, *TRUNCATED):
         (data / "val" / Path(images.relative_path(position)).relative_to("train")).unlink()
-    flags: dict[str, Any] = {"data": str(data), "out": str(tmp_path / "run"), "mode": "random", "side": SIDE}
+    flags: dict[str, Any] = {"data": str(data), "out": str(tmp_path / "run"), "mode": "random", "image_size": SIDE}
     flags |= {"epochs": 2, "milestones": (1,), "global_batch_size": 16, "arch": "squeezenet1_1", "lr": 0.01}
     with pytest.raises(UserError, match="--on-bad-image skip"):
         train(TrainConfig(**flags), ALONE)

@@ -66,7 +66,7 @@ def test_segments_are_continuous_and_change_no_step_before_them():
 
 
 def test_learning_rate_and_side_follow_the_timeline():
-    config = config_of(start_side="16", warmup_epochs="2", epochs="8")
+    config = config_of(start_size="16", warmup_epochs="2", epochs="8")
     timeline = Timeline.of_steps(80)
     timeline.replan(40, 50)  # half is done in 40 steps; the other half is to fit into 10
     assert [lr_at(config, timeline.progress(step), 0) for step in (0, 10, 20, 40, 45, 50)] == pytest.approx(
@@ -84,7 +84,7 @@ def test_a_stop_ends_the_timeline_where_it_is():
 
 
 def test_what_depends_on_the_side_is_averaged_over_the_rest():
-    config = config_of(start_side="16")
+    config = config_of(start_size="16")
     at_side = {16: 1.0, 32: 5.0}
     assert mean_over_rest(config, 0.0, at_side) == pytest.approx(0.75 * 1 + 0.25 * 5)
     assert mean_over_rest(config, 0.5, at_side) == pytest.approx((0.25 * 1 + 0.25 * 5) / 0.5)
@@ -178,7 +178,7 @@ def test_time_for_what_comes_after_is_kept_at_other_speeds_and_the_learning_rate
 
 @pytest.mark.parametrize("speed", [0.5, 1.0, 2.0])
 def test_larger_sides_that_are_to_come_are_reckoned_with(speed):
-    config = config_of(start_side="16")
+    config = config_of(start_size="16")
     pace = Pace(until=300.0, after_sec=0.0, step_sec={16: 0.1, 32: 0.4}, evaluation_sec=0.0, interval_sec=3.0)
     ended = simulate(config, pace, lambda now, side: speed * (0.1 if side == 16 else 0.4))
     assert ended.at_sec == pytest.approx(300.0, abs=2.0)
@@ -187,7 +187,7 @@ def test_larger_sides_that_are_to_come_are_reckoned_with(speed):
 
 
 def test_a_long_first_step_at_a_new_side_is_no_slow_down():
-    config = config_of(start_side="16")
+    config = config_of(start_size="16")
     pace = Pace(until=100.0, after_sec=0.0, step_sec={16: 0.1, 32: 0.4}, evaluation_sec=0.0, interval_sec=1.0)
     seen: set[int] = set()
 
@@ -281,7 +281,7 @@ def pace_of(seconds: float) -> Pace:
 
 
 def test_a_run_keeps_its_time_says_how_and_can_be_repeated_to_the_bit(tmp_path, monkeypatch):
-    first = small(tmp_path / "first", start_side="16", dtype="float32")
+    first = small(tmp_path / "first", start_size="16", dtype="float32")
     clock = WorkClock(monkeypatch)
     train(first, ALONE, pace_of(9.0))
     assert clock.now_sec == LAST_STEP_SEC
@@ -315,7 +315,7 @@ def rank_main(rank: int, port: int, out: Path) -> None:
     world = distributed.start(stall_minutes=2)
     with pytest.MonkeyPatch.context() as patch:
         clock = WorkClock(patch)
-        train(small(out / "paced", start_side="16", dtype="float32"), world, pace_of(9.0))
+        train(small(out / "paced", start_size="16", dtype="float32"), world, pace_of(9.0))
     if rank == 0:  # which decides
         (out / "paced" / "ended").write_text(str(clock.now_sec))
     with pytest.MonkeyPatch.context() as patch:

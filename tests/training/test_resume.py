@@ -26,7 +26,7 @@ from fast_spatial.runtime.files import write_atomically
 from fast_spatial.runtime.run_files import BEST, LAST, PREVIOUS
 from fast_spatial.runtime.runlog import RunLog
 from fast_spatial.runtime.signals import SIGNALS, Stopped, stop_requests
-from fast_spatial.training.run_folder import Interval, Saver, find_latest
+from fast_spatial.training.run_folder import CheckpointTimer, Saver, find_latest
 from fast_spatial.training.step import TrainStep
 from fast_spatial.training.train import train
 
@@ -73,7 +73,7 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, out: Path, after: int, how: Any
                 raise how
 
     with monkeypatch.context() as patch:
-        patch.setattr(distributed, "progress", progress)
+        patch.setattr(distributed, "reset_watchdog", progress)
         with pytest.raises(Stopped if isinstance(how, signal.Signals) else type(how)) as ended:
             run(out, **flags)
     if isinstance(how, signal.Signals):
@@ -148,8 +148,8 @@ def test_what_a_network_draws_itself_is_a_function_of_the_position(tmp_path, mon
 
 # Everything that has a state of its own, or depends on how much of the training is done.
 EVERYTHING = {
-    **{"recipe": "digits_linear", "warmup_epochs": "0.5", "lr": "0.02", "start_side": "16", "label_smoothing": "0.1"},
-    **{"ema": "0.8", "blurpool": "true", "eval_side": "48", "eval_flip": "true", "dtype": "bfloat16"},
+    **{"recipe": "digits_linear", "warmup_epochs": "0.5", "lr": "0.02", "start_size": "16", "label_smoothing": "0.1"},
+    **{"ema": "0.8", "blurpool": "true", "eval_size": "48", "eval_flip": "true", "dtype": "bfloat16"},
 }
 
 
@@ -273,7 +273,7 @@ def test_a_full_disk_is_told_even_to_a_run_that_was_asked_to_stop(tmp_path, monk
         if count == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(distributed, "progress", progress)
+    monkeypatch.setattr(distributed, "reset_watchdog", progress)
     with pytest.raises(UserError, match="No space left"):
         run(tmp_path)
     assert "No space left on device" in capfd.readouterr().out
@@ -314,13 +314,13 @@ def test_an_empty_folder_has_nothing_to_continue(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"dtype": "tf32"}, r"dtype \w+ there, tf32 here\)"),
-        ({"max_train_images": "63"}, "max_train_images 64 there, 63 here; training images .* there, .* here"),
-        ({"lr": "0.5"}, r"lr 0.02 there, 0.5 here\)"),
+        ({"dtype": "tf32"}, r"dtype: \w+ saved, tf32 given\)"),
+        ({"max_train_images": "63"}, "max_train_images: 64 saved, 63 given; training images: .* saved, .* given"),
+        ({"lr": "0.5"}, r"lr: 0.02 saved, 0.5 given\)"),
     ],
 )
 def test_a_checkpoint_of_other_numbers_is_refused(whole, flags, message):
-    with pytest.raises(UserError, match=rf"holds another run \({message}"):
+    with pytest.raises(UserError, match=rf"with different settings \({message}"):
         run(whole, **flags)
 
 
@@ -487,7 +487,7 @@ def test_a_signal_that_is_ignored_stays_so():
 def test_checkpoints_are_due_by_steps_or_by_time(monkeypatch, steps, seconds, due):
     clock = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
-    interval, found = Interval(steps, seconds), []
+    interval, found = CheckpointTimer(steps, seconds), []
     for step in range(1, 10):
         clock[0] += 1.0
         if interval(step):

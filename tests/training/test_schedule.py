@@ -57,7 +57,7 @@ def test_without_warm_up_the_linear_schedule_begins_at_its_peak():
     ],
 )
 def test_sides_grow_by_32_px_or_16_until_three_quarters(start, side, expected):
-    config = config_of(start_side=start, side=side)
+    config = config_of(start_size=start, image_size=side)
     assert side_starts(config) == expected
     for begin, of in expected:
         assert side_at(config, begin) == of

@@ -56,13 +56,13 @@ def test_the_golden_choices_need_the_scoring():
     assert chosen == {0, 1, 2}
 
 
-@pytest.mark.parametrize("accumulate", [2, 3])
-def test_accumulation_gives_the_gradient_of_the_whole_batch(accumulate):
+@pytest.mark.parametrize("grad_accum_steps", [2, 3])
+def test_accumulation_gives_the_gradient_of_the_whole_batch(grad_accum_steps):
     net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4))  # no BatchNorm, so parts are independent
     whole, parts = Classifier(copy.deepcopy(net)), Classifier(net)
     batch = batch_of(golden.views_of(0)[:, :1], golden.labels_of(0))
     step_of(whole, scored=False)(batch)
-    step_of(parts, scored=False, accumulate=accumulate)(batch)
+    step_of(parts, scored=False, grad_accum_steps=grad_accum_steps)(batch)
     for one, other in zip(whole.parameters(), parts.parameters()):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
@@ -223,7 +223,13 @@ def test_compiled_networks_choose_and_train_as_plain_ones():
         model = Classifier(classifier.build("resnet18", 10))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
         step = TrainStep(
-            model, optimizer, dtype=torch.float32, scored=True, score_chunk=10, accumulate=2, compiled=compiled
+            model,
+            optimizer,
+            dtype=torch.float32,
+            scored=True,
+            views_per_forward=10,
+            grad_accum_steps=2,
+            compiled=compiled,
         )
         results = [step(batch_of(views, labels)) for _ in range(2)]
         fresh = Scorer(model, torch.float32)(views.flatten(0, 1))
@@ -259,14 +265,14 @@ def test_views_become_what_torchvision_makes_of_them():
     assert to_unit(views).is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_smoothed_labels_change_the_gradient_as_the_formula_says_and_nothing_that_is_told(accumulate):
+@pytest.mark.parametrize("grad_accum_steps", [1, 2])
+def test_smoothed_labels_change_the_gradient_as_the_formula_says_and_nothing_that_is_told(grad_accum_steps):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4))
     theirs, ours = Classifier(copy.deepcopy(net)).double(), Classifier(net)
     views, labels = golden.views_of(0), golden.labels_of(0)
     plain = step_of(Classifier(copy.deepcopy(net)), lr=0.0)(batch_of(views, labels))
-    found = step_of(ours, lr=0.0, label_smoothing=0.3, accumulate=accumulate)(batch_of(views, labels))
+    found = step_of(ours, lr=0.0, label_smoothing=0.3, grad_accum_steps=grad_accum_steps)(batch_of(views, labels))
     assert found.choice.tolist() == plain.choice.tolist()
     torch.testing.assert_close(found.loss, plain.loss)
     chosen = views[torch.arange(len(labels)), plain.choice]

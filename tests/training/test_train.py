@@ -83,18 +83,18 @@ def test_the_memory_estimate_counts_what_a_real_forward_pass_saves():
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         output = net(torch.rand(4, 3, 64, 64).to(memory_format=torch.channels_last))
     assert output.shape == (4, 10)
-    found = memory.estimate("resnet18", 10, side=64, batch=4, accumulate=1, views=1, half=False)
+    found = memory.estimate("resnet18", 10, side=64, batch=4, grad_accum_steps=1, views=1, half=False)
     assert found.activations_gib * 2**30 == pytest.approx(sum(saved.values()), rel=0.05)
-    halved = memory.estimate("resnet18", 10, side=64, batch=4, accumulate=2, views=1, half=False)
+    halved = memory.estimate("resnet18", 10, side=64, batch=4, grad_accum_steps=2, views=1, half=False)
     assert halved.activations_gib == pytest.approx(found.activations_gib / 2)
 
 
 def test_a_process_that_stops_moving_prints_its_stacks_and_ends():
     code = (
         "import time\n"
-        "from fast_spatial.runtime.distributed import progress\n"
+        "from fast_spatial.runtime.distributed import reset_watchdog\n"
         "def waits_for_nothing():\n"
-        "    progress(0.02)\n"
+        "    reset_watchdog(0.02)\n"
         "    time.sleep(600)\n"
         "waits_for_nothing()\n"
     )
@@ -139,7 +139,7 @@ def test_loaders_are_given_the_global_rank(tmp_path, monkeypatch, task, of):
     else:
         net = classifier.build("resnet18", 10)
         torch.save(net.state_dict(), tmp_path / "plain.pt")
-        config = EvaluateConfig(checkpoint=str(tmp_path / "plain.pt"), data="digits", side=32)
+        config = EvaluateConfig(checkpoint=str(tmp_path / "plain.pt"), data="digits", image_size=32)
         with pytest.raises(Opened) as opened:
             evaluate_checkpoint(config, second_node)
     assert opened.value.args == (3, 4)
