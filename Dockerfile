@@ -1,11 +1,11 @@
 # docker build --build-arg FAST_SPATIAL_COMMIT="$(git rev-parse HEAD)" -t fast_spatial .
 #
-# BASE=cuda: torch's wheels bring CUDA's libraries, of the base's version, so that its smallest variant does.
-# BASE=apex: NVIDIA's build of torch, and its apex for --optimizer apex; only what that image lacks is added.
+# BASE=cuda: the smallest CUDA image. torch's wheels contain CUDA's libraries, in the same version.
+# BASE=apex: NVIDIA's PyTorch image, with apex for --optimizer apex. Only missing packages are installed.
 ARG BASE=cuda
 
 FROM nvidia/cuda:13.0.3-base-ubuntu24.04 AS cuda
-# Triton and torch.compile compile at run time, against Python's headers. The distribution keeps no old versions to pin.
+# Triton and torch.compile need a compiler and Python's headers at run time. The distribution keeps no old versions to pin.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends gcc libc6-dev libpython3-dev python3 \
@@ -20,7 +20,7 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 WORKDIR /tmp/packages
 COPY pyproject.toml requirements.txt ./
-# The image's own torch stays, and so does NumPy, which it was built with; what is absent comes in our versions.
+# Keep the image's torch, and NumPy, against which it was built. Install missing packages in our pinned versions.
 RUN --mount=type=cache,target=/root/.cache/pip \
     python3 -m venv --system-site-packages /opt/venv \
     && /opt/venv/bin/pip list --format=freeze >present.txt \
@@ -33,8 +33,8 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 
 FROM ${BASE}
 COPY --from=packages /opt/venv /opt/venv
-# Writable by whoever `--user` names, who has neither a name nor a home here. A volume at /cache keeps what was compiled.
-# Not filled now: numba compiles for the CPU it runs on. Its folder is chosen by kernels/host.py, by the kernels' sources.
+# Writable for any `--user`, which has neither a name nor a home in the image. A volume at /cache keeps compiled kernels.
+# Not filled at build time: numba compiles for the CPU it runs on. kernels/host.py names its folder by the sources' hash.
 RUN mkdir --mode=1777 /cache
 ENV PATH=/opt/venv/bin:$PATH \
     HOME=/cache \
@@ -44,7 +44,7 @@ ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility,video
 WORKDIR /opt/fast_spatial
-# Readable by everybody, whatever the umask of whoever checked it out.
+# Readable by all users, independent of the umask at checkout.
 COPY --chmod=755 . .
 ARG FAST_SPATIAL_COMMIT=""
 ENV FAST_SPATIAL_COMMIT=$FAST_SPATIAL_COMMIT

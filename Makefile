@@ -1,4 +1,4 @@
-# `make test` and `make reproduce` work on a fresh clone with Python 3.11 and nothing else.
+# `make test` and `make reproduce` need only a fresh clone and Python 3.11.
 PYTHON ?= python3.11
 VENV := .venv
 RUN := $(VENV)/bin/python

@@ -1,4 +1,4 @@
-"""`launch.py bench`: run the groups, write the comparisons, say in plain words what limits training here.
+"""`launch.py bench`: run the groups, write the comparisons, and name the stage that limits training.
 
 python -m benchmarks.bench JSON
 """
@@ -24,25 +24,25 @@ from fast_spatial.kernels.host import usable_cpus
 from fast_spatial.runtime.environment import environment
 from fast_spatial.runtime.files import write_json
 
-# What only a GPU shows comes first: its machines are had for a short time.
+# The GPU group comes first, since GPU machines are often available only for a short time.
 GROUPS = ("gpu", "warp", "pipeline", "score", "step", "grid")
 
 
 def run(config: BenchConfig, keep: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
-    """Run the groups that were asked for; what the JSON file holds, which `keep` is also given after every group."""
+    """Run the requested groups; returns the content of the JSON file. `keep` receives it after every group."""
     threads = config.workers or usable_cpus()
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    about = environment()  # before anything else changes in the working tree
+    about = environment()  # first, so that it describes the working tree at the start
     job = Job(config, device, threads)
     found = Findings.none()
-    # Of paths the last part: where files lie on this machine says nothing to others.
+    # Only the last part of paths: the folders of this machine mean nothing elsewhere.
     asked = {key: Path(value).name if isinstance(value, str) else value for key, value in to_json(config).items()}
     words = [f"--{key.replace('_', '-')} {value}" for key, value in asked.items() if value and key != "what"]
     result: dict[str, Any] = {}
     for name in GROUPS:
         if config.what == name or (config.what == "all" and (name != "gpu" or device.type == "cuda")):
             print(name, flush=True)
-            # The same for every group, whatever ran before.
+            # Reset for every group, so that none depends on earlier ones.
             torch.set_num_threads(threads)
             torch.backends.cudnn.benchmark = True
             found.attempt(name, partial(_run_group, name, job))
@@ -65,7 +65,7 @@ def _run_group(name: str, job: Job, found: Findings) -> None:
 
 
 def main(values: str) -> None:
-    """Run a configuration in JSON; print the table and the verdict, write the file."""
+    """Run a configuration, given in JSON; print the table and the verdict, and write the file."""
     config: BenchConfig = from_json(BenchConfig, json.loads(values))
     if config.read_latency_ms:
         restart(config.read_latency_ms)

@@ -1,11 +1,11 @@
-"""Whether budgets are kept, and whether plans foresee what steps take.
+"""Measure whether runs keep their time budget, and whether plans predict step times.
 
     python -m benchmarks.budget keep --out DIR --json_file benchmarks/results/budget.json
     python -m benchmarks.budget foresee --out DIR --json_file benchmarks/results/plan.json
 
-`keep` reproduces rows of the digits with commands as a user gives them, alone and while other processes take the cores,
-and times them from outside. `foresee` plans for a folder of 1,000 classes (hard links to synthetic JPEG
-files of ImageNet's size) and then times whole steps in processes of their own.
+`keep` reproduces rows of the digits with a user's commands, alone and while other processes use the cores, and times
+them from outside. `foresee` plans for a folder of 1,000 classes (hard links to synthetic JPEG files of ImageNet's
+size), and then times whole steps in separate processes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from fast_spatial.runtime.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 ROW = "worst10:30"
-# When other processes take all cores, in shares of the budget; none: the run is alone.
+# Per run: intervals during which other processes use all cores, in fractions of the budget; empty: none.
 SLOW: tuple[tuple[tuple[float, float], ...], ...] = (
     *((), (), (), ()),
     ((0.0, 0.25),),
@@ -48,7 +48,7 @@ SPIN = "while True: pass"
 
 
 def keep(out: str, json_file: str, minutes: float = 2.0, table_minutes: float = 9.0) -> None:
-    """Nine runs of one row, the table, and the table once more, killed half-way and continued."""
+    """Nine runs of one row, one run of the table, and one of the table that is killed half-way and resumed."""
     about = environment()
     runs = [
         _timed(Path(out) / f"row_{number}", minutes, ["--rows", ROW], slow=slow) for number, slow in enumerate(SLOW)
@@ -67,7 +67,7 @@ def _timed(
     slow: Sequence[tuple[float, float]] = (),
     kill_at: float = 0.0,
 ) -> dict[str, Any]:
-    """A reproduction of the digits within so many minutes, timed from outside; what it came to."""
+    """Reproduce the digits with a budget in minutes, timed from outside; returns times and results."""
     budget = 60 * minutes
     words = ["reproduce", "--data", "digits", "--hours", f"{minutes / 60:.6f}", "--out", str(out), *flags]
     spinning = threading.Thread(target=_spin, args=([(a * budget, b * budget) for a, b in slow],))
@@ -94,7 +94,7 @@ def _timed(
 
 
 def _run(words: Sequence[str], kill_after: float = 0.0) -> float:
-    """Run launch.py; the seconds that it took. It is killed, without a warning, after so many."""
+    """Run launch.py; returns its wall-clock time in seconds. `kill_after` seconds (0: never), it gets SIGKILL."""
     start = time.monotonic()
     process = subprocess.Popen([sys.executable, str(ROOT / "launch.py"), *words], start_new_session=True)
     if kill_after:
@@ -108,7 +108,7 @@ def _run(words: Sequence[str], kill_after: float = 0.0) -> float:
 
 
 def _spin(windows: Sequence[tuple[float, float]]) -> None:
-    """Take all cores from each of these times on, for a while; seconds from now."""
+    """Keep all cores busy during these (begin, end) windows, in seconds from now."""
     start = time.monotonic()
     for begin, end in windows:
         time.sleep(max(0.0, start + begin - time.monotonic()))
@@ -120,7 +120,7 @@ def _spin(windows: Sequence[tuple[float, float]]) -> None:
 
 
 def foresee(out: str, json_file: str, rows: str = "standard,random:30,worst10:30", steps: int = 4) -> None:
-    """Plan for the synthetic folder, then time steps of every row at every side."""
+    """Plan for the synthetic folder, then time the steps of every row at every image size."""
     about = environment()
     data = _thousand_classes(Path(out) / "data")
     flags = ["--recipe", "fast", "--global-batch-size", str(BATCH), "--lr", "0.5"]
@@ -156,7 +156,7 @@ def foresee(out: str, json_file: str, rows: str = "standard,random:30,worst10:30
 
 
 def steps(plan: str, row: int, side: int, count: int) -> None:
-    """Print the seconds of a planned training's step, its images loaded and all: the median of some, after two."""
+    """Print the median seconds per training step of a planned row, loading included, after two warm-up steps."""
     import torch
 
     from fast_spatial.config.fields import from_json

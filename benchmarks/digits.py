@@ -1,8 +1,8 @@
-"""The digits' reproduction on three seeds, and what it ran on.
+"""Reproduce the table on the digits with three seeds, and record the environment.
 
     python -m benchmarks.digits --out DIR --json_file benchmarks/results/digits.json
 
-Rows that DIR already holds are not trained again. `python -m benchmarks.tables` then updates the documents' tables.
+Rows that exist in DIR are not trained again. Afterwards, `python -m benchmarks.tables` updates the documents.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""The fault drill: runs of the digits are killed at every kind of moment, continued, and compared with whole ones.
+"""The fault drill: kill runs of the digits in every phase, resume them, and compare with uninterrupted runs.
 
     python -m benchmarks.faults --json benchmarks/results/faults.json [--kills 36] [--seed 0]
 
-Every run is `launch.py train` as a user gives it, in one and in two processes. A terminal shows its progress bar to the
-drill, which kills when it sees what it waits for: all processes at once (SIGKILL, as when power fails), one process
-(the launcher, or a worker), or politely (SIGTERM to the launcher, as schedulers do). Then the same command is given
-again, until the run is finished, and its weights, optimizer, BatchNorm buffers and log are compared with those of a run
-that nothing disturbed.
+Every run is `launch.py train` as a user starts it, in one and in two processes. The drill reads its progress bar from a
+terminal, and kills the run when the phase is reached. It kills all processes (SIGKILL, as in a power failure), one
+process (SIGKILL to the launcher or a worker), or stops the run (SIGTERM to the launcher, as schedulers do). Then it
+runs the same command again to the end. Weights, optimizer, BatchNorm buffers and log must equal those of an
+uninterrupted run to the bit.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ HOWS = ("SIGKILL all", "SIGKILL one", "SIGTERM")
 
 @dataclass
 class Run:
-    """`launch.py train`, whose progress bar is read from a terminal."""
+    """A `launch.py train` process, whose progress bar is read from a terminal."""
 
     out: Path
     processes: int
@@ -64,7 +64,7 @@ class Run:
     def __post_init__(self) -> None:
         words = [str(word) for name, value in OPTIONS.items() for word in (f"--{name}", value)]
         master, terminal = pty.openpty()
-        termios.tcsetwinsize(terminal, (50, 200))  # or tqdm shows nothing
+        termios.tcsetwinsize(terminal, (50, 200))  # without a size, tqdm prints nothing
         self.process = subprocess.Popen(
             [sys.executable, "launch.py", "train", *words, "--out", self.out, "--nproc-per-node", str(self.processes)],
             cwd=ROOT,
@@ -78,7 +78,7 @@ class Run:
         self._reader.start()
 
     def _read(self, master: int) -> None:
-        with suppress(OSError):  # the terminal is gone with its last process
+        with suppress(OSError):  # reading fails after the terminal's last process has ended
             while text := os.read(master, 1 << 16).decode(errors="replace"):
                 self.said.append(text)
                 for epoch, done in re.findall(rf"epoch (\d+)/{EPOCHS}\s+\d+% .*?(\d+)/{STEPS_PER_EPOCH}", text):
@@ -87,7 +87,7 @@ class Run:
         os.close(master)
 
     def processes_of(self) -> list[int]:
-        """The launcher and all that it started."""
+        """PIDs of the launcher and its descendants."""
         parents = {}
         for entry in Path("/proc").iterdir():
             with suppress(OSError, ValueError):
@@ -98,7 +98,7 @@ class Run:
         return found
 
     def workers(self) -> list[int]:
-        """The training processes."""
+        """PIDs of the training processes."""
         found = []
         for pid in self.processes_of()[1:]:
             with suppress(OSError):
@@ -107,7 +107,7 @@ class Run:
         return found
 
     def kill(self, how: str, chance: random.Random) -> None:
-        """Kill in one of the ways, and wait until all is still."""
+        """Kill in one of the ways, and wait until all processes have ended."""
         known = self.processes_of()
         if how == "SIGKILL all":
             for pid in known:
@@ -121,12 +121,12 @@ class Run:
         self.wait(known)
 
     def wait(self, known: list[int] | None = None) -> int:
-        """Wait for the launcher, and for those of the processes that outlive it."""
+        """Wait for the launcher and for the `known` processes; returns the launcher's exit status."""
         status = self.process.wait(PATIENCE_SEC)
         deadline = time.monotonic() + PATIENCE_SEC
         while any(_runs(pid) for pid in known or ()):
             if time.monotonic() > deadline:
-                raise RuntimeError("a process goes on after its launcher's end:\n" + "".join(self.said))
+                raise RuntimeError("a process still runs after its launcher ended:\n" + "".join(self.said))
             time.sleep(0.05)
         return status
 
@@ -135,7 +135,7 @@ class Run:
         return any(self.out.glob(".writing-*.pt.*"))
 
     def saved(self) -> bool:
-        """Whether there is a checkpoint."""
+        """Whether a checkpoint exists."""
         return (self.out / LAST).is_file()
 
 
@@ -146,7 +146,7 @@ def _runs(pid: int) -> bool:
         return False
 
 
-# What the drill waits for before it kills, by phase; and up to how long after it, in seconds.
+# By phase: the condition to wait for, and the largest random delay before the kill, in seconds.
 PHASES: dict[str, tuple[Callable[[Run], bool], float]] = {
     "start-up": (lambda run: True, 4.0),
     "before the first checkpoint": (lambda run: 1 <= run.steps < SAVE_EVERY, 0.0),
@@ -158,13 +158,13 @@ PHASES: dict[str, tuple[Callable[[Run], bool], float]] = {
 
 
 def disturbed(out: Path, processes: int, phase: str, how: str, chance: random.Random) -> dict[str, Any]:
-    """Kill a run once, and continue it to its end; what became of it."""
+    """Kill a run once, and resume it to its end; returns the outcome."""
     ready, delay = PHASES[phase]
     run = Run(out, processes)
     deadline = time.monotonic() + PATIENCE_SEC
     while not ready(run):
         if run.process.poll() is not None or time.monotonic() > deadline:
-            raise RuntimeError(f"never saw {phase} of a run, which said:\n{''.join(run.said)}")
+            raise RuntimeError(f"the run did not reach the phase {phase}; its output:\n{''.join(run.said)}")
         time.sleep(0.001)
     time.sleep(chance.uniform(0, delay))
     killed = run.process.poll() is None
@@ -193,7 +193,7 @@ def disturbed(out: Path, processes: int, phase: str, how: str, chance: random.Ra
 
 
 def numbers(out: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What runs must have in common to the bit: the last checkpoint, and the log without its timings."""
+    """What must be equal to the bit: the last checkpoint, and the log without its timings."""
     saved = {k: v for k, v in checkpoint.load(out / LAST).items() if k not in ("elapsed_sec", "log_size", "config")}
     records = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     return saved, [{k: v for k, v in record.items() if k not in TIMINGS} for record in records]
@@ -217,7 +217,7 @@ def drill(kills: int, seed: int, folder: Path) -> dict[str, Any]:
     for processes in (1, 2):
         out = folder / f"whole_{processes}"
         if Run(out, processes).wait() != 0:
-            raise RuntimeError(f"a run that nothing disturbed failed; see {out}")
+            raise RuntimeError(f"an uninterrupted run failed; see {out}")
         whole[processes] = numbers(out)
     cases = list(itertools.islice(itertools.cycle(itertools.product(HOWS, (1, 2), PHASES)), kills))
     found = []
@@ -245,10 +245,12 @@ def drill(kills: int, seed: int, folder: Path) -> dict[str, Any]:
 
 def main() -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Kill runs at every kind of moment and continue them.")
+    parser = argparse.ArgumentParser(
+        description="Kill runs in every phase, and compare resumed with uninterrupted ones."
+    )
     parser.add_argument("--json", type=Path, help="write the result to this file")
-    parser.add_argument("--kills", type=int, default=36, help="how many runs to kill (36: each phase in each way)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--kills", type=int, default=36, help="number of runs to kill (36: each phase in each way)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random delays")
     options = parser.parse_args()
     about = environment()
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:

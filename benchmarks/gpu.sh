@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# All GPU tests and measurements, in minutes, in stages that cannot stop each other:
+# All GPU tests and measurements, in minutes, in independent stages:
 #
 #   benchmarks/gpu.sh [--dry] [--seconds 480] [--only STAGE,...] OUT [PYTHON]
 #
-# Writes OUT/gpu.json and for each stage OUT/STAGE.json and OUT/STAGE.log. Runs with what PYTHON has; nothing outside of
-# this checkout is needed, and of this checkout nothing has to be installed. --dry runs every stage on the CPU.
+# Writes OUT/gpu.json and, for each stage, OUT/STAGE.json and OUT/STAGE.log. Uses the packages of PYTHON; the checkout
+# need not be installed. --dry runs every stage on the CPU.
 set -euo pipefail
 flags=() places=()
 while [ $# -gt 0 ]; do
@@ -22,14 +22,14 @@ while [ $# -gt 0 ]; do
     shift
 done
 if [ ${#places[@]} -gt 2 ]; then
-    echo "benchmarks/gpu.sh: ${places[*]:2}: nothing but OUT and PYTHON is named" >&2
+    echo "benchmarks/gpu.sh: ${places[*]:2}: unexpected arguments after OUT and PYTHON" >&2
     exit 2
 fi
 root=$(cd "$(dirname "$0")/.." && pwd)
 [ ${#places[@]} -lt 1 ] || flags+=("$(realpath -m "${places[0]}")")
 python=${places[1]:-$([ -x "$root/.venv/bin/python" ] && echo "$root/.venv/bin/python" || echo python3)}
 if ! [ -x "$(command -v "$python")" ]; then
-    echo "benchmarks/gpu.sh: PYTHON $python: there is no such program" >&2
+    echo "benchmarks/gpu.sh: PYTHON $python: no such program" >&2
     exit 2
 fi
 case $python in */*) python=$(realpath -s "$python") ;; esac

@@ -1,4 +1,4 @@
-"""What every group of benchmarks is given."""
+"""The input and output of a group of benchmarks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fast_spatial.kernels.limits import SpatialLimits
 
 @dataclass(frozen=True)
 class Job:
-    """A benchmark's configuration, and what follows from it."""
+    """A benchmark's configuration and derived values."""
 
     config: BenchConfig
     device: torch.device
@@ -27,7 +27,7 @@ class Job:
 
     @cached_property
     def images(self) -> Path:
-        """The folder of images; synthetic ones are made when they are first asked for."""
+        """The folder of images; synthetic images are made on first use."""
         if self.config.data == SYNTHETIC:
             from benchmarks.jpegs import synthetic_images
 
@@ -36,24 +36,24 @@ class Job:
 
     @property
     def limits(self) -> SpatialLimits:
-        """The published limits of 30 degrees."""
+        """The published limits: 30 degrees, 24 px."""
         return SpatialLimits.from_px(30)
 
     @property
     def timing(self) -> dict[str, Any]:
-        """How long to time: arguments of `compare` and `rates_of`."""
+        """Timing arguments of `compare` and `rates_of`."""
         return {"rounds": self.config.rounds, "seconds": self.config.seconds}
 
 
 @dataclass
 class Findings:
-    """What a group found.
+    """Results of a group.
 
     Attributes:
-        comparisons: ours against a baseline (`rounds.compare`).
-        stages: images per second that each stage of training could reach alone, by stage.
+        comparisons: ours and a baseline (`rounds.compare`).
+        stages: images per second of each stage of training alone, by stage.
         facts: other measurements, by name.
-        skipped: what was not run, and why.
+        skipped: parts that did not run, with the reason.
 
     """
 
@@ -64,23 +64,23 @@ class Findings:
 
     @classmethod
     def none(cls) -> Findings:
-        """Nothing yet."""
+        """Empty findings."""
         return cls([], {}, {}, {})
 
     def attempt(self, name: str, work: Callable[[Findings], None]) -> None:
-        """Let a part add what it finds; if it fails, that is what was found, and what others found stays."""
+        """Let `work` add its results. If it fails, record the reason under `skipped` and keep all other results."""
         try:
             work(self)
         except ModuleNotFoundError as error:
             if error.name and error.name.split(".")[0] in OURS:
                 raise
-            self.skipped[name] = f"it needs {error.name}, which is not installed"
-        except Exception as error:  # a package that is broken here, a device that fails: the others go on
+            self.skipped[name] = f"needs {error.name}, which is not installed"
+        except Exception as error:  # a broken package or a failing device must not stop the other parts
             traceback.print_exc()
-            self.skipped[name] = f"it failed: {first_line(error)}"
+            self.skipped[name] = f"failed: {first_line(error)}"
 
     def add(self, other: Findings) -> None:
-        """Take in another group's findings."""
+        """Merge another group's findings."""
         self.comparisons += other.comparisons
         self.stages |= other.stages
         self.facts |= other.facts

@@ -1,7 +1,7 @@
-"""A folder of synthetic JPEG files of ImageNet's size and of photographs' statistics, made once.
+"""A cached folder of synthetic JPEG files with ImageNet's sizes and the statistics of photographs.
 
-Amplitudes fall with the frequency, as in natural images; chroma is weaker than luma; the quality is chosen so that a
-file takes about 110 kB, as ImageNet's do on average, since decoding costs bits.
+Amplitudes fall with frequency, as in natural images, and chroma is weaker than luma. The JPEG quality is chosen for
+files of about 110 kB, ImageNet's mean, because decoding time depends on the file size.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _DONE = "complete"
 
 
 def synthetic_images() -> Path:
-    """The folder, `train/` and `val/` with the same 8 classes; made in the cache folder the first time."""
+    """The folder, with `train/` and `val/` of the same 8 classes; made in the cache folder on first use."""
     folder = cache_folder() / "synthetic-v1"
     make_images(folder, CLASSES, PER_CLASS)
     return folder
@@ -35,11 +35,11 @@ def make_images(folder: Path, classes: int, per_class: dict[str, int], links: in
     """Make a folder of images on all cores, unless it is complete.
 
     Args:
-        folder: where `train/` and `val/` are to be.
-        classes: folders in each.
-        per_class: images in a class, by split.
-        links: symbolic links to each training image besides, so that epochs last; as files in memory, they cost what
-            files cost.
+        folder: parent of `train/` and `val/`.
+        classes: number of class folders per split.
+        per_class: images per class, by split.
+        links: additional symbolic links to each training image, for longer epochs. From the page cache, a link costs as
+            much as a file.
 
     """
     if (folder / _DONE).is_file():
@@ -51,7 +51,7 @@ def make_images(folder: Path, classes: int, per_class: dict[str, int], links: in
         for number in range(count)
     ]
     print(f"making {len(names)} synthetic JPEG files in {folder}", flush=True)
-    # Processes, since threads would wait for each other; plain ones, which import nothing but this.
+    # Processes, since threads would wait for the GIL; subprocesses, which import only this module.
     count = min(usable_cpus(), len(names))
     shares = [[(str(name), seed) for seed, name in enumerate(names)][first::count] for first in range(count)]
     root = Path(__file__).resolve().parent.parent
@@ -63,7 +63,7 @@ def make_images(folder: Path, classes: int, per_class: dict[str, int], links: in
         worker.stdin.close()
     statuses = [worker.wait() for worker in workers]
     if any(statuses):
-        raise RuntimeError(f"making images in {folder} failed; the message is above")
+        raise RuntimeError(f"making images in {folder} failed; see the message above")
     for name in names:
         if name.parent.parent.name == "train":
             for copy in range(links):
@@ -95,11 +95,11 @@ def photograph(seed: int) -> NDArray[np.uint8]:
 
 
 def write_photograph(path: Path, seed: int) -> None:
-    """Write one as a JPEG file of ImageNet's size."""
+    """Write a synthetic photograph as a JPEG file of ImageNet's mean size."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.fromarray(photograph(seed))
     low, high = 50, 99
-    while low < high:  # the highest quality that stays below the size
+    while low < high:  # binary search for the highest quality within FILE_BYTES
         quality = (low + high + 1) // 2
         low, high = (quality, high) if len(_encode(image, quality)) <= FILE_BYTES else (low, quality - 1)
     path.write_bytes(_encode(image, low))

@@ -1,12 +1,12 @@
-"""Every placement that can run here against one reference in float64: how far views are off, whether choices agree.
+"""Compare every placement that runs on this machine with a float64 reference: pixel errors and chosen views.
 
     python -m benchmarks.placements [--json FILE] [--side 224] [--images 24]
 
-Each runs in a process of its own, so that one that crashes is a line in the table. Without a GPU, our Triton kernels
+Each placement runs in a separate process, so that a crash is a line in the table. Without a GPU, our Triton kernels
 run in Triton's interpreter.
 
-The reference decodes with PIL, resizes (as torch's antialiased bilinear does), changes colours and warps in float64; it
-rounds to 8 bits where all backends do: after the resize, after the colours. B images, V views of each, S side.
+The reference decodes with PIL, then resizes (torch's antialiased bilinear), transforms colours and warps in float64. It
+rounds to 8 bits where all backends do: after the resize and after the colours. B images, V views of each, S image size.
 """
 
 from __future__ import annotations
@@ -73,20 +73,21 @@ TIMEOUT_SEC = 300
 
 
 def main() -> None:
-    """Print the table, and write it to a file that is named."""
+    """Print the table, and write it to the `--json` file."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.placements", description="Every placement that can run here against the reference."
+        prog="python -m benchmarks.placements",
+        description="Compare every placement that runs here with a float64 reference.",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
-    parser.add_argument("--side", type=_positive, default=224, help="of the views, pixels (224)")
-    parser.add_argument("--images", type=_positive, default=24, help="synthetic photographs (24)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
+    parser.add_argument("--side", type=_positive, default=224, help="image size of the views in pixels (224)")
+    parser.add_argument("--images", type=_positive, default=24, help="number of synthetic photographs (24)")
     asked = parser.parse_args()
     on_gpu, rows = torch.cuda.is_available(), []
     with tempfile.TemporaryDirectory() as folder:
         for number in range(asked.images):
             write_photograph(Path(folder) / "train" / f"class_{number % 2}" / f"{number:03}.jpg", number)
         for placement in placements(on_gpu=on_gpu):
-            print(f"decoded on {placement.decoding}, views by {placement.warp} ...", file=sys.stderr, flush=True)
+            print(f"decoding on {placement.decoding}, warp {placement.warp} ...", file=sys.stderr, flush=True)
             rows.append(_in_child(placement, folder, asked.side, on_gpu=on_gpu))
     print(table(rows))
     if asked.json:
@@ -96,18 +97,18 @@ def main() -> None:
 def _positive(text: str) -> int:
     """A whole number above 0."""
     if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+        raise argparse.ArgumentTypeError(f"{text}: must be a whole number above 0")
     return int(text)
 
 
 def placements(*, on_gpu: bool) -> list[Placement]:
-    """All that a machine has the hardware for."""
+    """All placements that the hardware supports."""
     rungs = RUNGS if on_gpu else [rung for rung in RUNGS if rung.on == "cpu"]
     return [Placement(rung, warp) for rung in rungs for warp in WARPS if warp != "numba" or rung.on == "cpu"]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """A line per placement and way of cropping, for people."""
+    """The table: a line per placement and way of cropping."""
     lines = [f"{'decoded on':<42}{'views by':<10}{'crops of':<12}{'largest':>8}{'mean':>8}{'same choice':>13}"]
     for row in rows:
         head = f"{row['decoding']:<42}{row['warp']:<10}"
@@ -118,8 +119,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             lines.append(
                 f"{head}{name:<12}{found['max']:>8.2f}{found['mean']:>8.3f}{found['same_choice_pct']:>11.1f} %"
             )
-    told = ["largest and mean: differences of 255, from a reference in float64"]
-    told += ["same choice: how often a network finds the same view of an image worst"]
+    told = ["largest and mean: differences from the float64 reference, in units of 1/255"]
+    told += ["same choice: share of images for which a network selects the same worst view"]
     return "\n".join([*lines, *told])
 
 
@@ -147,7 +148,7 @@ def _in_child(placement: Placement, folder: str, side: int, *, on_gpu: bool) -> 
 
 
 def measure(on: str, hw_decoder_load: str, warp: str, folder: str, side: str) -> None:
-    """In the child: print a placement's differences, as JSON."""
+    """Entry point of the child: print a placement's differences as JSON."""
     placement = Placement(Decoding(on, float(hw_decoder_load)), warp)
     images = read_index(Path(folder), "train")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -181,7 +182,7 @@ def _against_reference(
         difference = (views_BVSSC - expected_BVSSC).abs()
         largest = max(largest, difference.max().item())
         means.append(difference.mean().item())
-        # Labels that the network does not know, so that views compete by more than the untouched one's lead.
+        # Labels unrelated to the images, so that the identity view has no advantage.
         labels_B = batch.index % CLASSES
         chosen, wanted = (
             worst_view(losses_of(passes(views), labels_B))

@@ -1,6 +1,6 @@
-"""Training images per second by number of processes, one per GPU: what several GPUs are worth.
+"""Training images per second by number of processes, one per GPU: the scaling over several GPUs.
 
-Every count is a job of its own, started through torchrun as `launch.py train` is; this module is also what it starts:
+Every count is a separate job, started through torchrun like `launch.py train`. The job runs this module:
 python -m benchmarks.processes JSON
 """
 
@@ -32,7 +32,7 @@ from fast_spatial.runtime import distributed
 from fast_spatial.runtime.distributed import World
 
 ROOT = Path(__file__).resolve().parent.parent
-# Views of an image, by mode.
+# Views per image, by mode.
 VIEWS = {"standard": 1, "worst10": 11}
 BATCHES = {"standard": 256, "worst10": 64}
 ROUNDS = 3
@@ -41,7 +41,7 @@ TIMEOUT_SEC = 120
 
 @dataclass(frozen=True)
 class Work:
-    """What every process does: steps on views in its memory, `batches` images at a time by mode."""
+    """The work of every process: training steps on views in memory; `batches` holds images per step, by mode."""
 
     side: int
     batches: dict[str, int]
@@ -49,7 +49,7 @@ class Work:
 
 
 def run(job: Job) -> Findings:
-    """Measure 1, 2, 4, ... and all GPUs of this machine; a count that fails is skipped."""
+    """Measure with 1, 2, 4, ... and all GPUs of this machine; a failing count is skipped."""
     torch.cuda.empty_cache()  # GPU 0 is shared with this process
     return measure(counts_up_to(torch.cuda.device_count()), Work(job.config.image_size, BATCHES, job.config.seconds))
 
@@ -60,7 +60,7 @@ def counts_up_to(most: int) -> list[int]:
 
 
 def measure(counts: Sequence[int], work: Work) -> Findings:
-    """Rates by mode and count, with the efficiency: the share of so many times one process's rate."""
+    """Rates by mode and count, with the efficiency: the rate per process, relative to the first count's."""
     found = Findings.none()
     alone: dict[str, float] = {}
     for count in counts:
@@ -86,17 +86,17 @@ def _named(count: int) -> str:
 
 
 def _job(count: int, work: Work) -> dict[str, Any]:
-    """What `count` processes found.
+    """The result of a job with `count` processes.
 
     Raises:
-        RuntimeError: with the last line that they said, if they failed or took too long.
+        RuntimeError: if it failed, with the error or last line of its output, or took too long.
 
     """
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "result.json"
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
         command = [sys.executable, *launcher, "-m", "benchmarks.processes", json.dumps([asdict(work), str(target)])]
-        # As launch.py has it: threads that spin at barriers take the cores from others.
+        # As in launch.py: threads that spin at barriers take CPU time from the loader.
         threads = {"OMP_NUM_THREADS": str(max(1, usable_cpus() // count)), "OMP_WAIT_POLICY": "PASSIVE"}
         with open(Path(folder) / "said", "w+", encoding="utf-8") as said:
             process = subprocess.Popen(
@@ -107,7 +107,7 @@ def _job(count: int, work: Work) -> dict[str, Any]:
             except subprocess.TimeoutExpired:
                 raise RuntimeError(f"{_named(count)} took longer than {TIMEOUT_SEC} s") from None
             finally:
-                if process.poll() is None:  # the launcher, and the processes that it started
+                if process.poll() is None:  # the launcher and its children
                     os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
             if status or not target.is_file():
@@ -118,17 +118,17 @@ def _job(count: int, work: Work) -> dict[str, Any]:
 
 
 def _reason(said: str) -> str:
-    """The error of a process among all that the launcher says about it."""
+    """The error of a process in the launcher's output; its last line if there is none."""
     lines = [line.split("]:")[-1].strip() for line in said.splitlines() if line.strip()]
     errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception): ", line) and "ChildFailed" not in line]
-    return [*errors, *lines[-1:], "they said nothing"][0][:300]
+    return [*errors, *lines[-1:], "no output"][0][:300]
 
 
 def work_of(world: World, work: Work) -> dict[str, Any]:
-    """One process's part: images per second of all processes together, by mode."""
+    """The work of one process: returns images per second of all processes together, by mode."""
     torch.set_num_threads(cpus_per_process())
     torch.backends.cudnn.benchmark = True
-    # Counted by the processes themselves: a group that was not formed would be seen.
+    # Counted by an all-reduce, which exposes a process group that was not formed.
     together = int(distributed.all_reduce_sum(torch.ones(1, device=world.device)).item())
     rates = {mode: _rate(world, work, mode, together) for mode in work.batches}
     return {"world_size": together, "images_per_sec": rates}
@@ -137,7 +137,7 @@ def work_of(world: World, work: Work) -> dict[str, Any]:
 def _rate(world: World, work: Work, mode: str, together: int) -> float:
     side, count, views = work.side, work.batches[mode], VIEWS[mode]
     job = Job(BenchConfig(image_size=side), world.device, cpus_per_process())
-    torch.manual_seed(0)  # DDP starts from rank 0's weights in any case
+    torch.manual_seed(0)  # for reproducible timings; DDP broadcasts rank 0's weights
     step = make_step(job, scored=views > 1, compiled=False)
     generator = torch.Generator().manual_seed(world.rank)
     candidates = torch.randint(0, 256, (count, views, side, side, 3), dtype=torch.uint8, generator=generator)
@@ -148,14 +148,14 @@ def _rate(world: World, work: Work, mode: str, together: int) -> float:
         step(batch)
 
     _seconds(world, work_once, 2)
-    # All take as many steps as the slowest finds right: a step waits for every process.
+    # The same number of steps in all processes, from the slowest one's time: a step synchronizes them.
     steps = max(1, math.ceil(work.seconds / _seconds(world, work_once, 1)))
     spent = statistics.median(_seconds(world, work_once, steps) for _ in range(ROUNDS))
     return count * together * steps / spent
 
 
 def _seconds(world: World, work: Callable[[], None], times: int) -> float:
-    """How long some repetitions take, in the slowest process."""
+    """Seconds for `times` calls, in the slowest process."""
     distributed.reset_watchdog(TIMEOUT_SEC / 60)
     distributed.barrier()
     start = _now(world)
@@ -174,7 +174,7 @@ def _now(world: World) -> float:
 
 
 def main(values: str) -> None:
-    """One of the processes; rank 0 writes what was found."""
+    """Entry point of a process; rank 0 writes the result."""
     wanted, target = json.loads(values)
     world = distributed.start(TIMEOUT_SEC / 60)
     try:

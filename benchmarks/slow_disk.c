@@ -1,8 +1,8 @@
-/* A disk on which every image takes a while to come, for programs that this library is preloaded into.
+/* Simulates a disk with latency, for programs that preload this library.
  *
- * The first read of a JPEG file waits SLOW_DISK_MS after it was asked for: by the read itself, or earlier, by
- * posix_fadvise(WILLNEED). Reading it again, an epoch later, waits again. Any number of files may be on their way at a
- * time, and opening a file costs nothing: a disk that is slow to bring what is in a file, not to find it.
+ * The first read of a JPEG file ends SLOW_DISK_MS after its request: the read itself, or an earlier
+ * posix_fadvise(WILLNEED). Reading it again, in the next epoch, waits again. Any number of requests run in parallel, and
+ * opening a file has no latency: only content is slow, not metadata.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -42,7 +42,7 @@ static int is_image(const char *path) {
 
 static int is_unread(int fd) { return fd >= 0 && fd < DESCRIPTORS && unread[fd]; }
 
-/* Ask for a file, or read it, which forgets that it was asked for. Returns when it will have come. */
+/* Request a file; being_read also completes the request. Returns the time at which its content is available. */
 static double ask(int fd, int being_read) {
     struct stat about;
     if (fstat(fd, &about)) return 0;
@@ -54,7 +54,7 @@ static double ask(int fd, int being_read) {
         coming[place].asked = 0;
     }
     double ready = coming[place].ready;
-    /* Asked for twice, for two epochs, it is there for both. */
+    /* Requested twice, for two epochs, it is available for both reads. */
     if (!being_read) coming[place].asked++;
     else if (--coming[place].asked <= 0) coming[place].inode = 0;
     pthread_mutex_unlock(&lock);

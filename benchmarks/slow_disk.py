@@ -1,4 +1,4 @@
-"""Benchmarks on a slower disk than there is: this program again, with `slow_disk.c` loaded before everything else."""
+"""Simulate a slow disk in benchmarks: restart the program with the library `slow_disk.c` in LD_PRELOAD."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LATENCY = "SLOW_DISK_MS"
 
 
 def restart(latency_ms: float) -> None:
-    """Start this program anew with every image taking so long to come; return if that is what is running."""
+    """Restart this program with `latency_ms` added to each read of an image; returns if it already runs so."""
     if os.environ.get(_LATENCY) == str(latency_ms):
         return
     library = cache_folder() / f"slow_disk-{hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]}.so"

@@ -28,7 +28,7 @@ _TRAINING_IMAGES, _EPOCHS = 1_281_167, 110  # ImageNet, the reference recipe
 
 
 def digits(content: dict[str, Any]) -> str:
-    """The digits' table, the published one beside it for the trend."""
+    """The table of the digits, followed by the published one."""
     rows = content["results"]
     seeds = len({row["seed"] for row in rows})
     published = published_table([(row["mode"], row["degrees"]) for row in rows])
@@ -82,7 +82,7 @@ def faults(content: dict[str, Any]) -> str:
 
 
 def budgets(content: dict[str, Any]) -> str:
-    """How budgets were kept, in words, and the table that one of them bought."""
+    """The time budgets used, in words, and the table of results of one budget."""
     runs, table, killed = content["runs"], content["table"], content["killed"]
     slow = sum(bool(run["slow"]) for run in runs)
     used = [run["took_sec"] for run in runs]
@@ -90,7 +90,7 @@ def budgets(content: dict[str, Any]) -> str:
     return (
         f"Timed from outside, start-up and report included: {len(runs)} reproductions of one row with a budget of "
         f"{runs[0]['budget_sec']:.0f} s ended after {min(used):.1f} to {max(used):.1f} s. During {slow} of them, other "
-        f"processes took all cores for a part of the time. The table of the digits, with a budget of "
+        f"processes used all cores for part of the time. The table of the digits, with a budget of "
         f"{table['budget_sec']:.0f} s, ended after {table['took_sec']:.1f} s. Killed half-way and restarted, it ended "
         f"after {killed['took_sec']:.1f} s of use. Epochs trained: {epochs}.\n\n"
         f"{results_table(table['results'], 'ours, digits')}\n\n"
@@ -99,7 +99,7 @@ def budgets(content: dict[str, Any]) -> str:
 
 
 def foresight(content: dict[str, Any]) -> str:
-    """The step times that plans expected, and the measured ones."""
+    """Step times: planned and measured."""
     rows = [["row", "image size", "step, planned", "step, measured", "error"]]
     for found in content["steps"]:
         seconds = [f"{found[f'{name}_step_sec']:.3g} s" for name in ("planned", "measured")]
@@ -114,7 +114,7 @@ _COMPARED = ("standard", "random", "worst10")
 
 
 class _Cost(NamedTuple):
-    """What one measurement shows of the cost of worst10: by mode, and how much slower worst10 is."""
+    """One measurement of the cost of worst10: values by mode, and the slowdown of worst10."""
 
     what: str
     where: str
@@ -123,7 +123,7 @@ class _Cost(NamedTuple):
 
 
 def _costs() -> list[_Cost]:
-    """Every result file that shows it, CPUs first."""
+    """The cost in every result file that has it, CPUs first."""
     found = []
     digits_ = read("digits")
     for kind, what in (("train", "training on the digits"), ("evaluate", "all four attacks on 300 digits")):
@@ -153,13 +153,13 @@ def _costs() -> list[_Cost]:
 
 
 def cost() -> str:
-    """The cost of worst-of-10 training beside that of standard training."""
+    """The cost of worst-of-10 training, compared with standard training."""
     rows = [[found.what, found.where, *found.values, f"{found.ratio:.1f}"] for found in _costs()]
     return aligned([["measured", "on", *_COMPARED, "worst10 / standard"], *rows])
 
 
 def cost_in_short() -> str:
-    """The same in a few sentences, without evaluations."""
+    """The cost of worst-of-10 training in a few sentences, without evaluations."""
     costs = [found for found in _costs() if "attacks" not in found.what]
     sentences = []
     for where in dict.fromkeys(found.where for found in costs):
@@ -180,7 +180,7 @@ def ladder() -> str:
 
 
 def status(results: Sequence[dict[str, Any]]) -> str:
-    """Which parts have run on a GPU, in a few sentences."""
+    """The parts that have run on a GPU, in a few sentences."""
     if not results:
         return "- **GPU**: no part has run on a GPU yet."
     words = {"ran in part": "Failed in part", "failed": "Failed", "cut off": "Cut off", "untried": "Not run"}
@@ -199,9 +199,9 @@ def status(results: Sequence[dict[str, Any]]) -> str:
 
 
 def gpus(results: Sequence[dict[str, Any]]) -> str:
-    """The closing tables of `benchmarks/gpu.sh`, of every card."""
+    """The tables of results and goals of `benchmarks/gpu.sh`, one per GPU model."""
     if not results:
-        return "(No result file of a GPU yet.)"
+        return "(No GPU results yet.)"
     tables = []
     for result in results:
         lines = [["", "result", "ceiling", "goal", ""]]
@@ -216,7 +216,7 @@ def gpus(results: Sequence[dict[str, Any]]) -> str:
 
 
 _PLACED = r"(?P<on>[a-z-]+)(_engine_(?P<share>[.0-9]+))?(_warp)?_(?P<warp>[a-z]+)"
-# Of what, in which stage, by which names.
+# (what is measured, stage, pattern of the measurement's name)
 _PLACEMENTS = (
     ("loader alone", "loader", rf"loader_(?P<mode>[a-z0-9]+)_{_PLACED}"),
     ("training", "placements", rf"train_(?P<mode>[a-z0-9]+)_decode_{_PLACED}"),
@@ -224,13 +224,13 @@ _PLACEMENTS = (
 
 
 def placements(result: dict[str, Any]) -> str:
-    """Images per second of loaders and trainings, by where images are decoded and views made; "" if none."""
+    """Images per second of loading and training, by placement; "" if none."""
     rates: dict[str, dict[str, str]] = {}
     for what, stage, pattern in _PLACEMENTS:
         for name, figures in goals.measurements(result, (stage,), pattern):
             about = re.fullmatch(pattern, name)
             if about and "images_per_sec" in figures:
-                usual = HW_DECODER_LOAD if about["on"] == "gpu" else 0  # where the name does not tell
+                usual = HW_DECODER_LOAD if about["on"] == "gpu" else 0  # default if the name does not contain it
                 share = float(about["share"] or usual)
                 engine = f", {share:.0%} by the JPEG engine" if about["on"] == "gpu" else ""
                 row = rates.setdefault(f"`--decode {about['on']} --warp {about['warp']}`{engine}", {})
@@ -241,11 +241,11 @@ def placements(result: dict[str, Any]) -> str:
 
 
 def number(value: float) -> str:
-    """Three digits are enough."""
+    """A number with three significant digits."""
     return f"{float(f'{value:.3g}'):,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-# Block to (result file, what is written of it).
+# Block name to (result file, function that renders it).
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "digits": ("digits", digits),
     "cpu": ("cpu", speed),
@@ -255,13 +255,13 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "budget": ("budget", budgets),
     "plan": ("plan", foresight),
 }
-# Of all result files of GPUs, `gpu-CARD.json`, which may be none.
+# Blocks rendered from all GPU result files (`gpu-CARD.json`); there may be none.
 OF_GPUS: dict[str, Callable[[Sequence[dict[str, Any]]], str]] = {
     "gpus": gpus,
     "gpus-ran": ran.what_ran,
     "status": status,
 }
-# Of several sources.
+# Blocks rendered from several sources.
 OTHERS: dict[str, Callable[[], str]] = {"cost": cost, "cost-short": cost_in_short, "ladder": ladder}
 
 
@@ -272,22 +272,22 @@ def read(name: str) -> dict[str, Any]:
 
 
 def gpu_results() -> list[dict[str, Any]]:
-    """The result files of GPUs.
+    """The content of all GPU result files.
 
     Raises:
-        ValueError: if one is a trial on a CPU.
+        ValueError: if one is a dry run on a CPU.
 
     """
     found = []
     for path in sorted(RESULTS.glob("gpu-*.json")):
         found.append(json.loads(path.read_text(encoding="utf-8")))
         if found[-1]["dry"]:
-            raise ValueError(f"{path}: a trial on a CPU shows nothing about GPUs; remove it")
+            raise ValueError(f"{path}: a dry run on a CPU, not a GPU result. Remove it")
     return found
 
 
 def fill(text: str) -> str:
-    """The text with every table between `<!-- results: NAME -->` and `<!-- end -->` made anew."""
+    """The text with every block between `<!-- results: NAME -->` and `<!-- end -->` regenerated."""
 
     def table(match: re.Match[str]) -> str:
         name = match[1]
@@ -309,7 +309,7 @@ def documents() -> list[Path]:
 
 
 def main(words: Sequence[str]) -> int | str:
-    """Fill or check all documents; the exit status, or what is wrong."""
+    """Fill or check all documents; returns 0 or an error message."""
     try:
         made = {path: fill(path.read_text(encoding="utf-8")) for path in documents()}
     except ValueError as error:
@@ -317,7 +317,7 @@ def main(words: Sequence[str]) -> int | str:
     stale = [path for path, text in made.items() if path.read_text(encoding="utf-8") != text]
     if [*words] == ["--check"]:
         names = ", ".join(str(path.relative_to(ROOT)) for path in stale)
-        return f"{names}: stale; run python -m benchmarks.tables" if stale else 0
+        return f"{names}: stale. Run python -m benchmarks.tables" if stale else 0
     for path in stale:
         path.write_text(made[path], encoding="utf-8")
     return 0

@@ -1,4 +1,4 @@
-"""A trained model and images to judge it on: the user's, or a small one on the digits, trained once."""
+"""A trained model with evaluation images: the user's, or a small one on the digits, trained once."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ from fast_spatial.kernels.sampling import EVALUATION, augmentation_settings, pac
 from fast_spatial.models.classifier import Classifier
 from fast_spatial.pipelines.loader import Loader
 
-# Large enough for the grid to be hard work, small enough to be trained in a minute or two.
+# Large enough for a realistic grid attack, small enough to train in a minute or two.
 SIDE = 64
 
 
 def trained(job: Job, count: int) -> tuple[Classifier, Tensor, Tensor]:
     """(model, images uint8 [B, S, S, 3], labels [B]) of up to `count` random validation images.
 
-    They are those of `--checkpoint` and `--data`; without, of a ResNet-18 trained on random warps of the digits.
+    They come from `--checkpoint` and `--data`. Without a checkpoint, the model is a ResNet-18 trained on random warps
+    of the digits.
     """
     if job.config.checkpoint:
         asked = EvaluateConfig(checkpoint=job.config.checkpoint, data=str(job.images), allow_partial_classes=True)
@@ -52,7 +53,7 @@ def trained(job: Job, count: int) -> tuple[Classifier, Tensor, Tensor]:
 
 
 def _digits_checkpoint() -> str:
-    # As on ImageNet, crops of many sizes: a network that knows one scale alone cannot judge at a smaller side.
+    # Crops of many sizes, as on ImageNet: a network trained at one scale fails at a smaller image size.
     preset = {**recipes.load(DIGITS), "image_size": SIDE, "crop_scale": (0.15, 1.0), "eval_every": 0}
     asked = TrainConfig(data=DIGITS, mode="random", out="bench", **preset)
     out = cache_folder() / f"bench-digits-{zlib.crc32(json.dumps(identity(asked)).encode()):08x}"

@@ -1,6 +1,6 @@
 """Train and judge image classifiers under rotations and translations.
 
-`evaluate` is the Python API. It is imported when it is asked for, since it needs torch.
+`evaluate` is the Python API. It is imported on first access, since it needs torch.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,6 +1,6 @@
-"""The commands of `launch.py`: a row each, with its options, what is checked first, and what it does.
+"""The commands of `launch.py`: one registry row each, with options, preflight and function.
 
-Functions import what needs torch themselves, so that help and wrong flags are answered at once.
+Functions import torch-dependent modules themselves, so that help and flag errors are instant.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fast_spatial import preflight
+from fast_spatial import launcher, preflight
 from fast_spatial.config.cli import NAME, Command, dispatch, options_of
 from fast_spatial.config.commands import (
     BenchConfig,
@@ -33,12 +33,12 @@ from fast_spatial.config.recipes import describe, train_config
 from fast_spatial.config.rows import DECIDED, RowRequest, requests
 from fast_spatial.config.train import TrainConfig
 from fast_spatial.errors import UserError
-from fast_spatial.launcher import launch, set_environment, show_error
+from fast_spatial.launcher import set_environment, show_error
 
 if TYPE_CHECKING:
     from fast_spatial.budget.spending import Spending
 
-# A budget is counted from here.
+# The time of a budget starts here.
 STARTED = time.monotonic()
 RENAMED = {"check": "check-data"}
 
@@ -46,7 +46,7 @@ RENAMED = {"check": "check-data"}
 def train(config: TrainConfig, raw: dict[str, str]) -> None:
     """Train one model, within a budget if there is one."""
     if not config.is_limited:
-        launch("train", config)
+        launcher.launch("train", config)
         return
 
     def configure(more: Mapping[str, str]) -> TrainConfig:
@@ -54,7 +54,7 @@ def train(config: TrainConfig, raw: dict[str, str]) -> None:
 
     def spend(spending: Spending) -> None:
         (row,) = spending.plan.rows
-        launch("train", row.train, spending.of(row, []).pace())
+        launcher.launch("train", row.train, spending.of(row, []).pace())
 
     _in_budget(config, raw, [RowRequest(config.mode, configure)], spend, judged=False, may_drop=False)
 
@@ -71,12 +71,12 @@ def reproduce(config: ReproduceConfig, raw: dict[str, str]) -> None:
     from fast_spatial.reproduce import reproduce as reproduce_rows
 
     if config.is_limited:
-        spend = partial(reproduce_rows, config, [], launch)  # the rows are the plan's
+        spend = partial(reproduce_rows, config, [])  # the plan provides the rows
         _in_budget(config, raw, rows, spend, judged=True, may_drop=not config.rows)
         return
     for training in trainings:
         preflight.check_train(training)
-    reproduce_rows(config, plan(config, flags), launch)
+    reproduce_rows(config, plan(config, flags))
 
 
 def _check_budget_alone(raw: Mapping[str, str]) -> None:
@@ -93,7 +93,7 @@ def _in_budget(
     judged: bool,
     may_drop: bool,
 ) -> None:
-    """Plan for a budget, or find the plan that was begun, and spend it; with --plan-only, plan alone."""
+    """Make or resume the plan of a budget, and run it; with --plan-only, only make the plan."""
     _check_budget_alone(raw)
     from fast_spatial.budget import spending
     from fast_spatial.budget.clock import Clock
@@ -104,7 +104,7 @@ def _in_budget(
     asked = spending.Asked(config, Path(config.out), flags, rows, raw.get("recipe", ""), config.data, judged, may_drop)
     budget, found = spending.check(asked)
     with Clock(asked.out, STARTED, writes=config.node_rank == 0 and not config.plan_only) as clock:
-        opened = spending.open_plan(asked, budget, found, clock, launch)
+        opened = spending.open_plan(asked, budget, found, clock)
         if not config.plan_only:
             spend(opened)
 
@@ -136,14 +136,14 @@ def recipes(_config: RecipesConfig, _: dict[str, str]) -> None:
 
 
 def bench(config: BenchConfig, _: dict[str, str]) -> None:
-    """Run benchmarks, in a process of their own."""
+    """Run benchmarks in a separate process."""
     set_environment()
     command = [sys.executable, "-m", "benchmarks.bench", json.dumps(to_json(config))]
     raise SystemExit(subprocess.run(command, check=False).returncode)
 
 
 def doctor(config: DoctorConfig, _: dict[str, str]) -> None:
-    """Look at this machine."""
+    """Report what this machine can do."""
     from fast_spatial.tools.doctor import run
 
     raise SystemExit(run(config.data, config.out, config.json))
@@ -153,7 +153,7 @@ def _task(name: str) -> Callable[[Any, dict[str, str]], None]:
     """A command that is a task of processes and no more."""
 
     def run(config: Any, _: dict[str, str]) -> None:
-        launch(name, config)
+        launcher.launch(name, config)
 
     return run
 
@@ -241,7 +241,7 @@ COMMANDS = {
 
 
 def main(argv: list[str]) -> int:
-    """Run a command line; a user's error is shown in two lines and ends in exit status 2."""
+    """Run a command line. A UserError is printed as two lines, with exit status 2."""
     try:
         dispatch(COMMANDS, argv, renamed=RENAMED)
     except UserError as error:

@@ -1,14 +1,14 @@
-"""What the people who use this program did wrong, apart from what is wrong with the program."""
+"""The exception for invalid input of a user."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """Input that cannot be used. It is shown in two lines, without a traceback; any other exception keeps its own.
+    """Invalid input. It is printed as two lines without a traceback; other exceptions keep their traceback.
 
     Args:
         message: what happened, where, and the value.
-        advice: what to do; empty: see the command's help.
+        advice: what to do; empty: a pointer to the command's help.
 
     """
 

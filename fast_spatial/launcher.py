@@ -1,4 +1,4 @@
-"""Run a task of processes: in this one, or through torchrun."""
+"""Run a task: in this process, or in processes that torchrun starts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import signal
 import sys
 import time
 import zlib
-from collections.abc import Callable
 from typing import Any
 
 from fast_spatial.config.cli import NAME
@@ -25,17 +24,15 @@ from fast_spatial.runtime.signals import SIGNALS
 from fast_spatial.training.pacing import Pace
 
 SHUTDOWN_SEC = 120
-# Runs a task with a configuration and its limit, a Pace or a time, after checking it; returns the seconds it took.
-Launch = Callable[[str, Any, Pace | float | None], float]
 
 
 def launch(task: str, config: Any, limit: Pace | float | None = None) -> float:
-    """Check a task's configuration, then run it in this process or through torchrun; returns the seconds it took.
+    """Check a task's configuration, then run it in this process or through torchrun; returns the wall-clock seconds.
 
     Args:
-        task: a name of `worker.TASKS`.
-        config: what to do.
-        limit: when it has to be done, a time of `time.monotonic()`, or the pace of a training.
+        task: a key of `worker.TASKS`.
+        config: the task's configuration.
+        limit: the deadline: a time of `time.monotonic()`, or the pace of a training.
 
     """
     from fast_spatial import preflight, worker  # they import torch
@@ -57,7 +54,7 @@ def launch(task: str, config: Any, limit: Pace | float | None = None) -> float:
         finally:
             distributed.stop()
     else:
-        # torchrun closes a rendezvous for good when its job is done, so every task has its own.
+        # torchrun closes a rendezvous for good after its job, so every task gets its own id.
         about = " ".join(words[:2])
         job = f"{config.rdzv_id}-{zlib.crc32(about.encode()):08x}"
         torchrun(config, job, preflight.local_processes(config), words)
@@ -71,7 +68,7 @@ def torchrun(config: LaunchOptions, job: str, processes: int, words: list[str]) 
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     for name in list(logging.root.manager.loggerDict):
-        if name.startswith("torch.distributed.elastic"):  # what matters of its lines is said below
+        if name.startswith("torch.distributed.elastic"):  # `_report` prints the relevant part
             logging.getLogger(name).setLevel(logging.CRITICAL)
     options = [f"--nproc-per-node={processes}", f"--nnodes={config.nnodes}", f"--max-restarts={config.max_restarts}"]
     options += [f"--signals-to-handle={','.join(_signals_to_handle())}", *_shutdown_options()]
@@ -85,8 +82,8 @@ def torchrun(config: LaunchOptions, job: str, processes: int, words: list[str]) 
     else:
         options.append("--standalone")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cpus() // processes)))
-    # A store for every start of the processes. In the one that agents share, restarted processes may find the addresses
-    # that those before them left there, where nobody listens any more.
+    # Each start of the processes gets its own store. In a store that agents share, restarted processes may find stale
+    # addresses of the previous processes.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     set_environment()
     try:
@@ -98,14 +95,15 @@ def torchrun(config: LaunchOptions, job: str, processes: int, words: list[str]) 
 
 
 def _signals_to_handle() -> list[str]:
-    """The signals that torchrun hands on to its processes; not those that this one was told to ignore (nohup)."""
+    """The signals that torchrun forwards to its processes, except signals that this process ignores (nohup)."""
     return [number.name for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 def _shutdown_options() -> list[str]:
-    """The seconds between a signal and SIGKILL: a step, another until all processes know, and a checkpoint must fit in.
+    """The option for the seconds between a signal and SIGKILL.
 
-    torch 2.11 does not take them, and grants 30 s.
+    Two steps and a checkpoint must fit: the signal reaches all ranks in the second step. torch 2.11 lacks the option
+    and allows 30 s.
     """
     from torch.distributed.run import get_args_parser
 
@@ -114,8 +112,8 @@ def _shutdown_options() -> list[str]:
 
 
 def _report(failures: dict[int, Any]) -> int:
-    """Say which process failed, and why; the exit status."""
-    # A user's error comes before what its end does to the others.
+    """Print which process failed, and why; returns the exit status."""
+    # A UserError takes precedence over the failures that it causes in other ranks.
     rank = min(failures, key=lambda rank: (user_error_of(failures[rank]) is None, failures[rank].timestamp))
     failure = failures[rank]
     if failure.exitcode - 128 in list(SIGNALS):
@@ -123,19 +121,19 @@ def _report(failures: dict[int, Any]) -> int:
     if error := user_error_of(failure):
         show_error(error)
     else:
-        reason = str(failure.message).strip() or "it left no message"
+        reason = str(failure.message).strip() or "no error message"
         print(f"{NAME}: rank {rank} failed with exit status {failure.exitcode}: {reason}", file=sys.stderr)
     return 1
 
 
 def show_error(error: UserError, advice: str = "") -> None:
-    """Say in two lines what is wrong and what to do; `advice` where the error has none."""
+    """Print an error and its advice as two lines; `advice` is the default."""
     print("\n".join(filter(None, [f"{NAME}: {error.message}", error.advice or advice])), file=sys.stderr)
 
 
 def set_environment() -> None:
-    """What processes started from here inherit."""
+    """Set the environment variables that child processes inherit."""
     os.environ[COMMAND_VARIABLE] = shlex.join(sys.argv)
     os.environ.update(environment_of_children())
-    # Threads that spin at torch's barriers take the cores from the loader's, and from everything else.
+    # Threads that spin at torch's barriers would take CPU time from the loader's threads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -1,6 +1,6 @@
-"""What is checked before a process is started or a file written.
+"""Checks before a process is started or a file is written.
 
-Functions import what needs torch or numba themselves: the doctor must work where these are broken.
+Functions import modules that need torch or numba themselves, since the doctor must work where these are broken.
 """
 
 from __future__ import annotations
@@ -51,17 +51,19 @@ def check_train(config: TrainConfig) -> None:
     per_process = config.global_batch_size // processes
     if config.grad_accum_steps > per_process:
         raise UserError(
-            f"--grad-accum-steps {config.grad_accum_steps}: more than the {per_process} images of each process's batch"
+            f"--grad-accum-steps {config.grad_accum_steps}: exceeds the local batch of {per_process} images",
+            "lower --grad-accum-steps",
         )
     if config.bn_group_size and per_process % (config.grad_accum_steps * config.bn_group_size):
         raise UserError(
-            f"--bn-group-size {config.bn_group_size}: does not divide the {per_process} images of each process, "
-            f"in {config.grad_accum_steps} parts (--grad-accum-steps)"
+            f"--bn-group-size {config.bn_group_size}: must divide the local batch of {per_process} images, "
+            f"split into {config.grad_accum_steps} parts (--grad-accum-steps)"
         )
     if 0 < config.max_train_images < config.global_batch_size:
         raise UserError(
-            f"--max-train-images {config.max_train_images}: less than one batch; "
-            f"lower --global-batch-size {config.global_batch_size}"
+            f"--max-train-images {config.max_train_images}: less than one batch "
+            f"(--global-batch-size {config.global_batch_size})",
+            "lower --global-batch-size",
         )
     check_out(config)
     if config.replay:
@@ -77,16 +79,16 @@ def check_bench(config: BenchConfig) -> None:
     check_writable("--json", config.json)
     if config.what == "gpu" and not gpu_count():
         raise UserError(
-            "bench gpu: no GPU is visible", "launch.py doctor says more; leave gpu away for the other parts"
+            "bench gpu: no GPU is visible", "run launch.py doctor for the cause, or choose another benchmark"
         )
     if config.data != SYNTHETIC:
         folder = data_folder(config.data)
         for split in ("train", "val") if config.what in ("pipeline", "all") else ("val",):
             read_index(folder, split)
     if config.read_latency_ms and not has_compiler("cc"):
-        raise UserError("--read-latency-ms: it needs a C compiler, and there is none", "install gcc")
+        raise UserError("--read-latency-ms: no C compiler found", "install gcc")
     if config.ffcv_python and not Path(config.ffcv_python).is_file():
-        raise UserError(f"--ffcv-python {config.ffcv_python}: there is no such file; name a Python that has FFCV")
+        raise UserError(f"--ffcv-python {config.ffcv_python}: no such file", "name a Python with FFCV")
     if config.checkpoint:
         from fast_spatial.evaluation.inputs import load_model_and_images
 
@@ -104,11 +106,11 @@ def check_check_data(config: CheckConfig) -> None:
     check_writable("--json", config.json)
     listing = Path(config.write_exclusions)
     if config.write_exclusions and os.path.lexists(listing):
-        raise UserError(f"--write-exclusions {listing}: it exists already", "name a new file, or remove it first")
+        raise UserError(f"--write-exclusions {listing}: file exists", "name a new file, or remove this one")
     for name in ("json", "write_exclusions"):
         written = getattr(config, name)
         if written and folder.resolve() in Path(written).resolve().parents:
-            raise UserError(f"{flag(name)} {written}: the data folder is never written to", "name a file elsewhere")
+            raise UserError(f"{flag(name)} {written}: must be outside the data folder", "name a file elsewhere")
     for split in config.splits:
         if (folder / split).is_dir():
             return
@@ -135,7 +137,7 @@ def check_evaluate(config: EvaluateConfig) -> None:
 
 
 def check_landscape(config: LandscapeConfig) -> None:
-    """Raise a UserError if this pass cannot work; reads the checkpoint and the folder's listing."""
+    """Raise a UserError if this landscape cannot work; reads the checkpoint and the folder's listing."""
     from fast_spatial.evaluation.landscape import load_model_and_subset
 
     check_launch(config)
@@ -151,7 +153,7 @@ def check_export(config: ExportConfig) -> None:
         file = getattr(config, name)
         check_writable(flag(name), file)
         if file and os.path.lexists(file):
-            raise UserError(f"{flag(name)} {file}: there is such a file already", "remove it, or name another one")
+            raise UserError(f"{flag(name)} {file}: file exists", "remove it, or name another file")
     if config.onnx:
         export.find_onnx()
     _, arch, side, _ = export.load_model(config)
@@ -159,7 +161,7 @@ def check_export(config: ExportConfig) -> None:
 
 
 def check_launch(config: LaunchOptions) -> int:
-    """The number of processes over all nodes (at the least, where nodes may come and go)."""
+    """The number of processes over all nodes; with an elastic number of nodes, the minimum."""
     try:
         nodes, most = (int(part) for part in (config.nnodes.split(":") * 2)[:2])
     except ValueError:
@@ -167,46 +169,48 @@ def check_launch(config: LaunchOptions) -> int:
     if not 1 <= nodes <= most or config.nnodes.count(":") > 1:
         raise UserError(f"--nnodes {config.nnodes}: expected a number, or MIN:MAX")
     if config.nnodes != "1" and not config.rdzv_endpoint:
-        raise UserError(f"--nnodes {config.nnodes}: several nodes meet at --rdzv-endpoint HOST:PORT, which is missing")
+        raise UserError(f"--nnodes {config.nnodes}: several nodes require --rdzv-endpoint HOST:PORT")
     gpus = gpu_count()
     if gpus and config.nproc_per_node > gpus:
-        raise UserError(f"--nproc-per-node {config.nproc_per_node}: this node has {gpus} GPUs, one process each")
+        raise UserError(
+            f"--nproc-per-node {config.nproc_per_node}: exceeds the {gpus} GPUs of this node, one process each"
+        )
     if gpus and not has_compiler("cc"):
-        raise UserError("there is no C compiler, which Triton needs to start its kernels on GPUs", "install gcc")
+        raise UserError("no C compiler found; Triton needs one to launch its kernels on GPUs", "install gcc")
     choose_placement(config.decode, config.warp, on_gpu=gpus > 0, exact=False)
     if config.in_process and (config.nproc_per_node > 1 or config.nnodes != "1"):
-        raise UserError("--in-process: it runs one process; leave --nproc-per-node and --nnodes away")
+        raise UserError("--in-process conflicts with several processes", "remove --nproc-per-node and --nnodes")
     return nodes * local_processes(config)
 
 
 def has_compiler(name: str) -> bool:
-    """Whether a compiler for C ("cc") or C++ ("c++") is to be found, as Triton and torch.compile look for it."""
+    """Whether Triton and torch.compile will find a compiler for C ("cc") or C++ ("c++")."""
     variable, names = {"cc": ("CC", ("gcc", "clang", "cc")), "c++": ("CXX", ("g++", "clang++", "c++"))}[name]
     return variable in os.environ or any(map(shutil.which, names))
 
 
 def local_processes(config: LaunchOptions) -> int:
-    """Processes on this node: as asked for, or one per GPU, or one."""
+    """Processes on this node: --nproc-per-node, or one per GPU, or one."""
     return 1 if config.in_process else config.nproc_per_node or max(1, gpu_count())
 
 
 def gpu_count() -> int:
-    """GPUs that torch sees."""
+    """Number of GPUs that torch finds."""
     import torch
 
     return torch.cuda.device_count()
 
 
 def check_out(config: TrainConfig) -> None:
-    """Raise a UserError if the run's folder holds something else than this run."""
+    """Raise a UserError unless --out is new, empty, or holds this run."""
     out = Path(config.out)
-    # os.path's tests say no where this user may not even look.
+    # os.path's tests return False without permission to look; pathlib's may raise.
     nearest = next(folder for folder in (out, *out.absolute().parents) if os.path.exists(folder))
     if not os.path.isdir(nearest):
-        raise UserError(f"--out {out}: {'that' if nearest == out else nearest} is a file; name a folder")
+        raise UserError(f"--out {out}: {'this path' if nearest == out else nearest} is a file", "name a folder")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"--out {out}: {nearest} cannot be written by this user", "name another folder")
-    # Another node may be writing, and a plan may have been made.
+        raise UserError(f"--out {out}: no permission to write to {nearest}", "name another folder")
+    # Hidden files that another node is writing, and the files of a plan, do not make a run.
     if nearest != out or all(
         path.name.startswith(".") or path.name in (PLAN, CALIBRATION, USAGE) for path in out.iterdir()
     ):
@@ -216,16 +220,16 @@ def check_out(config: TrainConfig) -> None:
         if not isinstance(stored, dict):
             raise ValueError
     except (OSError, ValueError):
-        raise UserError(f"--out {out}: it holds files, but no run of this program; name a new folder") from None
-    # What there is before the processes meet does not count: on several nodes, the first one wrote it.
+        raise UserError(f"--out {out}: contains files, but no run of this program", "name a new folder") from None
+    # CONFIG alone does not count: on several nodes, the first node writes it before the processes start.
     if config.resume == "never" and any((out / name).exists() for name in (LOG, LAST, PREVIOUS, BEST)):
-        raise UserError(f"--out {out}: it holds a run, and --resume never continues none", "name a new folder")
+        raise UserError(f"--out {out}: contains a run, and --resume never is set", "name a new folder")
     if changed := differences(todays_names(stored), identity(config)):
         raise UserError(f"--out {out}: contains a run with different settings ({changed})", "choose another folder")
 
 
 def _check_replay(config: TrainConfig) -> None:
-    """Raise a UserError unless this is the training that is to be repeated."""
+    """Raise a UserError unless the replayed training has the same settings."""
     from fast_spatial.training.run_folder import read_segments
 
     read_segments(config.replay)
@@ -234,25 +238,25 @@ def _check_replay(config: TrainConfig) -> None:
         stored: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"--replay {config.replay}: {file} cannot be read ({error})", "name a folder of train"
+            f"--replay {config.replay}: {file} cannot be read ({error})", "name the --out folder of a training"
         ) from None
     if changed := differences(todays_names(stored), identity(config)):
         recipe = todays_flags({"recipe": str(stored.get("recipe"))})["recipe"]
         raise UserError(
-            f"--replay {config.replay}: a training with different settings ({changed})",
-            f"give its flags, and --recipe {recipe}",
+            f"--replay {config.replay}: contains a training with different settings ({changed})",
+            f"repeat its flags, with --recipe {recipe}",
         )
 
 
 def claim_out(config: TrainConfig) -> None:
-    """Create the run's folder and write down whose it is, unless that stands there."""
+    """Create the run's folder and write its configuration file, unless the file exists."""
     path = Path(config.out) / CONFIG
     if path.exists():
         return
     try:
         write_json(path, to_json(config))
     except OSError as error:
-        raise UserError(f"--out {config.out}: it cannot be written ({error.strerror})", "name another folder") from None
+        raise UserError(f"--out {config.out}: cannot be written ({error.strerror})", "name another folder") from None
 
 
 def _check_data(config: TrainConfig) -> None:
@@ -291,7 +295,7 @@ def _check_size(arch: str, name: str, side: int) -> None:
 
 
 def _check_batch_norm(config: TrainConfig, per_process: int) -> None:
-    """Raise a UserError if BatchNorm would meet a single value per channel, of which it cannot take a deviation."""
+    """Raise a UserError if BatchNorm would get a single value per channel, which has no variance."""
     import torch
 
     from fast_spatial.models import classifier
@@ -304,7 +308,7 @@ def _check_batch_norm(config: TrainConfig, per_process: int) -> None:
     net = classifier.shapes_of(config.arch, 10).train()
     try:
         net(torch.empty(1, 3, side, side, device="meta"))
-    except ValueError:  # by which torch says so
+    except ValueError:  # torch's error for a single value per channel
         given = (
             "bn_group_size"
             if config.bn_group_size == 1
@@ -313,9 +317,9 @@ def _check_batch_norm(config: TrainConfig, per_process: int) -> None:
             else "global_batch_size"
         )
         raise UserError(
-            f"{flag(given)} {getattr(config, given)}: BatchNorm would meet one image, whose last maps "
-            f"are one pixel at {flag(name)} {side}",
-            "raise --global-batch-size, lower --grad-accum-steps, or leave --bn-group-size out",
+            f"{flag(given)} {getattr(config, given)}: BatchNorm would get one value per channel "
+            f"(one image, last maps of one pixel at {flag(name)} {side})",
+            "raise --global-batch-size, lower --grad-accum-steps, or remove --bn-group-size",
         ) from None
 
 
@@ -331,6 +335,6 @@ def _check_model(config: TrainConfig, per_process: int) -> None:
     if config.optimizer == "apex":
         find_apex_sgd()
     if config.compile == "true" and not gpu_count() and not has_compiler("c++"):
-        raise UserError("--compile true: on CPUs it needs a C++ compiler, and there is none", "install g++")
+        raise UserError("--compile true: no C++ compiler found; CPUs need one", "install g++")
     if config.dtype == "float16" and not torch.cuda.is_available():
-        raise UserError("--dtype float16: it needs a GPU, and none is visible; use float32 or bfloat16")
+        raise UserError("--dtype float16: requires a GPU, and none is visible", "use float32 or bfloat16")

@@ -1,4 +1,4 @@
-"""The published table: train and evaluate a list of rows, skipping what is done."""
+"""The published table: train and evaluate a list of rows, skipping finished rows."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fast_spatial import launcher
 from fast_spatial.budget.spending import Limits, Spending
 from fast_spatial.config.commands import EvaluateConfig, LandscapeConfig, ReproduceConfig
 from fast_spatial.config.modes import DIGITS, row_name
 from fast_spatial.config.rows import requests
 from fast_spatial.config.train import LaunchOptions, TrainConfig
 from fast_spatial.errors import UserError
-from fast_spatial.launcher import Launch
 from fast_spatial.reporting.report import write_report
 from fast_spatial.reporting.tables import grid_note, published_table, results_table
 from fast_spatial.runtime.files import write_json
@@ -25,7 +25,7 @@ from fast_spatial.runtime.runlog import say
 
 @dataclass(frozen=True)
 class Row:
-    """One model to train and judge: its training and its evaluation, in a folder of their own."""
+    """A row of the table: one training and its evaluation, in one folder."""
 
     name: str
     train: TrainConfig
@@ -33,15 +33,15 @@ class Row:
 
     @property
     def result_file(self) -> Path:
-        """Where the row's result is kept once it is done."""
+        """The file of the row's result; it exists once the row is finished."""
         return Path(self.train.out) / RESULT
 
 
 def plan(config: ReproduceConfig, train_flags: dict[str, str]) -> list[Row]:
-    """The rows without a budget: of the recipe that is asked for.
+    """The rows without a budget, under the requested recipe.
 
     Raises:
-        ValueError: on a bad training option.
+        UserError: on an invalid training option.
 
     """
     rows = requests(config, train_flags)
@@ -64,16 +64,15 @@ def _row(name: str, train: TrainConfig, grid_per_class: int = 0) -> Row:
     return Row(name, train, evaluate)
 
 
-def reproduce(config: ReproduceConfig, rows: list[Row], launch: Launch, spending: Spending | None = None) -> None:
-    """Train and judge the rows that are not done, then print and write the table and the report.
+def reproduce(config: ReproduceConfig, rows: list[Row], spending: Spending | None = None) -> None:
+    """Train and judge the unfinished rows, then print and write the table and the report.
 
-    A row that fails does not keep the others from being done.
+    If a row fails, the others still run.
 
     Args:
-        config: what is asked for.
-        rows: without a budget; with one, the plan's.
-        launch: runs a task.
-        spending: the budget, if there is one.
+        config: the options of `reproduce`.
+        rows: the rows without a budget; a budget uses the rows of its plan.
+        spending: the plan of a budget, or None.
 
     Raises:
         SystemExit: at the end, if a row failed.
@@ -91,17 +90,17 @@ def reproduce(config: ReproduceConfig, rows: list[Row], launch: Launch, spending
             limits = spending.of(planned[row.train.out], [planned[other.train.out] for other in later])
         try:
             if row.result_file.is_file():
-                say(f"{title}: done before")
+                say(f"{title}: already done")
             else:
-                _train_and_evaluate(title, row, launch, limits)
+                _train_and_evaluate(title, row, limits)
             results.append(json.loads(row.result_file.read_text(encoding="utf-8")))
             write_json(Path(config.out) / RESULTS, results)
-            map_landscape(row, launch, limits)
+            map_landscape(row, limits)
         except SystemExit as error:
             if error.code != 1:
-                raise  # it was asked to stop
+                raise  # stopped by a signal
             failed.append(row.name)
-            say(f"{title}: failed")  # why was said when the task ended
+            say(f"{title}: failed")  # the launcher has printed the reason
         except UserError as error:
             failed.append(row.name)
             say(f"{title}: failed: {error}")
@@ -115,21 +114,21 @@ def reproduce(config: ReproduceConfig, rows: list[Row], launch: Launch, spending
         write_report([Path(config.out)], Path(config.out), config.price)
     if failed:
         more = "" if spending is None else ", with a larger budget"
-        say(f"failed: {'; '.join(failed)}; the same command tries them again{more}")
+        say(f"failed: {'; '.join(failed)}; run the same command again to retry{more}")
         raise SystemExit(1)
 
 
-def _train_and_evaluate(title: str, row: Row, launch: Launch, limits: Limits | None) -> None:
+def _train_and_evaluate(title: str, row: Row, limits: Limits | None) -> None:
     pace = None if limits is None else limits.pace()
     say(f"{title}: training")
-    launch("train", row.train, pace)
+    launcher.launch("train", row.train, pace)
     say(f"{title}: evaluating")
-    seconds_evaluate = launch("evaluate", row.evaluate, None if limits is None else limits.evaluation_until())
+    seconds_evaluate = launcher.launch("evaluate", row.evaluate, None if limits is None else limits.evaluation_until())
     write_json(row.result_file, _result(row, seconds_evaluate))
 
 
-def map_landscape(row: Row, launch: Launch, limits: Limits | None = None) -> None:
-    """Judge all views of a few images, for the report; a row that has its landscape is left alone."""
+def map_landscape(row: Row, limits: Limits | None = None) -> None:
+    """Judge all views of a few images, for the report, unless the row already has its landscape."""
     if (Path(row.train.out) / LANDSCAPE).is_file():
         return
     per_class, until = (0, None) if limits is None else limits.landscape()
@@ -137,7 +136,7 @@ def map_landscape(row: Row, launch: Launch, limits: Limits | None = None) -> Non
         return
     shared = {f.name: getattr(row.evaluate, f.name) for f in dataclasses.fields(LaunchOptions)}
     judged = row.evaluate
-    say(f"judging every view of a few images, for the report: {row.train.out}")
+    say(f"landscape for the report, all views of a few images: {row.train.out}")
     config = LandscapeConfig(
         checkpoint=judged.checkpoint,
         data=judged.data,
@@ -147,7 +146,7 @@ def map_landscape(row: Row, launch: Launch, limits: Limits | None = None) -> Non
         allow_partial_classes=judged.allow_partial_classes,
         **shared,
     )
-    launch("landscape", config, until)
+    launcher.launch("landscape", config, until)
 
 
 def _write_tables(config: ReproduceConfig, rows: list[Row], results: list[dict[str, Any]]) -> None:
@@ -176,6 +175,6 @@ def _result(row: Row, seconds_evaluate: float) -> dict[str, Any]:
         "num_images": summary["num_images"],
         "grid_num_images": summary["grid_num_images"],
         "deviations": summary["deviations"],
-        "seconds_train": round(records[-1]["elapsed_sec"], 1),  # of all parts of an interrupted training
+        "seconds_train": round(records[-1]["elapsed_sec"], 1),  # over all parts of an interrupted training
         "seconds_evaluate": round(seconds_evaluate, 1),
     }

@@ -1,8 +1,9 @@
-"""What torchrun starts: one process of a task, described by the JSON of its configuration.
+"""The module that torchrun starts: one process of a task.
 
 torchrun -m fast_spatial.worker TASK CONFIGURATION LIMIT
 
-both of them JSON; a limit is when the task has to be done: a number, the fields of a `Pace` for a training, or null.
+CONFIGURATION and LIMIT are JSON. LIMIT is the deadline: a time of `time.monotonic()`, the fields of a `Pace` for a
+training, or null.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ TASKS = {
 
 
 def run(task: str, values: dict[str, Any], limit: Any = None) -> None:
-    """Join the other processes and run the task, within its limit if there is one."""
+    """Join the process group and run the task, with its deadline if there is one."""
     config: Any = from_json(TASKS[task].config, values)
     world = distributed.start(config.stall_minutes)
     logging.basicConfig(level=logging.WARNING if world.rank else logging.INFO, format="%(message)s")
@@ -68,19 +69,19 @@ def run(task: str, values: dict[str, Any], limit: Any = None) -> None:
 
 
 def main() -> None:
-    """The entry that torchrun calls."""
+    """Entry point of a process that torchrun starts."""
     faulthandler.enable(all_threads=True)
     stop_with_parent()
     try:
         run(sys.argv[1], *map(json.loads, sys.argv[2:]))
-    except KeyboardInterrupt:  # where nothing listens for signals yet, or nothing is to be saved
+    except KeyboardInterrupt:  # no signal handler is installed yet, or the task saves nothing
         sys.exit(130)
     except UserError as error:
         leave_failure(error)
-        sys.exit(1)  # the launcher says why, once for all processes
+        sys.exit(1)  # the launcher prints the error, once for all processes
     except Exception as error:
         if isinstance(error, RuntimeError) and distributed.is_initialized():
-            time.sleep(2)  # more likely the end of another process, which is to be reported first
+            time.sleep(2)  # probably caused by the failure of another rank, which should be reported first
         leave_failure(error)
         print(f"rank {os.environ.get('RANK', '0')}:", file=sys.stderr)
         raise

@@ -1,4 +1,4 @@
-"""What a spatial transform is and how to apply it: no data set, no model, no configuration."""
+"""Spatial transforms and how to apply them: no data set, no model, no configuration."""
 
 from fast_spatial.kernels.host import keep_compiled_kernels
 

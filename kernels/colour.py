@@ -1,10 +1,10 @@
 """Colour jitter and PCA lighting of one image as one 3x4 matrix, applied once, before the image is warped.
 
 The jitter is torchvision's ColorJitter without hue: brightness scales the image, contrast pivots about its mean grey,
-saturation pivots about each pixel's grey. All three are affine in the colours, and they commute: scaling moves every
-pivot along, contrast moves all greys alike, and saturation leaves every grey, and so their mean, where it was. So
-torchvision's random order changes nothing but its own rounding: on PIL images it truncates and clips to 8 bits after
-each step; here colours are rounded and clipped once.
+saturation pivots about each pixel's grey. All three are affine in the colours, and they commute. Brightness scales the
+pivots, too. Contrast moves all greys alike. Saturation keeps every grey, and so their mean. So torchvision's random
+order affects only its rounding: on PIL images it truncates and clips to 8 bits after each step. Here colours are
+rounded and clipped once.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def write_colour_matrix(out_34, numbers, mean_rgb):  # type: ignore[no-untyped-d
 
 @njit(cache=True, nogil=True)
 def write_colour_parts(linear_33, pivots_33, shift_3, numbers):  # type: ignore[no-untyped-def]
-    """Write the same change without knowing the mean: a colour c becomes linear c + pivots mean + shift."""
+    """Write the same transform for an unknown mean: a colour c becomes linear @ c + pivots @ mean + shift."""
     mean, matrix = np.zeros(3, np.float32), np.empty((3, 4), np.float32)
     write_colour_matrix(matrix, numbers, mean)
     linear_33[:], shift_3[:] = matrix[:, :3], matrix[:, 3]

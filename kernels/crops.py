@@ -1,4 +1,4 @@
-"""Crops, from which Triton makes views when they are wanted: B images, V views of each, S side, C = 3 channels."""
+"""Crops, from which Triton makes views on demand. B images, V views of each, S image size, C = 3 channels."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Crops:
-    """A batch before its views are made, all of it on the device that makes them.
+    """A batch before its views are made; all tensors are on one device.
 
-    Nothing here waits for the device. Without a GPU, the kernels run in Triton's interpreter (TRITON_INTERPRET=1).
+    No method synchronizes the device. Without a GPU, the kernels run in Triton's interpreter (TRITON_INTERPRET=1).
 
     Attributes:
-        images: uint8 [B, S, S, 3], the colours as they were decoded.
+        images: uint8 [B, S, S, 3], with the decoded colours.
         matrices: float32 [B, V, 2, 3], target-to-source pixels (see `kernels.spatial`).
         numbers: float32 [B, COLOUR_WIDTH], each image's colour numbers (see `kernels.sampling`).
 
@@ -32,7 +32,7 @@ class Crops:
         return warp_cuda.warp(self.images, self.matrices, self._colours())
 
     def normalized(self, scale_C: Tensor, shift_C: Tensor, dtype: torch.dtype) -> Tensor:
-        """Views as a network takes them: [B * V, 3, S, S] channels_last, value * scale + shift."""
+        """Normalized views, the network's input: [B * V, 3, S, S] channels_last, value * scale + shift."""
         from fast_spatial.kernels import warp_cuda
 
         return warp_cuda.warp_normalized(self.images, self.matrices, self._colours(), scale_C, shift_C, dtype)

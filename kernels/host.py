@@ -1,4 +1,4 @@
-"""This machine: the CPUs to use, and the folder for what can be made again: compiled kernels, the digits, findings."""
+"""The host: usable CPUs, and the cache folder of compiled kernels, the digits and findings."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def cache_folder() -> Path:
 
 
 def environment_of_children() -> dict[str, str]:
-    """This process's environment, in which a Python that it starts finds the package."""
-    # Not resolved: kernels/ is a folder within the package, or a link there to the one beside it.
+    """This process's environment, with PYTHONPATH extended so that child processes find the package."""
+    # Symbolic links are not resolved: in a checkout, kernels/ in the package is a link to the folder beside it.
     root = str(Path(__file__).absolute().parents[2])
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
 
 
 def keep_compiled_kernels() -> None:
-    """Cache numba's code by the kernels' sources: numba notices no change in a function that another one calls."""
+    """Name numba's cache folder by a hash of the kernels' sources: numba misses changes in a callee."""
     if "NUMBA_CACHE_DIR" in os.environ:
         return
     digest = hashlib.sha256()
@@ -49,7 +49,7 @@ def keep_compiled_kernels() -> None:
 
 
 def remember(name: str, content: Any) -> None:
-    """Keep a JSON value under a file name, whole or not at all; a disk that does not take it is left alone."""
+    """Write a JSON value to a file in the cache folder, atomically. Errors of the disk are ignored."""
     with contextlib.suppress(OSError), tempfile.TemporaryDirectory(dir=cache_folder(), prefix=".writing-") as folder:
         temporary = Path(folder) / name
         temporary.write_text(json.dumps(content), encoding="utf-8")
@@ -57,7 +57,7 @@ def remember(name: str, content: Any) -> None:
 
 
 def recall(name: str) -> Any:
-    """What was remembered under a file name; None if that is nothing, or cannot be read."""
+    """The JSON value of a file in the cache folder; None if it is missing or unreadable."""
     try:
         return json.loads((cache_folder() / name).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -66,7 +66,7 @@ def recall(name: str) -> Any:
 
 @contextlib.contextmanager
 def one_at_a_time(name: str) -> Iterator[None]:
-    """Let one process of this machine after another through a block; all at once where files cannot be locked."""
+    """Run a block in one process of this machine at a time. Without file locks, it runs unguarded."""
     with contextlib.ExitStack() as held:
         with contextlib.suppress(OSError):
             file = held.enter_context(open(cache_folder() / f"{name}.lock", "wb"))
@@ -79,7 +79,7 @@ CGROUP_V1 = (Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"), Path("/sys/fs/cgroup/c
 
 
 def usable_cpus() -> int:
-    """The CPUs this process may use: its affinity mask, cut to the container's cgroup quota (at least 1)."""
+    """Number of CPUs this process may use: its affinity mask, limited by the cgroup quota (at least 1)."""
     allowed = len(os.sched_getaffinity(0))
     try:
         if CGROUP_V2.exists():
@@ -94,5 +94,5 @@ def usable_cpus() -> int:
 
 
 def cpus_per_process() -> int:
-    """This process's share of the usable CPUs: they are divided among the ranks that torchrun started on this node."""
+    """This process's share of the usable CPUs, divided among torchrun's ranks on this node (at least 1)."""
     return max(1, usable_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

@@ -1,6 +1,6 @@
-"""Max pooling on a GPU, in Triton: the values alone, channels_last.
+"""Max pooling without indices on a GPU, in Triton; channels_last.
 
-PyTorch's kernel finds where each maximum was as well, which only gradients need.
+PyTorch's kernel also computes the index of each maximum, which only gradients need.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _max_pool_kernel(  # type: ignore[no-untyped-def]
     PADDING_X: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A part of an output's row: neighbours in memory are channels of one pixel."""
+    """A block of one output row; consecutive values in memory are the channels of one pixel."""
     row = tl.program_id(0)
     image = (row // out_height).to(tl.int64)
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -53,7 +53,7 @@ def _max_pool_kernel(  # type: ignore[no-untyped-def]
 
 
 def max_pool(x_NCHW: Tensor, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
-    """The largest of each window of [N, C, H, W]; channels_last."""
+    """Max pooling of [N, C, H, W], as `torch.nn.functional.max_pool2d`; returns channels_last. NaN propagates."""
     N, C, H, W = x_NCHW.shape
     out_H, out_W = (
         (size + 2 * around - window) // step + 1

@@ -1,8 +1,8 @@
-"""The CPU resize: bilinear with antialiasing, as PIL's and torchvision's, of which only a window is computed.
+"""The CPU resize: bilinear with antialiasing, as in PIL and torchvision; only a window of the result is computed.
 
-A target pixel is a weighted sum of the source pixels within one pixel of its centre, or within as many as the image
-shrinks by, with weights that fall linearly: rows first, then columns, each rounded to 8 bits. Weights are 13 bits and
-sum to 8192, so flat areas stay as they are; three channels of 21 bits share a uint64 in the second pass.
+A target pixel is a weighted sum of the source pixels near its centre. Weights fall linearly to 0 at a distance of one
+pixel, or of the shrink factor if that is larger. Rows are summed first, then columns, each rounded to 8 bits. Weights
+have 13 bits and sum to 8192, so flat areas do not change. In the second pass, three channels of 21 bits share a uint64.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _HALF_LANES = np.uint64((_ONE // 2) | ((_ONE // 2) << 21) | ((_ONE // 2) << 42))
 
 @njit(cache=True, nogil=True)
 def _taps(source, target, begin, count):  # type: ignore[no-untyped-def]
-    """(first source pixel, number, weights) of `count` target pixels from `begin` on, of an axis resized."""
+    """(first source pixel, number of source pixels, weights) of target pixels [begin, begin + count) on one axis."""
     scale = source / target
     support = max(scale, 1.0)
     first, number = np.empty(count, np.int64), np.empty(count, np.int64)
@@ -57,7 +57,7 @@ def resize_window(out_SSC, image_HWC, height, width, top, left):  # type: ignore
         for k in range(number_y[y]):
             weight = np.int32(weights_y[y, k])
             line = image_HWC[first_y[y] + k, begin:end].ravel()
-            for i in range(np.uint32(len(sums))):  # unsigned: a signed index would be checked for wrapping around
+            for i in range(np.uint32(len(sums))):  # unsigned: numba checks signed indices for wraparound
                 sums[i] += weight * np.int32(line[i])
         for x in range(np.uint32(len(packed))):
             red, green, blue = (

@@ -1,8 +1,8 @@
 """Counter-based draws: every random number is a pure function of (seed, epoch, image index, stream, draw).
 
 The generator is Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011). Its 128-bit
-counter holds (draw, stream, epoch, index) side by side and its 64-bit key holds (domain, seed), so no two quantities
-ever share a random number, and none depends on batch size, process count or the order in which images are read.
+counter holds (draw, stream, epoch, index) and its 64-bit key holds (domain, seed). So no two quantities share a random
+number, and none depends on batch size, number of processes or reading order.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fast_spatial.kernels.spatial import write_matrix
 
 # One stream per quantity.
 ORDER, CROP, FLIP, JITTER, LIGHTING, WARP, NETWORK = range(7)
-# Training and evaluation never share a draw, whatever their seeds.
+# Domains: training and evaluation never share a draw, whatever their seeds.
 TRAINING, EVALUATION = 0, 1
 
 # Columns of the int64 header that describes one image of a batch.
@@ -28,10 +28,10 @@ CENTER, SCALE_MIN, SCALE_MAX, RATIO_MIN, RATIO_MAX, FLIP_PROB, BRIGHTNESS, CONTR
     10
 )
 SETTINGS_WIDTH = 10
-# What `draw_image` decides about one image: the box to decode, the size to resize it to, the crop of the result.
+# Columns of the int32 geometry of `draw_image`: box to decode, size to resize it to, crop of the result.
 BOX_Y, BOX_X, BOX_H, BOX_W, RESIZED_H, RESIZED_W, CROP_Y, CROP_X, CROP_H, CROP_W = range(10)
 GEOMETRY_WIDTH = 10
-# Its colour numbers: three factors, and what the lighting adds to red, green and blue, of 255.
+# Columns of the float32 colour numbers: three factors, and the lighting offsets of red, green and blue (of 255).
 COLOUR_BRIGHTNESS, COLOUR_CONTRAST, COLOUR_SATURATION, COLOUR_LIGHTING = range(4)
 COLOUR_WIDTH = 6
 
@@ -77,9 +77,14 @@ def _between(low, high, key, epoch, index, stream, draw):  # type: ignore[no-unt
 
 
 def pack_key(domain: int, seed: int) -> int:
-    """The generator's key of a domain (TRAINING or EVALUATION) and a seed from 0 to 2**31 - 1."""
+    """The generator's key for a domain (TRAINING or EVALUATION) and a seed.
+
+    Raises:
+        ValueError: if the seed is not in [0, 2**31 - 1].
+
+    """
     if not 0 <= seed < 2**31:
-        raise ValueError(f"seed is {seed}: it must be between 0 and {2**31 - 1}")
+        raise ValueError(f"seed is {seed}: must be between 0 and {2**31 - 1}")
     return (domain << 32) | seed
 
 
@@ -92,13 +97,13 @@ def _order_bits(key, epoch, count):  # type: ignore[no-untyped-def]
 
 
 def epoch_order(key: int, epoch: int, count: int) -> NDArray[np.int64]:
-    """The order in which an epoch visits `count` images: int64 [count], a stable sort by each image's own draw."""
+    """The order of `count` images in an epoch: int64 [count], a stable sort by one draw per image."""
     return np.argsort(_order_bits(key, epoch, count), kind="stable").astype(np.int64)
 
 
 @njit(cache=True, nogil=True)
 def _random_box(box, height, width, settings, key, epoch, index):  # type: ignore[no-untyped-def]
-    """RandomResizedCrop's rule (torchvision): ten tries at an area and an aspect ratio, then a central fallback."""
+    """The crop of torchvision's RandomResizedCrop: ten tries of an area and aspect ratio, then a central crop."""
     low_ratio, high_ratio = settings[RATIO_MIN], settings[RATIO_MAX]
     for attempt in range(_CROP_TRIES):
         draw = 4 * attempt
@@ -120,7 +125,7 @@ def _random_box(box, height, width, settings, key, epoch, index):  # type: ignor
 
 @njit(cache=True, nogil=True)
 def _center_geometry(out, height, width, side):  # type: ignore[no-untyped-def]
-    """Resize(256) and CenterCrop(224), as torchvision rounds them, scaled to the side."""
+    """Resize(256) and CenterCrop(224), with torchvision's rounding, scaled to the image size."""
     short = (side * 256 + 112) // 224
     out[BOX_Y], out[BOX_X], out[BOX_H], out[BOX_W] = 0, 0, height, width
     if height <= width:
@@ -133,7 +138,7 @@ def _center_geometry(out, height, width, side):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def _normal(key, epoch, index, stream, draw):  # type: ignore[no-untyped-def]
-    """A standard normal number (Box and Muller) from two uniform draws."""
+    """A standard normal number from two uniform draws (Box-Muller)."""
     radius = math.sqrt(-2.0 * math.log(1.0 - uniform(key, epoch, index, stream, 2 * draw)))
     return radius * math.cos(2.0 * math.pi * uniform(key, epoch, index, stream, 2 * draw + 1))
 
@@ -165,11 +170,13 @@ def _draw_matrices(matrices_V23, limits_V2, side, flip, key, epoch, index):  # t
 
 @njit(cache=True, nogil=True)
 def draw_image(geometry, colour, matrices_V23, header, shape_HWC, limits_V2, settings):  # type: ignore[no-untyped-def]
-    """Decide everything about one image of a batch.
+    """Draw the whole augmentation of one image.
 
-    Writes `geometry` (int32), `colour` (float32) and the views' target-to-source matrices (float32 [V, 2, 3], with the
-    horizontal flip folded in) from its header (int64), its size in the file (int64 [H, W, C]), each view's limits
-    (float64 [V, 2] of degrees and fraction of the side; zeros leave the view untouched) and the recipe's settings.
+    Outputs: `geometry`, int32 [GEOMETRY_WIDTH]; `colour`, float32 [COLOUR_WIDTH]; the views' target-to-source
+    `matrices_V23`, float32 [V, 2, 3], which include the horizontal flip.
+
+    Inputs: `header`, int64 [HEADER_WIDTH]; the encoded image's `shape_HWC`, int64 [3]; `limits_V2`, float64 [V, 2] of
+    degrees and fraction of the image size (zeros give the identity view); `settings`, float64 [SETTINGS_WIDTH].
     """
     key, epoch, index, side = header[KEY], header[EPOCH], header[INDEX], header[SIDE]
     if settings[CENTER] > 0:
@@ -192,14 +199,14 @@ def _draw_batch(matrices_BV23, limits_V2, side, key, epoch, indices):  # type: i
 def draw_matrices(
     key: int, epoch: int, indices: NDArray[np.int64], limits_V2: NDArray[np.float64], side: int
 ) -> NDArray[np.float32]:
-    """The views' matrices, float32 [B, V, 2, 3], that `draw_image` draws for unflipped images at these indices."""
+    """The matrices, float32 [B, V, 2, 3], that `draw_image` draws for unflipped images at `indices`, int64 [B]."""
     out = np.empty((len(indices), len(limits_V2), 2, 3), np.float32)
     _draw_batch(out, limits_V2, side, key, epoch, np.ascontiguousarray(indices, np.int64))
     return out
 
 
 def view_limits(views: int, *, untouched_first: bool, degrees: float, translate: float) -> NDArray[np.float64]:
-    """Limits of each view, float64 [V, 2]: `views` random ones, after the untouched image if asked for."""
+    """Limits of each view, float64 [V, 2]: the identity view if `untouched_first`, then `views` random ones."""
     rows = [(0.0, 0.0)] * untouched_first + [(degrees, translate)] * views
     return np.array(rows, np.float64).reshape(-1, 2)
 

@@ -1,14 +1,14 @@
-"""The one convention of spatial transforms: matrices, and the exhaustive grid.
+"""The convention of all spatial transforms: matrices, and the exhaustive grid.
 
-For a square image of side S with pixel indices x to the right and y down, the centre is c = (S - 1) / 2. A rotation by
-the angle a and a translation t = (tx, ty), given as a fraction of the side, take the *source* of a target pixel to
+For a square image of size S with pixel indices x to the right and y down, the centre is c = (S - 1) / 2. For a
+rotation by the angle a and a translation t = (tx, ty), in fractions of the image size, a target pixel has the *source*
 
     source = R(a) (target - c) + c + (S - 1) t        R(a) = [[cos a, -sin a], [sin a, cos a]]
 
-so a matrix here maps target pixels to source pixels, which is what a warp needs: a positive angle turns the content
-counter-clockwise on the screen (+90 degrees is `rot90(image, 1)`), and a positive tx moves it to the left. Everything
-outside the image is black. This is the transform of "Exploring the Landscape of Spatial Robustness" (Engstrom et al.,
-2019) under `grid_sample(align_corners=True)`, the meaning `grid_sample` had when its results were published.
+So a matrix maps target pixels to source pixels, as a warp needs it. A positive angle turns the content
+counter-clockwise on the screen (+90 degrees is `rot90(image, 1)`). A positive tx moves it to the left. Pixels outside
+the image are black. This is the transform of "Exploring the Landscape of Spatial Robustness" (Engstrom et al., 2019)
+under `grid_sample(align_corners=True)`, the behaviour of `grid_sample` when its results were published.
 """
 
 from __future__ import annotations
@@ -46,7 +46,14 @@ def _write_matrices(out_N23, params_N3, side):  # type: ignore[no-untyped-def]
 
 
 def matrices(params: NDArray[np.float64], side: int) -> NDArray[np.float32]:
-    """Target-to-source matrices, float32 [..., 2, 3], of (degrees, tx, ty) rows, float [..., 3], at a side."""
+    """Target-to-source matrices, float32 [..., 2, 3], of (degrees, tx, ty) rows, float [..., 3].
+
+    `side` is the image size in pixels.
+
+    Raises:
+        ValueError: if the last axis of `params` is not of length 3.
+
+    """
     params = np.asarray(params, np.float64)
     if params.shape[-1:] != (3,):
         raise ValueError(f"params has shape {params.shape}: the last axis must be (degrees, tx, ty)")
@@ -59,7 +66,7 @@ def matrices(params: NDArray[np.float64], side: int) -> NDArray[np.float32]:
 def grid(limits: SpatialLimits) -> NDArray[np.float64]:
     """The exhaustive attack's 31 x 5 x 5 grid: float64 [775, 3] rows of (degrees, tx, ty), end points included.
 
-    The untouched image is row `GRID_IDENTITY`.
+    Row `GRID_IDENTITY` is the identity view.
     """
     angles = np.linspace(-limits.degrees, limits.degrees, GRID_ANGLES)
     shifts = np.linspace(-limits.translate, limits.translate, GRID_SHIFTS)

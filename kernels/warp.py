@@ -1,4 +1,4 @@
-"""Warping a batch: `warp` picks the backend, `warp_reference` is the plain torch it is held against."""
+"""Warp a batch: `warp` chooses the backend; `warp_reference` is the plain torch reference for tests."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fast_spatial.kernels.host import cpus_per_process
 from fast_spatial.kernels.limits import MAX_SIDE
 from fast_spatial.kernels.warp_cpu import warp_image
 
-# B images, V views, S side, C = 3 channels.
+# B images, V views, S image size, C = 3 channels.
 _IDENTITY_34 = np.eye(3, 4, dtype=np.float32)
 _local = threading.local()
 
@@ -26,17 +26,17 @@ def warp(images_BSSC: Tensor, matrices_BV23: Tensor, colour_B34: Tensor | None =
     Args:
         images_BSSC: uint8 [B, S, S, 3].
         matrices_BV23: float32 [B, V, 2, 3], target-to-source pixels (see `kernels.spatial`).
-        colour_B34: float32 [B, 3, 4] in units of 255, applied before the warp; outside stays black.
+        colour_B34: float32 [B, 3, 4] in units of 255, applied before the warp; pixels outside the image stay black.
 
     Raises:
-        ValueError: on another dtype or shape.
+        ValueError: on a wrong dtype or shape.
 
     """
     B, S = images_BSSC.shape[0], images_BSSC.shape[1]
     if images_BSSC.dtype != torch.uint8 or images_BSSC.shape != (B, S, S, 3):
         raise ValueError(f"images are {images_BSSC.dtype} {tuple(images_BSSC.shape)}: expected uint8 [B, S, S, 3]")
     if not 1 <= S <= MAX_SIDE:
-        raise ValueError(f"images have a side of {S}: it must be between 1 and {MAX_SIDE}")
+        raise ValueError(f"images have size {S}: must be between 1 and {MAX_SIDE}")
     if matrices_BV23.ndim != 4 or matrices_BV23.shape[0] != B or matrices_BV23.shape[2:] != (2, 3):
         raise ValueError(f"matrices have shape {tuple(matrices_BV23.shape)}: expected [{B}, V, 2, 3]")
     if colour_B34 is not None and colour_B34.shape != (B, 3, 4):
@@ -51,9 +51,9 @@ def warp(images_BSSC: Tensor, matrices_BV23: Tensor, colour_B34: Tensor | None =
 def warp_normalized(
     images_BSSC: Tensor, matrices_BV23: Tensor, scale_C: Tensor, shift_C: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """The views of `warp` as a network takes them: [B * V, 3, S, S] channels_last, value * scale + shift.
+    """Normalized views, the network's input: [B * V, 3, S, S] channels_last, value * scale + shift.
 
-    On a GPU this is one launch over all views, behind one that packs the images.
+    On a GPU, one kernel packs the images and a second one makes all views.
     """
     if images_BSSC.device.type == "cpu":
         return normalize(warp(images_BSSC, matrices_BV23).flatten(0, 1), scale_C, shift_C, dtype)
@@ -63,9 +63,9 @@ def warp_normalized(
 
 
 def normalize(views_NSSC: Tensor, scale_C: Tensor, shift_C: Tensor, dtype: torch.dtype) -> Tensor:
-    """Views, uint8 [N, S, S, 3], as a network takes them: [N, 3, S, S] channels_last, value * scale + shift.
+    """Normalize views, uint8 [N, S, S, 3], to [N, 3, S, S] channels_last: value * scale + shift.
 
-    On a GPU this is one pass over the views.
+    On a GPU, one kernel reads the views once.
     """
     if views_NSSC.device.type == "cpu":
         values = views_NSSC.permute(0, 3, 1, 2).to(torch.float32)
@@ -76,9 +76,9 @@ def normalize(views_NSSC: Tensor, scale_C: Tensor, shift_C: Tensor, dtype: torch
 
 
 def warp_reference(images_BSSC: Tensor, matrices_BV23: Tensor, colour_B34: Tensor | None = None) -> Tensor:
-    """The same as `warp` in plain torch, before the final rounding: float [B, V, S, S, 3] of 255, any device.
+    """`warp` in plain torch, without the final rounding: float [B, V, S, S, 3] of 255, on any device.
 
-    Computes in the matrices' dtype; colours are rounded to uint8 before the warp, as every backend does.
+    It computes in the matrices' dtype. Like every backend, it rounds colours to 8 bits before the warp.
     """
     B, V = matrices_BV23.shape[:2]
     S = images_BSSC.shape[1]
@@ -88,7 +88,7 @@ def warp_reference(images_BSSC: Tensor, matrices_BV23: Tensor, colour_B34: Tenso
         m_B11C4 = colour_B34.to(device, dtype)[:, None, None]
         channels = [(pixels_BSSC * m_B11C4[..., c, :3]).sum(dim=-1) + m_B11C4[..., c, 3] for c in range(3)]
         pixels_BSSC = torch.stack(channels, dim=-1).add_(0.5).floor_().clamp_(0, 255)
-    # Element by element: a matrix product may be computed in TF32, whose ten bits are a tenth of a pixel.
+    # Element by element: a matrix product may run in TF32, whose 10-bit mantissa is off by a tenth of a pixel.
     m_BV2311 = matrices_BV23.to(device)[..., None, None]
     axis = torch.arange(S, dtype=dtype, device=device)
     source_BV2SS = m_BV2311[:, :, :, 0] * axis + m_BV2311[:, :, :, 1] * axis[:, None] + m_BV2311[:, :, :, 2]

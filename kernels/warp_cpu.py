@@ -1,10 +1,11 @@
 """The CPU warp: one uint8 image into V uint8 views, in numba.
 
-The image's colours are changed once, while it is packed: an int32 word per pixel holds its three channels, with a
-border of one black pixel. A view's pixel is then two loads (two neighbouring words of its row, and of the next), two
-multiply-adds of neighbouring 16-bit numbers by 14-bit weights that sum to 16384, and one rounding shift, for all
-channels together. Coordinates are fixed point, computed for eight pixels at a time. The part of each row that meets the
-image is found beforehand; within it, coordinates are clamped to the border, which checks nothing.
+The colour transform runs once per image, while the image is packed: one int32 word per pixel holds its three channels,
+and a border of one black pixel surrounds the image. Then a view's pixel takes two loads (two neighbouring words of its
+source row, and of the next), two multiply-adds and one rounding shift, for all channels together. The multiply-adds
+combine neighbouring 16-bit numbers with 14-bit weights that sum to 16384. Coordinates are fixed point, computed for
+eight pixels at a time. The part of each row that overlaps the image is computed first. Within it, coordinates are only
+clamped to the border, so no pixel needs a branch.
 """
 
 from __future__ import annotations
@@ -28,14 +29,15 @@ _X86 = platform.machine() == "x86_64"
 def _blend_block(typing_context, out, words, width, x, y, dx, dy):  # type: ignore[no-untyped-def]
     """Write 8 neighbouring pixels, 24 bytes at the address `out`, from the packed image at the address `words`.
 
-    `width` is the packed image's; (x, y) is the first pixel's source in it, (dx, dy) a pixel's step, int32 fixed point.
+    `width` is the packed image's width. (x, y) is the first pixel's source and (dx, dy) the step per pixel, both int32
+    fixed point.
     """
     integers = [types.intp, types.intp, *[types.int32] * 5]
     return types.void(*integers), _emit_blend_block
 
 
 def _emit_blend_block(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-    """The LLVM code of `_blend_block`: numba itself finds none of these vector instructions."""
+    """The LLVM code of `_blend_block`: numba does not generate these vector instructions."""
     out, words, width, *source = arguments
     i8, i16, i32, i64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
     i16x8, i32x8 = ir.VectorType(i16, 8), ir.VectorType(i32, 8)
@@ -80,7 +82,7 @@ def _emit_blend_block(context: Any, builder: Any, _signature: Any, arguments: An
     )
 
     def weighted(address: Any, weights: Any, k: int) -> Any:
-        """Two neighbours, weighted: (red, green, blue, 0), int32, of the k-th pixel."""
+        """Weighted sum of two neighbours for the k-th pixel: (red, green, blue, 0), int32."""
         pair = builder.load(builder.inttoptr(address, ir.VectorType(i8, 8).as_pointer()), align=1)
         zeros = ir.Constant(pair.type, [0] * 8)
         # (r0, g0, b0, 0, r1, g1, b1, 0) to the 16-bit numbers (r0, r1, g0, g1, b0, b1, 0, 0).
@@ -110,7 +112,7 @@ def _emit_blend_block(context: Any, builder: Any, _signature: Any, arguments: An
 
 @njit(cache=True, nogil=True)
 def pack(scratch, image_SSC, colour_34):  # type: ignore[no-untyped-def]
-    """Pack an image with its colours changed into black-bordered words, int32 [S + 2, S + 2]."""
+    """Pack an image, after its colour transform, into black-bordered words, int32 [S + 2, S + 2]."""
     side = image_SSC.shape[0]
     scratch[0, :] = 0
     scratch[side + 1, :] = 0
@@ -122,7 +124,7 @@ def pack(scratch, image_SSC, colour_34):  # type: ignore[no-untyped-def]
         row, pixels = scratch[y + 1], image_SSC[y].ravel()
         row[0] = 0
         row[side + 1] = 0
-        for x in range(np.uint32(side)):  # unsigned: a signed index would be checked for wrapping around
+        for x in range(np.uint32(side)):  # unsigned: numba checks signed indices for wraparound
             r, g, b = np.float32(pixels[3 * x]), np.float32(pixels[3 * x + 1]), np.float32(pixels[3 * x + 2])
             red = np.int32(min(max(m00 * r + m01 * g + m02 * b + m03, low), high))
             green = np.int32(min(max(m10 * r + m11 * g + m12 * b + m13, low), high))
@@ -147,10 +149,10 @@ def _inside(start, step, low, high, first, last):  # type: ignore[no-untyped-def
 
 @njit(cache=True, nogil=True)
 def warp_packed(view_SSC, scratch, edge, matrix_23):  # type: ignore[no-untyped-def]
-    """Write one view, uint8 [S, S, 3], of a packed image; `edge` is room for a block, uint8 [24]."""
+    """Write one view, uint8 [S, S, 3], of a packed image; `edge` is a buffer for one block, uint8 [24]."""
     side = view_SSC.shape[0]
     width = np.int32(side + 2)
-    # A row's coordinates are 31.32 fixed point; a block's start from them anew, rounded to the weights' grid.
+    # A row's coordinates are 31.32 fixed point. Each block restarts from them, rounded to the weights' grid.
     dx, dy = np.int64(np.rint(matrix_23[0, 0] * _ONE)), np.int64(np.rint(matrix_23[1, 0] * _ONE))
     drop = np.int64(32 - _FRACTION_BITS)
     half = np.int64(1) << (drop - 1)

@@ -1,8 +1,9 @@
 """The GPU warp, in Triton: uint8 images and matrices to normalized channels_last views, in float or half precision.
 
-An image's colours are changed once, while it is packed: four bytes per pixel hold its three channels, with a border of
-one black pixel. All views of a batch are then one launch, in which a value is four loads, and what is written is what a
-convolution reads. Views are rounded to 8 bits before they are normalized, as on every backend.
+The colour transform runs once per image, while the image is packed: four bytes per pixel hold its three channels, and a
+border of one black pixel surrounds the image. Then one launch makes all views of a batch, with four loads per value. It
+writes the layout and dtype that a convolution reads. Views are rounded to 8 bits before normalization, as on every
+backend.
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ _SATURATION, _LIGHTING = tl.constexpr(COLOUR_SATURATION), tl.constexpr(COLOUR_LI
 
 @triton.jit
 def _matrix_kernel(colours, images, numbers, pixels, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """`kernels.colour` on a GPU: an image's mean, of which its colour matrix is a function; a program per image."""
+    """`kernels.colour` on a GPU, one program per image: the mean colour, then the colour matrix that depends on it."""
     image = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     reds, greens, blues = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32)
     start = 0
-    while start < pixels:  # no range: the interpreter of Triton 3.6 cannot count to an argument with NumPy 2.5
+    while start < pixels:  # not range(): with NumPy 2.5, the interpreter of Triton 3.6 cannot loop to a kernel argument
         inside = start + lane < pixels
         at = images + image * pixels * 3 + (start + lane) * 3
         reds += tl.load(at, mask=inside, other=0).to(tl.int32)
@@ -67,7 +68,7 @@ def _matrix_kernel(colours, images, numbers, pixels, BLOCK: tl.constexpr):  # ty
 
 @triton.jit
 def _colour(m, channel: tl.constexpr, r, g, b):  # type: ignore[no-untyped-def]
-    """One channel of a changed colour, as an int32 of 0 to 255."""
+    """One channel of a transformed colour, int32 in [0, 255]."""
     at = m + 4 * channel
     value = tl.load(at) * r + tl.load(at + 1) * g + tl.load(at + 2) * b + tl.load(at + 3)
     return tl.minimum(tl.maximum(tl.floor(value + 0.5), 0.0), 255.0).to(tl.int32)
@@ -75,7 +76,7 @@ def _colour(m, channel: tl.constexpr, r, g, b):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _pack_kernel(words, images, colours, side, CHANGED: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    image = tl.program_id(0).to(tl.int64)  # the first axis of a launch is the one without a limit
+    image = tl.program_id(0).to(tl.int64)  # only the first axis of a launch exceeds 65535 programs
     width = side + 2
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     y, x = place // width - 1, place % width - 1
@@ -94,7 +95,7 @@ def _pack_kernel(words, images, colours, side, CHANGED: tl.constexpr, BLOCK: tl.
 
 @triton.jit
 def _of_channel(values, channel):  # type: ignore[no-untyped-def]
-    """The channels' own of three values."""
+    """Select one of three values by channel."""
     return tl.where(channel == 0, tl.load(values), tl.where(channel == 1, tl.load(values + 1), tl.load(values + 2)))
 
 
@@ -102,10 +103,10 @@ def _of_channel(values, channel):  # type: ignore[no-untyped-def]
 def _warp_kernel(  # type: ignore[no-untyped-def]
     out, pixels, matrices, scale, shift, views, side, TILE_Y: tl.constexpr, TILE_X: tl.constexpr
 ):
-    """A tile of a view: rows, and values in a row, three to a pixel.
+    """A tile of a view: rows times values of a row, with three values per pixel.
 
-    A thread's values lie side by side, so that it writes 16 bytes at once, though it then reads a pixel's corners once
-    for each channel: reads come from the cache, and writes are what there is most of.
+    A thread's values are contiguous, so it writes 16 bytes at once. In return it reads a pixel's corners once per
+    channel: these reads hit the cache, while writes make up most of the memory traffic.
     """
     view = tl.program_id(0)
     width = side + 2
@@ -116,7 +117,7 @@ def _warp_kernel(  # type: ignore[no-untyped-def]
     channel = place - 3 * x
     m = matrices + view * 6
     y_f, x_f = y.to(tl.float32), x.to(tl.float32)
-    # Coordinates of the bordered image, so + 1; beyond the border there is nothing but black.
+    # Coordinates of the bordered image, so + 1. Beyond the border, everything is black: clamp.
     end = side + 1.0
     source_x = tl.minimum(tl.maximum(tl.load(m) * x_f + tl.load(m + 1) * y_f + tl.load(m + 2) + 1.0, 0.0), end)
     source_y = tl.minimum(tl.maximum(tl.load(m + 3) * x_f + tl.load(m + 4) * y_f + tl.load(m + 5) + 1.0, 0.0), end)
@@ -140,13 +141,13 @@ def _normalize_kernel(out, views, scale, shift, count, BLOCK: tl.constexpr):  # 
     inside = place < count - start
     channel = ((start % 3).to(tl.int32) + place) % 3  # 64-bit remainders are slow: one per block
     value = tl.load(views + start + place, mask=inside, other=0).to(tl.float32)
-    # Six scalars and selections, where a load per element would gather from the six.
+    # Load six scalars and select: a load per element would be a gather.
     scaled = value * _of_channel(scale, channel) + _of_channel(shift, channel)
     tl.store(out + start + place, scaled.to(out.dtype.element_ty), mask=inside)
 
 
 def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Make a device current: Triton launches there, wherever the tensors are."""
+    """Make a device current: Triton launches on the current device, not on that of the tensors."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 

@@ -1,4 +1,4 @@
-"""From JPEG files to a `Batch`: knows DALI, not torch.nn; plain arguments, no configuration objects."""
+"""From JPEG files to a `Batch`. Uses DALI, not torch.nn; takes plain arguments, no configuration objects."""
 
 from fast_spatial.pipelines.nvjpeg import load_before_torchvision
 

@@ -1,7 +1,7 @@
-"""From a folder to an index of images: paths, labels, classes, validated before anything is started.
+"""Index a folder of images: paths, labels and classes, validated before any process starts.
 
-The layout is the usual one, `DATA/train/<class>/*` and `DATA/val/<class>/*`, and means what torchvision's ImageFolder
-means by it: classes are the sorted folder names, images the files with an image's extension.
+The layout is `DATA/train/<class>/*` and `DATA/val/<class>/*`, read as torchvision's ImageFolder reads it. Classes are
+the sorted folder names. Images are the files with an image extension.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FLAT_VAL_FIX = (
 
 
 class LeftOut(NamedTuple):
-    """What an exclusion file left out of a split: paths, and how many more it names that are gone from the disk."""
+    """Images of a split excluded by an exclusion file, and the number of paths in it that do not exist."""
 
     names: tuple[str, ...] = ()
     gone: int = 0
@@ -51,7 +51,7 @@ class ImageIndex:
         paths: uint8 [N, W], absolute paths padded with NUL.
         labels: int64 [N], positions in `classes`.
         classes: the class folders' names, sorted.
-        left_out: what `without` took away.
+        left_out: the images excluded by `without`.
 
     """
 
@@ -73,12 +73,12 @@ class ImageIndex:
         return os.path.relpath(self.path(position), self.root.parent)
 
     def positions_of(self, relative_paths: Collection[str]) -> NDArray[np.int64]:
-        """The positions of images named as by `relative_path`, in the split's order; others are left away."""
+        """Positions of images named as by `relative_path`, int64, ascending; unknown names are ignored."""
         names = [os.fsencode(os.path.join(self.root.parent, path)) for path in relative_paths]
         return np.flatnonzero(np.isin(self.paths.view(f"S{self.paths.shape[1]}")[:, 0], names))
 
     def fingerprint(self) -> str:
-        """A digest of which images these are, by relative path and label: equal wherever the folder lies."""
+        """A digest of the images' relative paths and labels, independent of the folder's location."""
         names = self.paths[:, len(os.fsencode(self.root)) + 1 :]
         digest = hashlib.sha256(str(names.shape).encode())
         digest.update(names.tobytes())
@@ -98,18 +98,18 @@ class ImageIndex:
         return self._take(np.sort(epoch_order(pack_key(TRAINING, _SUBSET_SEED), 0, len(self))[:count]))
 
     def balanced_subset(self, per_class: int) -> ImageIndex:
-        """A fixed pseudo-random subset with so many images of every class that has any, in the split's order.
+        """A fixed pseudo-random subset with `per_class` images of every non-empty class, in the split's order.
 
         Raises:
-            UserError: if a class has fewer.
+            ValueError: if a class has fewer images.
 
         """
         return self._take(np.sort(self.balanced_positions(per_class)))
 
     def balanced_order(self) -> NDArray[np.int64]:
-        """All positions, in rounds: an image of every class, then another one of each, by a fixed order within each.
+        """All positions, int64 [N], in rounds: each round holds the next image of every class, in a fixed random order.
 
-        Classes that have no more images are absent from later rounds.
+        Classes without further images are absent from later rounds.
         """
         order = epoch_order(pack_key(TRAINING, _SUBSET_SEED), 0, len(self))
         by_class = order[np.argsort(self.labels[order], kind="stable")]
@@ -117,10 +117,10 @@ class ImageIndex:
         return by_class[np.argsort(rounds, kind="stable")]
 
     def balanced_positions(self, per_class: int) -> NDArray[np.int64]:
-        """The positions of `balanced_subset`: the first so many rounds of `balanced_order`.
+        """Positions of `balanced_subset`: the first `per_class` rounds of `balanced_order`.
 
         Raises:
-            UserError: if a class has fewer images.
+            ValueError: if a class has fewer images.
 
         """
         counts = self.class_counts()
@@ -131,23 +131,23 @@ class ImageIndex:
         return self.balanced_order()[: per_class * len(counts)]
 
     def balanced_rounds(self, positions: Collection[int]) -> int:
-        """The largest `per_class` such that `balanced_positions` are all among these."""
+        """The largest `per_class` whose `balanced_positions` are all in `positions`."""
         counts = self.class_counts()
         held = np.isin(self.balanced_positions(int(counts.min())), list(positions))
         return int(held.reshape(-1, len(counts)).all(axis=1).cumprod().sum())
 
     def class_counts(self) -> NDArray[np.int64]:
-        """How many images there are of every class that has any, by label."""
+        """Number of images of every non-empty class, int64, by ascending label."""
         return np.unique(self.labels, return_counts=True)[1]
 
     def without(self, listing: Path) -> ImageIndex:
         """The images that are not named in an exclusion file.
 
-        It names a file per line, relative to the data folder ("train/n01440764/x.JPEG"); lines that start with # are
-        comments. The positions of those that stay are counted anew, and with them their draws in the random stream.
+        The file names one image per line, relative to the data folder ("train/n01440764/x.JPEG"). Lines that start with
+        # are comments. The remaining images get new positions, and so new draws in the random stream.
 
         Raises:
-            UserError: on a line that names anything else that is there, or if a class is left without images.
+            UserError: if a line names an existing file that is not an image of the split, or a class becomes empty.
 
         """
         wanted = [line for line in read_exclusions(listing) if line.startswith(f"{self.root.name}/")]
@@ -159,25 +159,25 @@ class ImageIndex:
         for line in unknown:
             if os.path.lexists(self.root.parent / line):
                 raise UserError(
-                    f"--exclude {listing}: {line} is there, but is none of the images of {self.root}",
-                    f"name images as in {self.relative_path(0)}",
+                    f"--exclude {listing}: {line} exists but is not an image of {self.root}",
+                    f"use paths such as {self.relative_path(0)}",
                 )
         kept = self._take(np.delete(np.arange(len(self)), positions))
         emptied = np.setdiff1d(self.labels, kept.labels)
         if len(emptied):
             raise UserError(
-                f"--exclude {listing}: it leaves no images in class {self.classes[emptied[0]]} of {self.root}",
-                "keep some, or take the class out of both train/ and val/",
+                f"--exclude {listing}: class {self.classes[emptied[0]]} of {self.root} would have no images",
+                "keep at least one, or remove the class from both train/ and val/",
             )
         return replace(kept, left_out=LeftOut(tuple(left_out), len(unknown)))
 
     def describe_left_out(self) -> str:
-        """A sentence on what an exclusion file left out; "" for nothing."""
+        """A sentence on the excluded images; "" if there are none."""
         names, gone = self.left_out
         if not names and not gone:
             return ""
-        also = f"; {gone} more that it names are gone from the disk" if gone else ""
-        return f"{self.root.name}: {len(names)} images left out by --exclude: {some(list(names))}{also}"
+        also = f"; {gone} more listed paths do not exist" if gone else ""
+        return f"{self.root.name}: {len(names)} images excluded by --exclude: {some(list(names))}{also}"
 
     def _take(self, positions: NDArray[np.int64]) -> ImageIndex:
         return replace(self, paths=self.paths[positions], labels=self.labels[positions])
@@ -187,28 +187,26 @@ def list_classes(data: Path, split: str) -> list[str]:
     """The sorted class folders of a split.
 
     Raises:
-        UserError: naming what is wrong with the layout, and the line that fixes a flat validation folder.
+        UserError: on a wrong layout. For a flat validation folder, the advice is a command that sorts it.
 
     """
     root = data / split
     if not data.is_dir():
-        raise UserError(
-            f"--data {data}: there is no such folder; give the folder that holds train/ and val/, or digits"
-        )
+        raise UserError(f"--data {data}: no such folder. Give the folder that contains train/ and val/, or digits")
     if not root.is_dir():
         found = ", ".join(sorted(entry.name for entry in os.scandir(data))[:4]) or "nothing"
-        raise UserError(f"--data {data}: it has no {split}/ (it holds {found}); expected {root}/<class>/<image>")
+        raise UserError(f"--data {data}: no folder {split}/ in it (found: {found}); expected {root}/<class>/<image>")
     try:
         entries = list(os.scandir(root))
     except OSError as error:
-        raise UserError(f"--data {data}: {root} cannot be read ({error.strerror}); mend it") from None
+        raise UserError(f"--data {data}: cannot read {root} ({error.strerror}). Check its permissions") from None
     classes = [entry.name for entry in entries if entry.is_dir()]
     files = sum(is_image(entry.name) for entry in entries if not entry.is_dir())
     if not classes and files:
-        what = f"--data {data}: {root} holds {files} images but no class folders"
+        what = f"--data {data}: {root} contains {files} images but no class folders"
         if split == "train":
             raise UserError(what, f"sort them into {root}/<class>/")
-        need = f"put ILSVRC2012_devkit_t12.tar.gz into {data.resolve()} and sort them with the line below"
+        need = f"put ILSVRC2012_devkit_t12.tar.gz into {data.resolve()} and sort them with the command below"
         raise UserError(f"{what}; {need}", FLAT_VAL_FIX.format(data=data.resolve()))
     if not classes:
         raise UserError(f"--data {data}: {root} is empty; expected {root}/<class>/<image>")
@@ -216,35 +214,35 @@ def list_classes(data: Path, split: str) -> list[str]:
 
 
 def read_exclusions(listing: Path) -> list[str]:
-    """The paths that an exclusion file names, each once.
+    """The distinct paths in an exclusion file, in its order.
 
     Raises:
-        UserError: if it cannot be read, or names something that is in no split.
+        UserError: if it cannot be read, or names a path outside train/ and val/.
 
     """
     try:
         lines = listing.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
     except OSError as error:
         raise UserError(
-            f"--exclude {listing}: it cannot be read ({error.strerror})",
-            "give a file with a path per line, as `check-data --write-exclusions FILE` writes it",
+            f"--exclude {listing}: cannot read the file ({error.strerror})",
+            "give a file with one path per line, as `check-data --write-exclusions FILE` writes it",
         ) from None
     names = [line.rstrip("\r") for line in lines]
     names = [name for name in names if name.strip() and not name.startswith("#")]
     for name in names:
         if name.partition("/")[0] not in SPLITS:
             raise UserError(
-                f"--exclude {listing}: {name} is in no split",
-                "paths are relative to the data folder, as in train/n01440764/n01440764_18.JPEG",
+                f"--exclude {listing}: {name} is not in train/ or val/",
+                "use paths relative to the data folder, such as train/n01440764/n01440764_18.JPEG",
             )
     return list(dict.fromkeys(names))
 
 
 def check_classes_agree(data: Path) -> list[str]:
-    """The classes of `data`, the same in train/ and val/.
+    """The classes of `data`, checked to be the same in train/ and val/.
 
     Raises:
-        UserError: naming the first classes that only one of them has.
+        UserError: naming the first classes that exist in only one of them.
 
     """
     train, val = list_classes(data, "train"), list_classes(data, "val")
@@ -252,7 +250,7 @@ def check_classes_agree(data: Path) -> list[str]:
         only_train, only_val = sorted(set(train) - set(val)), sorted(set(val) - set(train))
         raise UserError(
             f"--data {data}: train/ and val/ have different classes (only in train: {some(only_train)}; only in val: "
-            f"{some(only_val)}); labels would not mean the same, make the folders agree"
+            f"{some(only_val)}), so labels would not match. Use the same class folders in both"
         )
     return train
 
@@ -265,22 +263,22 @@ def check_not_empty(data: Path, split: str, classes: list[str]) -> None:
 
 
 def count_images(data: Path, split: str, classes: list[str], *, at_most: int) -> int:
-    """How many images there are in these class folders; stops counting at a number."""
+    """Number of images in these class folders; counting stops at `at_most`."""
     images = (image for name in classes for image in _images_below(data / split / name))
     return sum(1 for _ in islice(images, at_most))
 
 
 def _empty(data: Path, folder: Path) -> UserError:
-    return UserError(f"--data {data}: the class folder {folder} holds no images; fill or remove it")
+    return UserError(f"--data {data}: class folder {folder} contains no images. Add images, or remove the folder")
 
 
 def check_divides(global_batch_size: int, world_size: int) -> None:
-    """Raise a UserError unless every process gets the same number of images of a global batch."""
+    """Raise a UserError unless the number of processes divides the global batch size."""
     if global_batch_size % world_size:
         below = [n for n in range(1, world_size) if global_batch_size % n == 0][-1]
         above = -(-global_batch_size // world_size) * world_size
         raise UserError(
-            f"--global-batch-size {global_batch_size} does not divide among {world_size} processes; use {below} "
+            f"--global-batch-size {global_batch_size}: not divisible by {world_size} processes. Use {below} "
             f"processes, or --global-batch-size {above}"
         )
 
@@ -312,15 +310,15 @@ def _images_below(folder: Path) -> Iterator[bytes]:
 
 
 def is_image(path: str) -> bool:
-    """Whether a file counts as an image, by its name."""
+    """Whether a file name has an image extension."""
     return path.lower().endswith(EXTENSIONS)
 
 
 def files_below(folder: Path, refuse: Callable[[str, str], None]) -> Iterator[str]:
-    """The paths of all files below a folder, links followed.
+    """Paths of all files below a folder; symbolic links are followed.
 
-    `refuse` is called with folders that cannot be walked and why: that they cannot be read, or that they are links to a
-    folder above themselves, whose images would never end.
+    `refuse` is called with (folder, reason) for each folder that is unreadable, or a symbolic link to a folder above it
+    (a loop).
     """
 
     def unreadable(error: OSError) -> None:
@@ -331,7 +329,7 @@ def files_below(folder: Path, refuse: Callable[[str, str], None]) -> Iterator[st
             link = os.path.join(where, name)
             if os.path.islink(link) and _holds(link, where):
                 folders.remove(name)
-                refuse(link, "it is a link to a folder that holds it, so that its images never end")
+                refuse(link, "symbolic link loop")
         yield from (os.path.join(where, file) for file in files)
 
 
@@ -341,4 +339,4 @@ def _holds(folder: str, other: str) -> bool:
 
 
 def _refuse(folder: str, why: str) -> None:
-    raise UserError(f"--data: {folder} cannot be used: {why}", "mend or remove it")
+    raise UserError(f"--data: cannot read {folder}: {why}", "fix or remove it")

@@ -1,7 +1,7 @@
 """The digits data set: scikit-learn's handwritten digits, exported once as a folder of JPEG files.
 
-1,797 real images of 8x8 pixels (a part of the UCI set "Optical Recognition of Handwritten Digits"), enlarged and split
-into 1,497 for training and 300 for validation. It trains in minutes, and shows the trend of ImageNet's table.
+1,797 real images of 8x8 pixels (part of the UCI data set "Optical Recognition of Handwritten Digits"), enlarged and
+split into 1,497 for training and 300 for validation. Training takes minutes and shows the trend of ImageNet's table.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _SPLIT_SEED = 0
 
 
 def export_digits(folder: Path | None = None) -> Path:
-    """The digits as `folder/{train,val}/{0..9}/NNNN.jpg`; written unless it is there, all or nothing."""
+    """Write the digits as `folder/{train,val}/{0..9}/NNNN.jpg` unless the folder exists; atomic. Returns the folder."""
     folder = folder or cache_folder() / _VERSION
     if folder.is_dir():
         return folder
@@ -41,6 +41,6 @@ def export_digits(folder: Path | None = None) -> Path:
         try:
             made.rename(folder)
         except OSError:
-            if not folder.is_dir():  # another process made it meanwhile
+            if not folder.is_dir():  # otherwise another process made it meanwhile
                 raise
     return folder

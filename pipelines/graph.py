@@ -1,4 +1,4 @@
-"""The DALI graph, from paths to views or crops: one definition for CPU and GPU, for training and evaluation."""
+"""The DALI graph from paths to views or crops: one definition for CPU, GPU, training and evaluation."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from fast_spatial.pipelines.placement import Decoding, Placement
 def view_graph(
     source: Callable[[Any], Any], *, views: int, center: bool, placement: Placement, on_gpu: bool
 ) -> tuple[ops.Node, ...]:
-    """(views uint8 [V, S, S, 3], header int64) of each image of a batch; all but the header on the device.
+    """(views uint8 [V, S, S, 3], header int64) of each image of a batch; all but the header are on the device.
 
-    With `placement.warp` "triton", the views' place is taken by what they are made of: (crop uint8 [S, S, 3], matrices
-    float32 [V, 2, 3], colour numbers float32 [COLOUR_WIDTH]).
+    With `placement.warp` "triton", the graph returns the inputs of the warp instead of the views: crop uint8 [S, S, 3],
+    matrices float32 [V, 2, 3] and colour numbers float32 [COLOUR_WIDTH].
 
-    `source` yields (paths, headers, limits, settings) and, where our own kernel resizes, a canvas (`ops.numba_views`),
-    each one contiguous array per batch.
+    `source` yields (paths, headers, limits, settings), each as one contiguous array per batch. Where our own kernel
+    resizes, it also yields a canvas (see `ops.numba_views`).
     """
     on_host = placement.resizes_on_host
     fed = fn.external_source(source, num_outputs=5 if on_host else 4, batch=True, batch_info=True)
@@ -58,7 +58,10 @@ def _first_pixel_graph(path: NDArray[np.uint8], decoding: Decoding) -> ops.Node:
 
 
 def has_first_pixel(path: NDArray[np.uint8], decoding: Decoding, *, device_id: int | None) -> bool:
-    """Whether the first pixel of a file, uint8 [W] padded with NUL, can be decoded; if not, no part of it can."""
+    """Whether the first pixel of a file can be decoded; if not, no part of it can.
+
+    `path` is uint8 [W], padded with NUL.
+    """
     graph = _first_pixel_graph(path, decoding, batch_size=1, num_threads=1, device_id=device_id, prefetch_queue_depth=1)
     try:
         graph.run()

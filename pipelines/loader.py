@@ -1,7 +1,7 @@
-"""The Loader: epochs of batches, a pure function of (key, epoch, step), whatever ran before.
+"""The Loader: epochs of batches, a pure function of (key, epoch, step), independent of earlier batches.
 
-DALI keeps no state that matters: the source names the images of each batch and their draws, and every batch carries
-its own position as a ticket, so the Loader can jump anywhere by dropping what was in flight.
+DALI holds no state that affects the result. The source names the images and random draws of each batch. Each batch
+carries its position as a ticket, so the Loader can jump to any step by dropping the batches in flight.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ from fast_spatial.pipelines.dataset import ImageIndex, check_divides
 from fast_spatial.pipelines.placement import Decoding, Placement, usual_placement
 from fast_spatial.pipelines.text import printable
 
-# DALI's queue, of which one batch is in use: as many batches as these bytes hold, but two to four. With a queue of one,
-# nothing would be loaded while a batch is in use.
+# Length of DALI's queue: the batches that fit into these bytes, clipped to two to four. One of them is in use, so a
+# queue of one would load nothing meanwhile.
 _QUEUE_BYTES = 1 << 30
 _LEAST_QUEUED, _MOST_QUEUED = 2, 4
 _READ_AHEAD_BATCHES = 4
 _NONE = np.empty(0, np.int64)
-# Files are judged on the CPU.
+# A file is bad only if the CPU cannot decode it: a GPU decoder may fail on good files.
 ON_HOST = usual_placement(on_gpu=False)
-# So many batches of good files a GPU may fail to decode before it is not asked any more; so many that it decodes one
-# after another make up for all before.
+# After this many failures on good files, the GPU decoder is no longer used. After this many good batches in a row, the
+# count restarts.
 MOST_GPU_FAILURES = 10
 GOOD_BATCHES = 1000
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images, or what they are made of, with labels int64 [B] and positions in the split int64 [B].
+    """A batch of B images.
 
     Attributes:
-        made: views, uint8 [B, V, S, S, 3], or the crops of which they are made when wanted; on the loader's device.
-        labels: on the loader's device.
-        index: in host memory.
+        made: views, uint8 [B, V, S, S, 3], or the crops from which they are made on demand; on the loader's device.
+        labels: int64 [B], on the loader's device.
+        index: positions in the split, int64 [B], in host memory.
 
     """
 
@@ -60,49 +60,51 @@ class Batch:
 
     @cached_property
     def views(self) -> Tensor:
-        """Views, uint8 [B, V, S, S, 3]; made once."""
+        """Views, uint8 [B, V, S, S, 3]; computed once."""
         return self.made.views() if isinstance(self.made, Crops) else self.made
 
     @property
     def side(self) -> int:
-        """The side of the views, pixels."""
+        """Image size of the views in pixels."""
         return (self.made.images if isinstance(self.made, Crops) else self.made).shape[-2]
 
 
 class Loader:
     """Batches of views of a split's images.
 
-    Step s of an epoch is entries [s * G, (s + 1) * G) of the epoch's order, of which rank r takes its r-th slice.
+    Step s of an epoch holds entries [s * G, (s + 1) * G) of the epoch's order, with G the global batch size. Rank r
+    takes the r-th slice of them.
 
     Args:
         images: the split.
         limits: float64 [V, 2], each view's limits (`kernels.sampling.view_limits`).
         settings: the augmentation (`kernels.sampling.augmentation_settings`).
-        side: side of the views, pixels: a number, or a function of (epoch, step), for sides that grow. It is asked for
-            batches that are made ahead, even beyond the last epoch.
-        largest_side: the largest that such a function gives; it bounds what DALI may hold ready.
+        side: image size of the views in pixels: a number, or a function of (epoch, step) for progressive resizing. The
+            function is also called for batches that are prefetched, even beyond the last epoch.
+        largest_side: largest value of that function; it bounds the memory of DALI's queue.
         global_batch_size: images per step, over all ranks; `world_size` must divide it.
         key: the generator's key (`kernels.sampling.pack_key`).
-        train: shuffle, draw anew every epoch and drop the remainder; otherwise each image once, always with the draws
-            of epoch 0.
+        train: if true, shuffle, draw anew every epoch and drop the remainder. Otherwise deliver each image once, always
+            with the draws of epoch 0.
         rank: the GLOBAL rank.
-        order: the positions that an evaluation visits, in turn; default all of them. An image's draws are those of its
-            position in the split, wherever in the order it comes.
-        device: where the views are wanted.
-        placement: where images are decoded and views made; None: `usual_placement` for the device.
-        on_bad_images: called when images are met that cannot be decoded, with their positions and why, and with those
-            of which no part can be. If it returns, they are replaced, each by the next good image of the split; the
-            default raises.
-        bad_images: positions of images of which no part can be decoded, to replace from the start.
-        on_gpu_failure: told, in a line, when a GPU fails to decode files that the CPU decodes; the batch is decoded
-            there. The default logs a warning.
+        order: the positions that an evaluation visits, in order; default all. An image's draws depend on its position
+            in the split, not on its place in the order.
+        threads: DALI's CPU threads; default this process's share of the CPUs.
+        device: device of the views.
+        placement: decoder and warp; default `usual_placement` for the device.
+        on_bad_images: called with the images that cannot be decoded, as {position: reason}, and the positions of those
+            of which no part can be decoded. If it returns, each is replaced by the next good image of the split. The
+            default raises a UserError.
+        bad_images: positions of images of which no part can be decoded; replaced from the start.
+        on_gpu_failure: called with a message when a GPU fails on files that the CPU can decode. The CPU then decodes
+            the batch. The default logs a warning.
 
-    A damaged image is replaced where the part that is drawn of it cannot be decoded, which depends on (key, epoch,
-    position) alone, so the stream stays a pure function, whenever the damage is found.
+    A damaged image is replaced only if its crop cannot be decoded. The crop depends on (key, epoch, position) alone, so
+    the stream stays a pure function of them, whenever the damage is found.
 
     Raises:
-        UserError: if the world size does not divide the batch, the split is smaller than one batch, or images are to
-            be decoded on a GPU for a loader without one.
+        UserError: if the world size does not divide the batch, or the split is smaller than one batch.
+        ValueError: if images are decoded on a GPU for a loader on the CPU.
 
     """
 
@@ -130,8 +132,8 @@ class Loader:
         check_divides(global_batch_size, world_size)
         if train and len(images) < global_batch_size:
             raise UserError(
-                f"{images.root} holds {len(images)} images, less than one global batch of {global_batch_size}; "
-                f"lower --global-batch-size"
+                f"{images.root} contains {len(images)} images, less than one global batch of {global_batch_size}. "
+                f"Lower --global-batch-size"
             )
         assert not train or order is None
         self.images = images
@@ -149,8 +151,8 @@ class Loader:
         self._on_bad_images = on_bad_images or self._refuse
         self._on_gpu_failure = on_gpu_failure or logging.getLogger(__name__).warning
         self._failures = 0
-        self._good_batches = 0  # since a GPU failed
-        # For each batch that a GPU failed on: what it has not decoded since.
+        self._good_batches = 0  # since the last failure of the GPU
+        # For each batch that a GPU failed on: the images that it has not decoded since.
         self._suspects: list[NDArray[np.int64]] = []
         self._bad_images = np.array(sorted(bad_images), np.int64)
         self._damaged: dict[int, NDArray[np.int64]] = {}  # by epoch
@@ -162,14 +164,14 @@ class Loader:
         self._device_id = (self._device.index or 0) if on_gpu else None
         self._placement = placement or usual_placement(on_gpu=on_gpu)
         if self._placement.decoding.on != "cpu" and not on_gpu:
-            raise ValueError(f"images for {self._device} are to be decoded on the {self._placement.decoding}")
-        # The same for all images, fed with every batch.
+            raise ValueError(f"images for {self._device} cannot be decoded on the {self._placement.decoding}")
+        # The same for all images, but DALI takes one array per image.
         self._constants = [np.repeat(row[None], self._batch_size, axis=0) for row in (limits, settings)]
         largest = largest_side if callable(side) else side
         assert largest > 0
         kept = 1 if self._placement.warp == "triton" else len(limits)
         batch_bytes = self._batch_size * kept * largest**2 * 3
-        from fast_spatial.pipelines.graph import view_graph  # a batch is a batch where DALI is missing, too
+        from fast_spatial.pipelines.graph import view_graph  # here, so that `Batch` imports without DALI
 
         self._build: Callable[..., Any] = partial(
             view_graph,
@@ -189,18 +191,18 @@ class Loader:
                 self._next_ticket = ticket  # a jump: batches already in flight are dropped below
             made, header = self._run(ticket)
             labels = header[:, LABEL].contiguous()
-            if self._device.type == "cuda":  # from pinned memory, or the copy would wait for the device
+            if self._device.type == "cuda":  # from pinned memory: a copy from pageable memory would block
                 labels = labels.pin_memory().to(self._device, non_blocking=True)
             yield Batch(made, labels, header[:, INDEX])
 
     def _run(self, ticket: int) -> tuple[Tensor | Crops, Tensor]:
-        """Views or crops, and headers, of one batch; those in flight before it are dropped."""
+        """Views or crops, and headers, of one batch; earlier batches in flight are dropped."""
         while True:
             try:
                 made, header = self._outputs(self._pipeline)
             except RuntimeError as error:
                 self._next_ticket = ticket
-                # The dead pipeline's memory is needed by the next one, and the error holds it, too.
+                # Free the dead pipeline's memory for the next one. The error's traceback references it, too.
                 self._pipeline = None
                 traceback.clear_frames(error.__traceback__)
                 if self._without_bad_images():
@@ -231,11 +233,11 @@ class Loader:
             outputs = pipeline.run(torch.cuda.current_stream(self._device))
         else:
             outputs = pipeline.run()
-        # DLPack does not take pinned memory, which is where DALI might keep what is also read by a GPU.
+        # Copied, because DALI may keep the header in pinned memory, which DLPack cannot import.
         header = torch.from_numpy(np.array(outputs[-1].as_tensor()))
         B, side = len(header), int(header[0, SIDE])
         tensors = [self._tensor(output.as_tensor()) for output in outputs[:-1]]
-        # An exception inside a numba operator is printed and ignored, and leaves an empty output.
+        # An exception inside a numba operator is only printed, and leaves an empty output: check shapes.
         if self._placement.warp == "triton":
             images, matrices, numbers = tensors
             assert images.shape == (B, side, side, 3) and matrices.shape == (B, self._views, 2, 3)
@@ -245,10 +247,11 @@ class Loader:
         return views, header
 
     def _tensor(self, output: Any) -> Tensor:
-        """An output of the graph: as it lies in host memory, or copied on the current stream into torch's GPU memory.
+        """An output of the graph: shared host memory, or a copy in torch's GPU memory, made on the current stream.
 
-        Lent by DLPack, GPU memory would be given back by a thread of DALI's that waits for the whole device, which
-        takes a CPU and is an error while a CUDA graph is captured. DALI's memory waits for the copy by itself.
+        GPU memory is not shared through DLPack: one of DALI's threads would release it after synchronizing the whole
+        device. That occupies a CPU and is an error while a CUDA graph is captured. `feed_ndarray` orders the copy
+        before DALI's reuse of the memory.
         """
         if self._device.type != "cuda":
             return from_dlpack(output)
@@ -259,9 +262,10 @@ class Loader:
         return copy
 
     def _decoded_on_cpu(self, ticket: int, error: RuntimeError) -> tuple[Tensor | Crops, Tensor]:
-        """A batch that a GPU failed to decode though its files are good; decoded on the CPU, and a new pipeline begun.
+        """Decode on the CPU a batch of good files that the GPU failed on, and start a new pipeline.
 
-        A GPU that fails again and again is not asked any more, unless a file that it failed on before explains it.
+        After `MOST_GPU_FAILURES` failures, the CPU decodes all batches. Repeated failures that the same file can
+        explain count once.
         """
         from fast_spatial.pipelines.inspection.decoding import reason_of
 
@@ -271,20 +275,21 @@ class Loader:
         arrays = self._arrays(ticket, on_cpu)
         try:
             made, header = self._outputs(self._pipeline_of(lambda _: arrays, len(arrays[0]), on_cpu, ahead=1))
-        except RuntimeError:  # it is not about decoding
+        except RuntimeError:  # not caused by the GPU decoder
             raise error from None
         last = self._is_new_failure(header[:, INDEX].numpy()) and self._failures == MOST_GPU_FAILURES
         if last:
             self._placement = on_cpu
-        until = f"this was the {self._failures}th time, so from now on all are" if last else "this batch is"
-        self._on_gpu_failure(f"the GPU failed to decode good files ({reason_of(error)}): {until} decoded on the CPU")
+        what = f"this was failure {self._failures}, so the CPU decodes all batches from now on" if last else ""
+        message = f"the GPU failed to decode good files ({reason_of(error)})"
+        self._on_gpu_failure(f"{message}: {what or 'the CPU decodes this batch'}")
         self._in_flight[:] = [ticket]
         self._next_ticket = ticket + 1
         self._pipeline = self._start()
         return made, header
 
     def _count_good(self, positions: NDArray[np.int64]) -> None:
-        """A batch that was decoded where it should be: none of its files explains a failure."""
+        """Count a batch that was decoded as configured: none of its files explains a failure."""
         self._good_batches += 1
         if self._good_batches == GOOD_BATCHES:
             self._failures = 0
@@ -293,7 +298,7 @@ class Loader:
             self._suspects = [suspects for suspects in left if len(suspects)]
 
     def _is_new_failure(self, positions: NDArray[np.int64]) -> bool:
-        """Whether a failure counts: no file explains it and an earlier one, or nothing was decoded between the two."""
+        """Whether a failure counts: no file is common to it and an earlier one, or no batch succeeded in between."""
         went_on, self._good_batches = self._good_batches > 0, 0
         for number, suspects in enumerate(self._suspects):
             common = np.intersect1d(suspects, positions)
@@ -305,9 +310,10 @@ class Loader:
         return True
 
     def _without_bad_images(self) -> bool:
-        """Whether images in flight cannot be decoded; if so, a new pipeline without them.
+        """Find undecodable images in flight; if there are any, start a new pipeline without them and return True.
 
-        DALI's is dead, and names no file. A file is bad if its part cannot be decoded on the CPU, whatever a GPU says.
+        DALI's pipeline is dead, and its error names no file. An image is bad if the CPU cannot decode its crop,
+        whatever the GPU reports.
         """
         from fast_spatial.pipelines.graph import has_first_pixel
         from fast_spatial.pipelines.inspection.decoding import decode_files
@@ -320,7 +326,7 @@ class Loader:
         if not found:
             return False
         reasons = dict(decode_files([self.images.path(position) for position in found]))
-        bad = {p: reasons[self.images.path(p)] or "a part of it cannot be decoded" for p in found}
+        bad = {p: reasons[self.images.path(p)] or "part of it cannot be decoded" for p in found}
         hopeless = [p for p in found if not has_first_pixel(self.images.paths[p], ON_HOST.decoding, device_id=None)]
         self._on_bad_images(bad, hopeless)
         self._bad_images = np.union1d(self._bad_images, np.array(hopeless, np.int64))
@@ -333,7 +339,7 @@ class Loader:
         return True
 
     def _bad_rows(self, ticket: int, rows: range) -> list[int]:
-        """The rows of a batch that cannot be decoded: tried together, then in halves; in host memory alone."""
+        """Rows of a batch that cannot be decoded on the CPU, found by bisection."""
         arrays = tuple(array[rows.start : rows.stop] for array in self._arrays(ticket, ON_HOST))
         on_host = {"placement": ON_HOST, "on_gpu": False, "device_id": None}
         try:
@@ -346,7 +352,7 @@ class Loader:
 
     def _check_some_are_good(self) -> None:
         if len(self._bad_images) == len(self.images):
-            raise UserError(f"{self.images.root}: none of its {len(self.images)} images can be decoded")
+            raise UserError(f"{self.images.root}: none of the {len(self.images)} images can be decoded")
 
     def _refuse(self, bad: dict[int, str], _: Collection[int]) -> None:
         raise undecodable(self.images, bad)
@@ -371,7 +377,7 @@ class Loader:
         end = begin + self._batch_size
         if not self._train:
             return 0, self._visited[begin:end]
-        if epoch not in self._orders:  # reading ahead meets two epochs at a time
+        if epoch not in self._orders:  # reading ahead crosses the end of an epoch
             self._orders = {e: order for e, order in self._orders.items() if e == epoch - 1}
             self._orders[epoch] = epoch_order(self._key, epoch, len(self.images))
         return epoch, self._orders[epoch][begin:end]
@@ -384,7 +390,7 @@ class Loader:
         return self._arrays(ticket, self._placement)
 
     def _arrays(self, ticket: int, placement: Placement) -> tuple[NDArray[Any], ...]:
-        """What the graph is fed for one batch."""
+        """The graph's inputs for one batch."""
         epoch, positions = self._positions(ticket)
         side = self._side_at(*divmod(ticket, self.steps_per_epoch))
         headers = np.zeros((len(positions), HEADER_WIDTH), np.int64)
@@ -396,19 +402,19 @@ class Loader:
 
 
 def undecodable(images: ImageIndex, bad: dict[int, str], otherwise: str = "") -> UserError:
-    """The error that names images, by position, that cannot be decoded, and says what to do (or `otherwise`)."""
+    """The error for images that cannot be decoded, {position: reason}; `otherwise` is appended to the advice."""
     position, reason = next(iter(bad.items()))
     more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
     data = images.root.parent
     return UserError(
         f"{printable(images.path(position))}: {reason}{more}",
-        f"find all such files with launch.py check-data --data {data} --write-exclusions FILE, and leave them out with "
+        f"find all such files with launch.py check-data --data {data} --write-exclusions FILE, and exclude them with "
         f"--exclude FILE{otherwise}",
     )
 
 
 def _read_ahead(paths: NDArray[np.uint8], positions: NDArray[np.int64]) -> None:
-    """Ask the kernel to read files soon; errors are left to the read that follows."""
+    """Ask the kernel to prefetch files. Errors are ignored: the later read reports them."""
     for position in positions:
         try:
             descriptor = os.open(paths[position].tobytes().rstrip(b"\0"), os.O_RDONLY)

@@ -1,7 +1,7 @@
-"""Which nvJPEG DALI's decoder finds.
+"""Load the right nvJPEG for DALI's decoder.
 
-torchvision brings a copy of its own, under the same library name. Whichever is loaded first serves a whole process, and
-with torchvision's (13.0) nvImageCodec decodes no regions on a GPU: it leaves them to the CPU, and warns of every image.
+torchvision ships its own copy under the same library name, and the copy loaded first serves the whole process. With
+torchvision's (13.0), nvImageCodec cannot decode regions on a GPU: it decodes them on the CPU and warns for each image.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 def installed_libraries() -> list[Path]:
-    """NvJPEG's libraries where pip puts them."""
+    """NvJPEG libraries installed by pip."""
     spec = importlib.util.find_spec("nvidia")
     folders = [Path(folder) for folder in (spec and spec.submodule_search_locations) or ()]
     return [path for folder in folders for path in sorted(folder.glob("*/lib/libnvjpeg.so.*"))]
@@ -22,7 +22,7 @@ def installed_libraries() -> list[Path]:
 
 @cache
 def load_before_torchvision() -> None:
-    """Load the installed nvJPEG, so that it is the one which DALI finds."""
+    """Load the installed nvJPEG, so that DALI uses it instead of torchvision's."""
     for path in installed_libraries():
         with contextlib.suppress(OSError):
             ctypes.CDLL(str(path))

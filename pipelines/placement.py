@@ -1,4 +1,4 @@
-"""Where each stage of the data path runs, as data: who decodes the JPEG files, and who makes the views."""
+"""Where each stage of the data path runs, as data: the JPEG decoder and the warp."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 DECODERS = ("gpu", "gpu-full", "cpu")
 WARPS = ("dali", "triton", "numba")
-# Share of a batch that the GPU's JPEG engine decodes, where it may.
+# Default share of a batch for the GPU's JPEG engine.
 HW_DECODER_LOAD = 0.65
 
 
@@ -15,9 +15,9 @@ class Decoding:
     """How JPEG files become pixels.
 
     Attributes:
-        on: "gpu" decodes the drawn region on the GPU, "gpu-full" the whole image and crops it there, "cpu" the drawn
-            region on the CPU.
-        hw_decoder_load: share of a batch for the GPU's JPEG engine; 0 leaves it alone.
+        on: "gpu" decodes only the crop, on the GPU. "gpu-full" decodes the whole image and crops it, on the GPU. "cpu"
+            decodes only the crop, on the CPU.
+        hw_decoder_load: share of a batch for the GPU's JPEG engine; 0 does not use it.
 
     """
 
@@ -32,21 +32,21 @@ class Decoding:
         return f"GPU, {what}, {engine}"
 
 
-# From the fastest to the one that always works.
+# From the fastest to the one that works on every machine.
 RUNGS = (Decoding("gpu", HW_DECODER_LOAD), Decoding("gpu"), Decoding("gpu-full"), Decoding("cpu"))
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Decoding, and who makes the views of a decoded image.
+    """Decoder and warp of the data path.
 
     Attributes:
-        decoding: how files are decoded.
-        warp: "dali": DALI's operators inside the graph, on the loader's device; "triton": our Triton kernels, from the
-            crop that the graph ends in, on the stream that takes the batch; "numba": our CPU kernels inside the graph.
+        decoding: the decoder of the files.
+        warp: "dali" uses DALI's operators inside the graph, on the loader's device. "triton" uses our Triton kernels on
+            the graph's crops, on the CUDA stream of the consumer. "numba" uses our CPU kernels inside the graph.
 
     Raises:
-        ValueError: if the views would be made on CPUs of images in GPU memory.
+        ValueError: if warp is "numba" and images are decoded into GPU memory.
 
     """
 
@@ -55,14 +55,14 @@ class Placement:
 
     def __post_init__(self) -> None:
         if self.warp == "numba" and self.decoding.on != "cpu":
-            raise ValueError(f"numba makes views in host memory, but images are decoded on the {self.decoding}")
+            raise ValueError(f"warp numba needs images in host memory, but decoding is on the {self.decoding}")
 
     @property
     def resizes_on_host(self) -> bool:
-        """Whether our own CPU kernel resizes, which has to be told the side: an array of that length."""
+        """Whether our own CPU kernel resizes; it needs the image size as an extra input, the canvas."""
         return self.decoding.on == "cpu" and self.warp != "dali"
 
 
 def usual_placement(*, on_gpu: bool) -> Placement:
-    """Where everything runs if nothing else is said, without what depends on load (the JPEG engine)."""
+    """The default placement, without the JPEG engine, whose use depends on load."""
     return Placement(Decoding("gpu"), "dali") if on_gpu else Placement(Decoding("cpu"), "numba")

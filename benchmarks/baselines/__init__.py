@@ -1,1 +1,1 @@
-"""What we are compared with."""
+"""The baselines of the benchmarks."""

@@ -1,8 +1,8 @@
-"""FFCV's loader of JPEG files, for another Python than this project's: answers words on its standard input in JSON.
+"""FFCV's loader of JPEG files, for a separate Python environment. Answers words on standard input in JSON.
 
     PYTHON ffcv_jpg.py FOLDER SIDE BATCH THREADS
 
-Needs FFCV alone: Python 3.11 with numba 0.60 and NumPy below 2, OpenCV's and libjpeg-turbo's headers to build it.
+Needs only FFCV: Python 3.11, numba 0.60, NumPy below 2, and the headers of OpenCV and libjpeg-turbo to build it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 
 def write(folder: Path, target: Path, threads: int) -> int:
-    """Pack the folder's images as JPEG of quality 90: FFCV encodes them anew."""
+    """Pack the folder's images as JPEG of quality 90, which FFCV encodes again; returns their number."""
     from ffcv.fields import IntField, RGBImageField
     from ffcv.writer import DatasetWriter
     from torchvision.datasets import ImageFolder
@@ -36,7 +36,7 @@ def batches(target: Path, count: int, side: int, batch: int, threads: int) -> It
     from ffcv.transforms import RandomHorizontalFlip, ToTensor, ToTorchImage
 
     pipeline = [RandomResizedCropRGBImageDecoder((side, side)), RandomHorizontalFlip(), ToTensor(), ToTorchImage()]
-    # An epoch without an end: on few images, threads would wait for one another at the end of every one.
+    # A very long epoch: on few images, threads would wait for one another at the end of each epoch.
     indices = list(range(count)) * max(1, 500_000 // count)
     loader = Loader(
         str(target),
@@ -53,7 +53,7 @@ def batches(target: Path, count: int, side: int, batch: int, threads: int) -> It
 
 
 def main(folder: str, side: str, batch: str, threads: str) -> None:
-    """Answer `about` and `batch` until the input ends."""
+    """Answer the words `about` and `batch` until the input ends."""
     from importlib.metadata import version
 
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,7 +1,7 @@
-"""What users have today: how spatial-pytorch (Engstrom et al., 2019) loads, warps, attacks and trains, written anew.
+"""The baseline: loading, warps, attacks and training as in spatial-pytorch (Engstrom et al., 2019), reimplemented.
 
-Float32, NCHW, one forward pass per try, one image at a time on the grid. Every part takes the setting that is faster
-here as an option, so that the comparison is with the better of the two.
+It uses float32, NCHW, one forward pass per try, and one image at a time on the grid. Faster settings of its parts are
+options, so that the comparison uses the fastest one on this machine.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from torchvision import transforms
 from fast_spatial.kernels.limits import SpatialLimits
 from fast_spatial.models.classifier import Classifier
 
-PREFETCH = 1  # batches that each worker holds ready
+PREFETCH = 1  # batches that each worker prefetches
 GRID_CHUNK = 200  # views in a forward pass of the grid
-# PCA of ImageNet's colours, of colours in [0, 1].
+# PCA of ImageNet's colours in [0, 1].
 _EIGENVALUES = (0.2175, 0.0188, 0.0045)
 _EIGENVECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
 
 
 def coordinates_by_matmul(matrices_N23: Tensor, side: int) -> Tensor:
-    """Sampling locations [N, S, S, 2] from a matrix product per pixel, as the original computes them."""
+    """Sampling locations [N, S, S, 2] by a matrix product per pixel, as in the original code."""
     axis = torch.linspace(-1, 1, side, device=matrices_N23.device)
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     homogeneous = torch.stack([x, y, torch.ones_like(x)], dim=-1)[None, ..., None]
@@ -40,7 +40,7 @@ def coordinates_by_matmul(matrices_N23: Tensor, side: int) -> Tensor:
 
 
 def coordinates_by_affine_grid(matrices_N23: Tensor, side: int) -> Tensor:
-    """The same from torch's own function."""
+    """Sampling locations [N, S, S, 2] by `torch.nn.functional.affine_grid`."""
     return affine_grid(matrices_N23, [len(matrices_N23), 3, side, side], align_corners=True)
 
 
@@ -48,7 +48,7 @@ Coordinates = Callable[[Tensor, int], Tensor]
 
 
 def transform(images_N3SS: Tensor, angles_N: Tensor, shifts_N2: Tensor, coordinates: Coordinates) -> Tensor:
-    """Rotate (degrees) and translate (share of the side) images, float [N, 3, S, S]."""
+    """Rotate (degrees) and translate (fraction of the image size) images, float [N, 3, S, S]."""
     cos, sin = torch.cos(torch.deg2rad(angles_N)), torch.sin(torch.deg2rad(angles_N))
     rows = [torch.stack([cos, -sin, 2 * shifts_N2[:, 0]], dim=1), torch.stack([sin, cos, 2 * shifts_N2[:, 1]], dim=1)]
     locations = coordinates(torch.stack(rows, dim=1), images_N3SS.shape[-1])
@@ -64,7 +64,7 @@ def random_transform(images_N3SS: Tensor, degrees: float, translate: float, coor
 
 
 class Original:
-    """Attack and training step of the original on one process: `worst_of`, `step`, `survives_grid`."""
+    """Attack and training step of the original code, in one process."""
 
     def __init__(self, model: Classifier, *, limits: SpatialLimits, coordinates: Coordinates) -> None:
         self.net = copy.deepcopy(model.net).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
@@ -74,13 +74,13 @@ class Original:
         self._optimizer = torch.optim.SGD(self.net.parameters(), 0.01, momentum=0.9, weight_decay=1e-4)
 
     def logits(self, images: Tensor) -> Tensor:
-        """The model behind its normalization."""
+        """Logits of images in [0, 1], which are normalized first."""
         logits: Tensor = self.net((images - self._mean) / self._std)
         return logits
 
     @torch.no_grad()
     def worst_of(self, images: Tensor, labels: Tensor, tries: int) -> Tensor:
-        """The view of highest loss of each image: the untouched one, then one forward pass per try."""
+        """The view with the highest loss of each image: the identity view, then one forward pass per try."""
         was_training = self.net.training
         self.net.eval()
         worst = images.clone()
@@ -104,7 +104,7 @@ class Original:
 
     @torch.no_grad()
     def survives_grid(self, image: Tensor, label: int, rotations: int = 31, translations: int = 5) -> bool:
-        """Whether one image, float [3, S, S], is classified correctly in all views; all are warped, then judged."""
+        """Whether one image, float [3, S, S], is classified correctly in all views. All are warped first."""
         self.net.eval()
         angles = torch.linspace(-self._degrees, self._degrees, rotations)
         shifts = torch.linspace(-self._translate, self._translate, translations)
@@ -115,7 +115,7 @@ class Original:
 
 
 class Lighting:
-    """AlexNet's colour noise along the principal components of ImageNet's colours."""
+    """AlexNet-style colour noise along the principal components of ImageNet's colours."""
 
     def __call__(self, image: Tensor) -> Tensor:
         weights = torch.normal(0.0, 0.05, (3,)) * torch.tensor(_EIGENVALUES)
@@ -142,11 +142,16 @@ class Warps:
 def loader(
     folder: Path, *, side: int, batch: int, workers: int, warps: int, limits: SpatialLimits, in_workers: bool
 ) -> Generator[Tensor, None, None]:
-    """Endless batches of torchvision's DataLoader over PIL: float [B, max(warps, 1), 3, S, S]; to be closed.
+    """Endless batches of torchvision's DataLoader with PIL: float [B, max(warps, 1), 3, S, S]. Close the generator.
 
     Args:
-        warps: random warps of every image by `grid_sample`; 0 for the untouched image alone.
-        in_workers: warp in the workers, image by image, instead of in the main process, batch by batch.
+        folder: data folder with `train/`.
+        side: image size in pixels.
+        batch: images per batch.
+        workers: worker processes.
+        warps: number of random warps per image by `grid_sample`; 0: only the identity view.
+        limits: limits of the warps.
+        in_workers: warp in the workers, image by image; otherwise in the main process, batch by batch.
 
     """
     warp = Warps(warps, limits)
@@ -161,16 +166,16 @@ def loader(
         steps.append(warp.of_one)
     images = torchvision.datasets.ImageFolder(str(folder / "train"), transforms.Compose(steps))
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than CPUs: on purpose
+        warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than CPUs is intended
         data = DataLoader(
             images,
             batch_size=batch,
-            # An epoch without an end: on few images, workers would wait for one another at the end of every one.
+            # A very long epoch: on few images, workers would wait for one another at the end of each epoch.
             sampler=RandomSampler(images, replacement=True, num_samples=1 << 30),
             num_workers=workers,
             prefetch_factor=PREFETCH,
             drop_last=True,
-            multiprocessing_context="spawn",  # a fork of a process that has threads may crash
+            multiprocessing_context="spawn",  # forking a process with threads may crash
         )
         batches: Any = iter(data)
     try:
@@ -182,5 +187,5 @@ def loader(
             else:
                 yield warp(floats)
     finally:
-        # Told to end, and waited for: left to the interpreter's end, they are cut off with their threads running.
+        # Stop the workers now: at interpreter exit, they would be killed with threads still running.
         batches._shutdown_workers()

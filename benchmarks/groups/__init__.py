@@ -1,1 +1,1 @@
-"""The groups of `launch.py bench`, and what they share."""
+"""The groups of `launch.py bench`, and their shared code."""

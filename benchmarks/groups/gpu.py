@@ -1,4 +1,4 @@
-"""What only a GPU can show, as a group of `launch.py bench`; `benchmarks/gpu.sh` measures it and more, in stages."""
+"""The GPU group of `launch.py bench`. `benchmarks/gpu.sh` measures the same and more, in stages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from benchmarks.on_gpu.record import Record
 
 
 def run(job: Job) -> Findings:
-    """Ceilings, training with a compiled network and without, scoring, warps; training by number of processes."""
+    """Measure ceilings, training (compiled and eager), scoring and warps, and training by number of processes."""
     found, record = Findings.none(), Record()
     bench = rates.Bench(record, job.device, rates.GPU, job.config.image_size)
     rates.ceilings(bench)

@@ -1,4 +1,4 @@
-"""The exhaustive attack of 775 views on a trained model, against the original's, one image at a time."""
+"""The exhaustive attack of 775 views on a trained model, compared with the original code, image by image."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fast_spatial.runtime.device import exact_float32, has_bfloat16
 
 
 class Ours:
-    """The natural view first, then the pool of survivors, which keeps what it learns from round to round."""
+    """Our attack: the identity view first, then the pool of survivors, which keeps its statistics between rounds."""
 
     def __init__(self, job: Job, model: Classifier, side: int, dtype: torch.dtype) -> None:
         self._passes = Passes(Scorer(model, dtype), default_judge_batch(job.device, side), pad=True)
@@ -31,7 +31,7 @@ class Ours:
         self.views_broken: list[int] = []
 
     def survive(self, images: Tensor, labels: Tensor) -> list[bool]:
-        """Which images are classified correctly on every view."""
+        """Whether each image is classified correctly on every view."""
         natural = self._passes(images[:, None]).argmax(dim=2)[:, 0] == labels
         rows = natural.nonzero()[:, 0].tolist()
         self.pool.add(images[rows], labels[rows].tolist(), rows)
@@ -44,7 +44,7 @@ class Ours:
 
 
 def run(job: Job) -> Findings:
-    """Judge the same images in both ways, a few of them a round: in float32, and where it is fast in bfloat16."""
+    """Attack the same images in both ways, a few per round: in float32, and in bfloat16 where it is fast."""
     with exact_float32(True):
         return _run(job)
 
@@ -66,7 +66,7 @@ def _run(job: Job) -> Findings:
     for way in ways.values():
         way.survives_grid(floats[0], int(labels[0]), rotations=1)
     name = min(ways, key=lambda way: _seconds(lambda: ways[way].survives_grid(floats[0], int(labels[0]))))
-    for ours in mine:  # warm, and what is learnt stays
+    for ours in mine:  # warm up; the pool keeps its statistics
         ours.survive(images[:1], labels[:1])
         ours.views.clear()
         ours.views_broken.clear()

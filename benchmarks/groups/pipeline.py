@@ -1,4 +1,4 @@
-"""From JPEG files to views in memory, against torchvision's DataLoader and FFCV; what each stage could do alone."""
+"""From JPEG files to views in memory, compared with torchvision's DataLoader and FFCV; rate of each stage alone."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ from fast_spatial.pipelines.dataset import ImageIndex, read_index
 from fast_spatial.pipelines.loader import Loader
 from fast_spatial.pipelines.placement import Placement
 
-# A batch of 11 views takes 0.4 GB in the workers' shared memory.
+# Limited, because a batch of 11 views takes 0.4 GB of the workers' shared memory.
 TORCHVISION_BATCH = 64
-# Batches that DALI may have ready: they do not count.
+# Batches that DALI may have prefetched; they are not timed.
 READY = 6
-SETTLE_SEC = 0.5  # for threads and workers of the contender before to come to rest
+SETTLE_SEC = 0.5  # lets threads and workers of the previous contender become idle
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(job: Job) -> Findings:
-    """Compare modes with the way of the original, and standard with FFCV; time the stages."""
+    """Compare modes with the original code's loader, and standard with FFCV; time the stages."""
     found = Findings.none()
     index = read_index(job.images, "train")
     for mode, warps in (("standard", 0), ("random", 1), ("worst10", 10)):
         baselines = [_torchvision(job, warps, job.threads, in_workers=True)]
         if warps:
             baselines.append(_torchvision(job, warps, job.threads, in_workers=False))
-        if job.config.read_latency_ms:  # against a slow disk, people take more workers
+        if job.config.read_latency_ms:  # more workers hide the latency of a slow disk
             baselines.append(_torchvision(job, warps, 4 * job.threads, in_workers=True))
         ours = _ours(job, index, mode)
         found.comparisons.append(compare(f"pipeline.{mode}", "images/s", ours, baselines, **job.timing))
@@ -64,9 +64,9 @@ def run(job: Job) -> Findings:
 
 
 def _steady(name: str, batches: Generator[Any, None, None], *, images: int, ready: int) -> Contender:
-    """A contender that consumes batches of so many images, of which some may be ready before the clock starts.
+    """A contender that consumes batches of `images` images, and closes the generator at the end.
 
-    It closes them at the end.
+    Before each round, it drops the up to `ready` batches that were prefetched.
     """
 
     def begin() -> None:
@@ -82,7 +82,7 @@ def _steady(name: str, batches: Generator[Any, None, None], *, images: int, read
 
 
 def _batch(job: Job) -> int:
-    """Images in a batch: a GPU's decoder is only fast on many."""
+    """Images per batch: a GPU's decoder is fast only on large batches."""
     return 256 if job.device.type == "cuda" else 32
 
 
@@ -97,7 +97,7 @@ def make_loader(
     device: torch.device,
     placement: Placement,
 ) -> Loader:
-    """A loader as a training in such a mode has it."""
+    """A loader with the settings of training in a mode."""
     warps = MODES[mode].warps
     return Loader(
         index,
@@ -157,7 +157,7 @@ def _torchvision(job: Job, warps: int, workers: int, *, in_workers: bool) -> Con
 
 
 def _decoding(job: Job, index: ImageIndex, hw_decoder_load: float = 0.65) -> Contender:
-    """DALI's decoder alone, on whole files; on a GPU with such a share of them in its hardware decoder."""
+    """DALI's decoder alone, on whole images; on a GPU, `hw_decoder_load` is the share of the JPEG engine."""
     paths, batch = itertools.cycle(index.paths), _batch(job)
     on_gpu = job.device.type == "cuda"
     decoder: Any = {"device": "mixed", "hw_decoder_load": hw_decoder_load} if on_gpu else {"device": "cpu"}
@@ -173,7 +173,7 @@ def _decoding(job: Job, index: ImageIndex, hw_decoder_load: float = 0.65) -> Con
 
 
 def _reading(job: Job, index: ImageIndex) -> Contender:
-    """Reading files, as many at a time as the loader asks for ahead."""
+    """Reading files, with about as many concurrent reads as the loader."""
     paths = itertools.cycle(path.tobytes().rstrip(b"\0") for path in index.paths)
     pool = ThreadPoolExecutor(max(4, job.threads))
 
@@ -190,7 +190,7 @@ def _read(path: bytes) -> int:
 
 
 class _Ffcv:
-    """FFCV in an environment of its own: a process that makes a batch when asked."""
+    """FFCV in a separate Python environment: a process that makes a batch on request."""
 
     def __init__(self, python: str, job: Job) -> None:
         words = [
@@ -205,21 +205,21 @@ class _Ffcv:
         self.about = self.ask("about")
 
     def ask(self, word: str) -> dict[str, Any]:
-        """Send a word, and read a line of JSON."""
+        """Send a word, and return the answer, a line of JSON."""
         assert self._process.stdin is not None and self._process.stdout is not None
         print(word, file=self._process.stdin, flush=True)
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError("FFCV's process ended; its messages are above")
+            raise RuntimeError("FFCV's process ended; see its messages above")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
     def work(self) -> int:
-        """Consume a batch."""
+        """Consume a batch; returns its number of images."""
         return int(self.ask("batch")["images"])
 
     def begin(self) -> None:
-        """Come into a steady state."""
+        """Warm up to the steady state."""
         time.sleep(SETTLE_SEC)
         for _ in range(self._ready):
             self.ask("batch")
@@ -232,10 +232,10 @@ class _Ffcv:
 
 def _against_ffcv(job: Job, index: ImageIndex, found: Findings) -> None:
     if job.config.read_latency_ms:
-        found.skipped["pipeline.ffcv_jpg"] = "FFCV reads one large file, which --read-latency-ms does not slow down"
+        found.skipped["pipeline.ffcv_jpg"] = "FFCV reads one large file, which --read-latency-ms does not affect"
         return
     if not job.config.ffcv_python:
-        found.skipped["pipeline.ffcv_jpg"] = "no FFCV: give --ffcv-python, a Python that has it"
+        found.skipped["pipeline.ffcv_jpg"] = "FFCV not given: set --ffcv-python to a Python with FFCV"
         return
     try:
         ffcv = _Ffcv(job.config.ffcv_python, job)
@@ -252,7 +252,7 @@ def _against_ffcv(job: Job, index: ImageIndex, found: Findings) -> None:
     try:
         ours = _ours(job, index, "standard")
         found.comparisons.append(compare("pipeline.ffcv_jpg", "images/s", ours, [theirs], **job.timing))
-    except RuntimeError as error:  # what was measured before it stays
+    except RuntimeError as error:  # keep earlier measurements
         found.skipped["pipeline.ffcv_jpg"] = f"--ffcv-python {job.config.ffcv_python} failed: {error}"
     finally:
         ffcv.close()

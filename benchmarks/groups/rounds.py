@@ -1,4 +1,4 @@
-"""Timing contenders in turn, so that a machine that drifts slows all of them alike."""
+"""Time contenders in interleaved rounds, so that drift of the machine affects all of them alike."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Contender:
     """One way to do the work.
 
     Attributes:
-        name: what it is, and in which setting.
-        work: does a part of the work and returns how many items that was.
-        begin: brings it into its steady state, untimed; called before every round.
-        end: lets go of what it holds, as threads and processes; called after the last round.
+        name: description, with its settings.
+        work: does part of the work and returns the number of items done.
+        begin: untimed warm-up to the steady state; called before every round.
+        end: releases resources such as threads and processes; called after the last round.
 
     """
 
@@ -30,7 +30,7 @@ class Contender:
 
 
 def rates_of(contenders: Sequence[Contender], *, rounds: int, seconds: float) -> list[list[float]]:
-    """Items per second of every contender in every round; the order turns from round to round."""
+    """Items per second, [contender][round]; the order of contenders rotates between rounds."""
     rates: list[list[float]] = [[] for _ in contenders]
     try:
         for contender in contenders:
@@ -66,7 +66,7 @@ def _now() -> float:
 def compare(
     name: str, unit: str, ours: Contender, baselines: Sequence[Contender], *, rounds: int, seconds: float
 ) -> dict[str, Any]:
-    """How many times faster ours is than the best of the baseline's settings, round by round."""
+    """The speedup of `ours` over the baseline's fastest setting, round by round."""
     print(f"  {name}", flush=True)
     mine, *theirs = rates_of([ours, *baselines], rounds=rounds, seconds=seconds)
     best = max(range(len(theirs)), key=lambda which: statistics.median(theirs[which]))
@@ -89,7 +89,7 @@ def compare(
 
 
 def spread(rates: Sequence[float]) -> dict[str, float]:
-    """Median and range of rates."""
+    """Median, minimum and maximum of rates."""
     return {"median": _short(statistics.median(rates)), "min": _short(min(rates)), "max": _short(max(rates))}
 
 

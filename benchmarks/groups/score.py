@@ -1,4 +1,4 @@
-"""Judging all views of a batch at once, against one forward pass per view; how faithful a smaller side is."""
+"""Scoring all views of a batch at once, compared with one forward pass per view; fidelity at a smaller size."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FIDELITY_IMAGES = 256
 
 
 def views_of(job: Job, images: torch.Tensor) -> torch.Tensor:
-    """The untouched image and random warps of each: uint8 [B, 11, S, S, 3]."""
+    """The identity view and random warps of each image: uint8 [B, 11, S, S, 3]."""
     limits = job.limits
     limits_V2 = view_limits(TRIES, untouched_first=True, degrees=limits.degrees, translate=limits.translate)
     drawn = draw_matrices(pack_key(EVALUATION, 0), 0, np.arange(len(images)), limits_V2, images.shape[1])
@@ -34,7 +34,7 @@ def views_of(job: Job, images: torch.Tensor) -> torch.Tensor:
 
 
 def original_ways(job: Job, model: Classifier) -> list[tuple[str, Original]]:
-    """The original's attack on a copy of the model, in its two settings."""
+    """The original code's attack on a copy of the model, in two settings."""
     ways = {"affine_grid": coordinates_by_affine_grid, "a matrix product per pixel": coordinates_by_matmul}
     return [
         (f"{TRIES + 1} passes in float32, NCHW, {name}", Original(model, limits=job.limits, coordinates=coordinates))
@@ -43,7 +43,7 @@ def original_ways(job: Job, model: Classifier) -> list[tuple[str, Original]]:
 
 
 def random_batch(job: Job) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(images uint8, the same as float [B, 3, S, S], labels)."""
+    """(images uint8 [B, S, S, 3], the same images as float [B, 3, S, S], labels [B])."""
     side = job.config.image_size
     count = 256 if job.device.type == "cuda" else 32
     torch.manual_seed(0)
@@ -53,7 +53,7 @@ def random_batch(job: Job) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def run(job: Job) -> Findings:
-    """Compare scoring a batch, warps included; measure what a smaller side picks."""
+    """Compare scoring a batch, warps included; measure the fidelity at a smaller image size."""
     found = Findings.none()
     images, floats, labels = random_batch(job)
     dtype = dtype_of("auto", job.device)
@@ -88,12 +88,12 @@ def run(job: Job) -> Findings:
     try:
         found.facts["score_side"] = fidelity(job)
     except ModuleNotFoundError as error:
-        found.skipped["score_side"] = f"it needs {error.name}, which is not installed"
+        found.skipped["score_side"] = f"needs {error.name}, which is not installed"
     return found
 
 
 def fidelity(job: Job) -> dict[str, Any]:
-    """How often half the side picks the view that the full side picks, and how much of its loss it finds."""
+    """Share of images for which scoring at half size selects the same view, and share of the highest loss."""
     model, images, labels = trained(job, FIDELITY_IMAGES)
     side = images.shape[1]
     scorer = Scorer(model, dtype_of("auto", job.device))

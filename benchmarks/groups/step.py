@@ -1,4 +1,4 @@
-"""A whole worst-of-10 training step: warps, choice and training, against the original's."""
+"""A whole worst-of-10 training step (warps, selection, training), compared with the original code."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fast_spatial.training.step import TrainStep
 
 
 def make_step(job: Job, *, scored: bool, score_size: int = 0, compiled: bool | None = None) -> TrainStep:
-    """A step as `launch.py train` makes it."""
+    """A training step, built as in `launch.py train`."""
     model = Classifier(classifier.build("resnet18", 1000)).to(job.device)
     return TrainStep(
         model,
@@ -31,7 +31,7 @@ def make_step(job: Job, *, scored: bool, score_size: int = 0, compiled: bool | N
 
 
 def run(job: Job) -> Findings:
-    """Compare steps at the full and at half the scoring side; time training on one view."""
+    """Compare steps that score at the full and at half the image size; time training on one view."""
     found = Findings.none()
     images, floats, labels = random_batch(job)
     index = torch.arange(len(labels))

@@ -1,4 +1,4 @@
-"""The warp alone: one image or a batch of them in memory, into views."""
+"""The warp alone: views of one image, or of a batch, in memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ VIEWS, BATCH = 10, 16
 
 
 def run(job: Job) -> Findings:
-    """Compare with OpenCV on one thread, and with torch and DALI on all."""
+    """Compare with OpenCV on one thread, and with torch and DALI on all threads."""
     found = Findings.none()
     side = job.config.image_size
     pictures = [Image.fromarray(photograph(seed)).resize((side, side)) for seed in range(BATCH)]
@@ -40,7 +40,7 @@ def _against_opencv(job: Job, image: np.ndarray[Any, Any], rows: np.ndarray[Any,
     try:
         import cv2
     except ImportError:
-        found.skipped["warp.opencv"] = "OpenCV is not installed: pip install opencv-python-headless"
+        found.skipped["warp.opencv"] = "OpenCV is not installed. Run pip install opencv-python-headless"
         return
     side = job.config.image_size
     views = np.empty((VIEWS, side, side, 3), np.uint8)

@@ -1,1 +1,1 @@
-"""All of a GPU in stages: what `benchmarks/gpu.sh` runs, and what its results are held against."""
+"""GPU tests and measurements in stages: the programs behind `benchmarks/gpu.sh`, and the goals of its results."""

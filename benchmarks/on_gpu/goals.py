@@ -1,6 +1,6 @@
-"""What the figures of `benchmarks/gpu.sh` are held against: result, ceiling, goal on one H100, verdict.
+"""Goals for the figures of `benchmarks/gpu.sh`: result, ceiling, goal on one H100, verdict.
 
-Needs Python alone; works on the dictionary that OUT/gpu.json holds.
+Imports only the standard library. Its input is the content of OUT/gpu.json.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ class Goal:
     """A line of the table.
 
     Attributes:
-        what: in words.
-        stages: where to look, in turn.
-        pattern: of the measurement's name, whole.
-        figure: the name of the number.
-        unit: of the number.
-        goal: to reach, on one H100 of 80 GB; None: none.
+        what: description.
+        stages: stages to search, in order.
+        pattern: regular expression of the measurement's whole name.
+        figure: name of the figure.
+        unit: unit of the figure.
+        goal: goal on one H100 of 80 GB; None: no goal.
         at_most: whether smaller is better.
-        ceiling: the name of the number beside it that bounds it.
-        bounds: other lines; the least of their results bounds it.
+        ceiling: name of another figure of the measurement, an upper bound.
+        bounds: names of other lines; the smallest of their results is an upper bound.
 
     """
 
@@ -40,7 +40,7 @@ class Goal:
 
 
 class Row(NamedTuple):
-    """A goal and what was found: words for people, `value` and `met` for programs (None where there is none)."""
+    """A goal and its result, as text; `value` and `met` are None if there is no number or no goal."""
 
     what: str
     result: str
@@ -66,8 +66,8 @@ GOALS = (
     Goal("score, beyond 2^31 elements", ("large",), r"score_.*", *_SCORE, ceiling=_TO_SCORE),
     Goal("Triton warp, of a fill", ("eager",), "triton_warp", "share_of_fill_pct", "%", 45),
     Goal("Triton normalize, of a fill", ("eager",), "triton_normalize", "share_of_fill_pct", "%"),
-    Goal("DALI's views, a batch", ("eager",), "dali_views", "ms", "ms", 10, at_most=True),
-    Goal("convolution and ReLU in one", ("eager",), r"conv_relu_64_64_.*", "times_faster", "x"),
+    Goal("DALI warp, a batch", ("eager",), "dali_views", "ms", "ms", 10, at_most=True),
+    Goal("fused convolution and ReLU", ("eager",), r"conv_relu_64_64_.*", "times_faster", "x"),
     Goal("loader alone, standard", ("loader",), r"loader_standard_.*", *_TRAIN),
     Goal("loader alone, worst10", ("loader",), r"loader_worst10_.*", *_TRAIN),
     Goal(
@@ -86,7 +86,7 @@ GOALS = (
         3_500,
         bounds=("worst10, in memory", "loader alone, worst10"),
     ),
-    Goal("worst10's wait for data", ("train",), "train_worst10", "data_wait_pct", "%", 3, at_most=True),
+    Goal("wait for data, worst10", ("train",), "train_worst10", "data_wait_pct", "%", 3, at_most=True),
     Goal("grid, bfloat16", ("grid",), r"grid_bfloat16_.*", *_SCORE, 50_000, ceiling=_TO_SCORE),
     Goal("grid, tf32", ("grid",), r"grid_tf32_.*", *_SCORE, ceiling=_TO_SCORE),
     Goal("grid, float32", ("grid",), r"grid_float32_.*", *_SCORE, 10_000, ceiling=_TO_SCORE),
@@ -97,7 +97,7 @@ _NOT_ASKED = "not run"
 
 
 def measurements(result: dict[str, Any], stages: tuple[str, ...], pattern: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(name, figures) of what was measured in some stages, by name."""
+    """(name, figures) of the measurements in some stages whose whole name matches the pattern."""
     for stage in stages:
         for name, figures in result["stages"].get(stage, {}).get("measured", {}).items():
             if re.fullmatch(pattern, name):
@@ -105,9 +105,9 @@ def measurements(result: dict[str, Any], stages: tuple[str, ...], pattern: str) 
 
 
 def rows(result: dict[str, Any]) -> list[Row]:
-    """Every goal with the best that was measured for it."""
+    """Every goal with its best measurement."""
     found: dict[str, Row] = {}
-    for goal in GOALS:  # those that bound others come first
+    for goal in GOALS:  # bounds come before the goals that they bound
         row = _row(goal, result)
         bounds = [value for what in goal.bounds if (value := found[what].value) is not None]
         found[goal.what] = row._replace(ceiling=_number(min(bounds))) if bounds and row.value is not None else row
@@ -129,15 +129,15 @@ def _row(goal: Goal, result: dict[str, Any]) -> Row:
     if goal.goal is None:
         return Row(goal.what, label, ceiling, aim, name, value, None)
     if result["dry"]:
-        return Row(goal.what, label, ceiling, aim, f"a trial: {name}", value, None)
+        return Row(goal.what, label, ceiling, aim, f"dry run: {name}", value, None)
     met = value <= goal.goal if goal.at_most else value >= goal.goal
-    missed = f"{value / goal.goal:.1f} times as much" if goal.at_most else f"{100 * value / goal.goal:.0f} % of it"
+    missed = f"{value / goal.goal:.1f} x the goal" if goal.at_most else f"{100 * value / goal.goal:.0f} % of the goal"
     verdict = "met" if met else f"missed ({missed})"
     return Row(goal.what, label, ceiling, aim, f"{verdict}: {name}", value, met)
 
 
 def _why_not(goal: Goal, result: dict[str, Any]) -> str:
-    """Why there is no number: of the measurement, or of its stage."""
+    """Why there is no number: the state of the measurement, or of its stage."""
     for name, figures in measurements(result, goal.stages, goal.pattern):
         for kind in ("error", "skipped"):
             if kind in figures:
@@ -151,8 +151,8 @@ def _why_not(goal: Goal, result: dict[str, Any]) -> str:
 
 
 def table(result: dict[str, Any]) -> list[str]:
-    """The lines that a run ends with: goals first, then how every stage ended."""
-    lines = [("a dry run, on the CPU" if result["dry"] else "", "result", "ceiling", "goal", "verdict")]
+    """The closing lines of a run: the goals, then the state of every stage."""
+    lines = [("dry run on the CPU" if result["dry"] else "", "result", "ceiling", "goal", "verdict")]
     lines += [row[:5] for row in rows(result) if row.verdict != _NOT_ASKED]
     widths = [max(len(line[column]) for line in lines) for column in range(4)]
     shown = [

@@ -1,10 +1,10 @@
-"""All GPU checks and measurements in stages that cannot stop each other: what `benchmarks/gpu.sh` runs.
+"""All GPU tests and measurements, in independent stages: the program behind `benchmarks/gpu.sh`.
 
     python -m benchmarks.on_gpu.gpu_stages [--dry] [--seconds 480] [--only STAGE,...] OUT
 
-Each stage is a process with a time-out and leaves OUT/STAGE.json and OUT/STAGE.log; OUT/gpu.json holds all of them and
-is rewritten after each. What no longer fits the time is listed, and `--only` runs it later. Needs Python alone: a
-package that is missing or broken here is a finding.
+Each stage is a process with a time-out, and writes OUT/STAGE.json and OUT/STAGE.log. OUT/gpu.json holds all results and
+is rewritten after each stage. Stages that do not fit into the time are listed; `--only` runs them later. This module
+imports only the standard library, so that a missing or broken package becomes a result.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from fast_spatial.runtime.files import write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS, DRY_SECONDS = 480.0, 3600.0
-DRY_FACTOR = 8  # what takes a GPU and 16 cores a second may take two cores several
+DRY_FACTOR = 8  # time-outs are multiplied by this on a CPU
 IMPORT_SEC = 90.0
 TERM_SEC = 5.0
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage: how long it may take, what has to be left for it to be begun, what it needs besides torch.
+    """Requirements of a stage.
 
     Attributes:
-        seconds: its time-out.
-        least: seconds that have to be left.
-        needs: packages.
-        waits: whether the synthetic images and numba's kernels have to be made before.
+        seconds: time-out.
+        least: least remaining time in seconds; with less, it does not start.
+        needs: required packages besides torch.
+        waits: whether it needs the synthetic images and compiled numba kernels.
 
     """
 
@@ -53,7 +53,7 @@ class Stage:
 
 
 _RUNS = ("nvidia.dali", "fire", "tqdm", "tensorboard")
-# In order of worth; on an H200 with 16 cores the first five take about 390 s.
+# In order of importance. On an H200 with 16 cores, the first five take about 390 s.
 STAGES = {
     "machine": Stage(45, 10),
     "decoder": Stage(120, 15, ("nvidia.dali",)),
@@ -79,14 +79,14 @@ PREPARE = Stage(120, 0)
 
 @dataclass
 class Session:
-    """A go through the stages.
+    """One run of stages.
 
     Attributes:
-        out: the folder of results.
-        dry: a trial on the CPU.
-        seconds: for all of it.
-        result: what OUT/gpu.json holds.
-        started: of `time.monotonic()`.
+        out: folder of the results.
+        dry: whether this is a dry run on the CPU.
+        seconds: time limit of all stages together.
+        result: content of OUT/gpu.json.
+        started: start, by `time.monotonic()`.
 
     """
 
@@ -99,12 +99,12 @@ class Session:
 
     @property
     def left(self) -> float:
-        """Seconds."""
+        """Remaining seconds."""
         return self.seconds - (time.monotonic() - self.started)
 
     @property
     def environment(self) -> dict[str, str]:
-        """What stages inherit: caches of their own, so that a fresh machine does, and on a trial the CPU alone."""
+        """Environment of the stages: separate caches, as on a fresh machine, and in a dry run only the CPU."""
         cache = self.out / "cache"
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         own = {
@@ -120,9 +120,9 @@ class Session:
         return {name: value for name, value in os.environ.items() if name != "NUMBA_CACHE_DIR"} | own
 
     def start(self, name: str) -> subprocess.Popen[bytes]:
-        """Begin a stage."""
+        """Start the process of a stage."""
         (self.out / f"{name}.json").unlink(missing_ok=True)
-        self._codes[name] = code_version()  # a file that goes on with another is of several
+        self._codes[name] = code_version()  # per stage: --only may add stages of another commit
         return self._spawn(name)
 
     def _spawn(self, name: str) -> subprocess.Popen[bytes]:
@@ -146,7 +146,7 @@ class Session:
             )
 
     def close(self, name: str, state: str, why: str, seconds: float) -> None:
-        """Keep how a stage ended, with all that it had measured, and say so."""
+        """Record a stage's end state with all its measurements, and print it."""
         measured = self.measured(name)
         about = {"state": state, "why": why, "seconds": round(seconds, 1), "measured": measured}
         about |= self._codes.get(name, {})
@@ -159,7 +159,7 @@ class Session:
         print(f"{name:<14} {state:<15} {seconds:5.1f} s, {max(self.left, 0):4.0f} s left  {why}".rstrip(), flush=True)
 
     def measured(self, name: str) -> dict[str, Any]:
-        """What a stage has written so far."""
+        """The measurements that a stage has written so far."""
         try:
             found: dict[str, Any] = json.loads((self.out / f"{name}.json").read_text(encoding="utf-8"))["measured"]
         except (OSError, ValueError, KeyError):
@@ -168,7 +168,7 @@ class Session:
 
 
 def without_places(measured: dict[str, Any], names: dict[Path, str]) -> dict[str, Any]:
-    """Measurements in which folders of this machine, the innermost first, are called by a name."""
+    """Measurements with this machine's folders replaced by names; inner folders must come first."""
     text = json.dumps(measured)
     for folder, name in names.items():
         text = text.replace(str(folder), name)
@@ -177,17 +177,17 @@ def without_places(measured: dict[str, Any], names: dict[Path, str]) -> dict[str
 
 
 def run_stage(session: Session, name: str, stage: Stage) -> None:
-    """Run a stage to its end, or to its time-out."""
+    """Run a stage to its end or time-out."""
     begun = time.monotonic()
     limit = min(stage.seconds * (DRY_FACTOR if session.dry else 1), session.left)
-    if sys.stdout.isatty():  # its line follows when it ends
+    if sys.stdout.isatty():  # replaced by the line of `close`
         print(f"{name:<14} running, for {limit:.0f} s at most", end="\r", flush=True)
     process = session.start(name)
-    why = "this program was stopped"
+    why = "interrupted"
     try:
         process.wait(limit)
     except subprocess.TimeoutExpired:
-        why = f"it took longer than {limit:.0f} s"
+        why = f"took longer than {limit:.0f} s"
     finally:
         if process.poll() is None:
             end(process)
@@ -197,7 +197,7 @@ def run_stage(session: Session, name: str, stage: Stage) -> None:
 
 
 def outcome(status: int, measured: dict[str, dict[str, Any]]) -> tuple[str, str]:
-    """(state, why) of a process that ended."""
+    """(state, reason) of a process that has ended."""
     tests = [figures for figures in measured.values() if "outcome" in figures]
     if tests and all(figures["outcome"] == "skipped" for figures in tests):
         return "skipped", str(tests[0].get("why", "")).removeprefix("Skipped: ")
@@ -206,7 +206,7 @@ def outcome(status: int, measured: dict[str, dict[str, Any]]) -> tuple[str, str]
     if errors:
         return "failed", "; ".join(errors[:3]) + (f" (and {len(errors) - 3} more)" if len(errors) > 3 else "")
     if status:
-        return "failed", f"its process ended with status {status}; see its log"
+        return "failed", f"its process ended with exit status {status}; see its log"
     if skipped and len(skipped) == len(measured):
         return "skipped", skipped[0].partition(": ")[2]
     notes = [figures["note"] for figures in measured.values() if "note" in figures]
@@ -214,7 +214,7 @@ def outcome(status: int, measured: dict[str, dict[str, Any]]) -> tuple[str, str]
 
 
 def end(process: subprocess.Popen[Any]) -> None:
-    """End a process and all that it started, sessions of their own included."""
+    """End a process and all its descendants, even those in other sessions."""
     family = [process.pid, *descendants(process.pid)]
     born = {pid: _stat(pid)[1] for pid in family}
     for number, patience in ((signal.SIGTERM, TERM_SEC), (signal.SIGKILL, TERM_SEC)):
@@ -227,11 +227,11 @@ def end(process: subprocess.Popen[Any]) -> None:
             process.poll() is None or any(born[pid] and _stat(pid)[1] == born[pid] for pid in family[1:])
         ):
             time.sleep(0.05)
-    process.poll()  # a driver may hold it for ever
+    process.poll()  # does not wait: a driver may block its end for ever
 
 
 def descendants(pid: int) -> Iterator[int]:
-    """The processes that one started, and those that they did."""
+    """PIDs of all descendants of a process."""
     parents = {int(entry.name): _stat(int(entry.name))[0] for entry in Path("/proc").iterdir() if entry.name.isdigit()}
     found = [pid]
     for parent in found:
@@ -240,7 +240,7 @@ def descendants(pid: int) -> Iterator[int]:
 
 
 def _stat(pid: int) -> tuple[int, str]:
-    """(parent, start time) of a process that lives; (0, "") of others."""
+    """(parent, start time) of a living process; (0, "") of others."""
     try:
         words = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except OSError:
@@ -249,7 +249,7 @@ def _stat(pid: int) -> tuple[int, str]:
 
 
 def missing_packages(session: Session, names: Iterable[str]) -> dict[str, str]:
-    """Which packages cannot be imported, and why; each in a process of its own, for a broken one may crash."""
+    """Packages that cannot be imported, with the reason. Each is tried in its own process, since it may crash."""
     children = {
         name: subprocess.Popen(
             [sys.executable, "-c", f"import {name}"],
@@ -267,15 +267,15 @@ def missing_packages(session: Session, names: Iterable[str]) -> dict[str, str]:
             _, said = child.communicate(timeout=IMPORT_SEC)
         except subprocess.TimeoutExpired:
             child.kill()
-            found[name] = f"its import takes longer than {IMPORT_SEC:.0f} s"
+            found[name] = f"import takes longer than {IMPORT_SEC:.0f} s"
             continue
         if child.returncode:
-            found[name] = (said.strip().splitlines() or [f"its import ended with status {child.returncode}"])[-1][:200]
+            found[name] = (said.strip().splitlines() or [f"import ended with exit status {child.returncode}"])[-1][:200]
     return found
 
 
 def obstacle(session: Session) -> str:
-    """Why nothing can be measured with this Python, and what to do; "" if something can."""
+    """Why nothing can be measured with this Python, and what to do; "" if there is no obstacle."""
     code = "import torch; print(torch.cuda.is_available())"
     try:
         done = subprocess.run(
@@ -288,20 +288,20 @@ def obstacle(session: Session) -> str:
             timeout=IMPORT_SEC,
         )
     except subprocess.TimeoutExpired:
-        return f"torch in {sys.executable} does not say within {IMPORT_SEC:g} s whether there is a GPU: nothing was run"
+        return f"importing torch with {sys.executable} takes longer than {IMPORT_SEC:g} s: nothing was run"
     if done.returncode:
         why = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         return (
-            f"torch cannot be imported by {sys.executable} ({why}): nothing was run; name the Python of your "
+            f"torch cannot be imported by {sys.executable} ({why}): nothing was run. Give the Python of your "
             f"environment: benchmarks/gpu.sh OUT PYTHON"
         )
     if session.dry or done.stdout.strip().endswith("True"):
         return ""
-    return f"no GPU is visible to torch in {sys.executable}: nothing was run; try it on the CPU with --dry"
+    return f"torch in {sys.executable} finds no GPU: nothing was run. Use --dry to run on the CPU"
 
 
 def go(session: Session, names: list[str]) -> None:
-    """All stages, in turn."""
+    """Run the stages in order."""
     waited_for = any(STAGES[name].waits for name in names)
     preparing: subprocess.Popen[bytes] | None = session.start("prepare") if waited_for else None
     begun = time.monotonic()
@@ -309,7 +309,7 @@ def go(session: Session, names: list[str]) -> None:
         missing = missing_packages(session, dict.fromkeys(need for name in names for need in STAGES[name].needs))
         session.result["missing"] = missing
         for package, why in missing.items():
-            print(f"missing here: {package} ({why}); what needs it is skipped", flush=True)
+            print(f"missing package: {package} ({why}). Stages that need it are skipped", flush=True)
         for name in names:
             stage = STAGES[name]
             lacks = [need for need in stage.needs if need in missing]
@@ -320,7 +320,7 @@ def go(session: Session, names: list[str]) -> None:
                 _prepared(session, preparing, begun)
                 preparing = None
             if session.left < stage.least:
-                session.close(name, "not run: time", f"later: --only {name}", 0.0)
+                session.close(name, "not run: time", f"run later: --only {name}", 0.0)
                 continue
             run_stage(session, name, stage)
         if preparing is not None:
@@ -331,12 +331,12 @@ def go(session: Session, names: list[str]) -> None:
 
 
 def _prepared(session: Session, process: subprocess.Popen[bytes], begun: float) -> None:
-    """Wait for what is made in the background."""
+    """Wait for the stage `prepare`, which runs in the background."""
     try:
         process.wait(max(0.0, min(PREPARE.seconds * (DRY_FACTOR if session.dry else 1), session.left)))
     except subprocess.TimeoutExpired:
         end(process)
-        session.close("prepare", "cut off", "it took too long", time.monotonic() - begun)
+        session.close("prepare", "cut off", "took too long", time.monotonic() - begun)
         return
     session.close("prepare", *outcome(process.returncode, session.measured("prepare")), time.monotonic() - begun)
 
@@ -346,7 +346,7 @@ def _positive(text: str) -> float:
     with contextlib.suppress(ValueError):
         if float(text) > 0:
             return float(text)
-    raise argparse.ArgumentTypeError(f"{text} is not a number of seconds above 0")
+    raise argparse.ArgumentTypeError(f"{text}: must be a number of seconds above 0")
 
 
 def parse(words: list[str]) -> argparse.Namespace:
@@ -354,53 +354,57 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="benchmarks/gpu.sh",
         usage="%(prog)s [--dry] [--seconds SECONDS] [--only STAGE,...] OUT [PYTHON]",
-        description="All GPU checks and measurements, in minutes, with PYTHON: .venv/bin/python if there is one.",
+        description="All GPU tests and measurements, in minutes. PYTHON: .venv/bin/python by default, if it exists.",
     )
-    parser.add_argument("out", metavar="OUT", help="folder of the results")
-    parser.add_argument("--dry", action="store_true", help="every stage on the CPU, with tiny sizes")
+    parser.add_argument("out", metavar="OUT", help="folder for the results")
+    parser.add_argument("--dry", action="store_true", help="run every stage on the CPU, with tiny sizes")
     parser.add_argument(
-        "--seconds", type=_positive, help=f"for all of it; default {SECONDS:.0f}, with --dry {DRY_SECONDS:.0f}"
+        "--seconds",
+        type=_positive,
+        help=f"time limit of all stages; default {SECONDS:.0f}, with --dry {DRY_SECONDS:.0f}",
     )
-    parser.add_argument("--only", default="", metavar="STAGE,...", help=f"these stages alone, of {', '.join(STAGES)}")
+    parser.add_argument("--only", default="", metavar="STAGE,...", help=f"run only these stages of {', '.join(STAGES)}")
     asked = parser.parse_args(words)
     asked.only = [name for name in asked.only.split(",") if name]
     unknown = [name for name in asked.only if name not in STAGES]
     if unknown:
-        parser.error(f"--only {','.join(unknown)}: choose among {', '.join(STAGES)}")
+        parser.error(f"--only {','.join(unknown)}: unknown stage. Choose from {', '.join(STAGES)}")
     if asked.seconds is None:
         asked.seconds = DRY_SECONDS if asked.dry else SECONDS
     return asked
 
 
 def opened(asked: argparse.Namespace) -> Session:
-    """A session; with --only it goes on with what OUT holds.
+    """A session; with --only, it continues the results in OUT.
 
     Raises:
-        SystemExit: if OUT holds something that would be lost.
+        SystemExit: if results in OUT would be lost.
 
     """
     out = Path(asked.out).resolve()
     file = out / "gpu.json"
     result: dict[str, Any] = {}
     if out.is_file():
-        raise SystemExit(f"OUT {out}: it is a file; name a folder")
+        raise SystemExit(f"OUT {out}: is a file. Choose a folder")
     if file.exists():
         try:
             result = json.loads(file.read_text(encoding="utf-8"))
             holds = f"{'a dry run' if result['dry'] else 'measurements'} of {result['started']}"
         except (OSError, ValueError, KeyError, TypeError):
-            raise SystemExit(f"{file} cannot be read; name another folder, or remove it") from None
+            raise SystemExit(f"{file} cannot be read. Choose another folder, or remove it") from None
         if not asked.only:
-            raise SystemExit(f"{file} holds {holds}; --only STAGE,... adds to it, or name another folder")
+            raise SystemExit(
+                f"{file} contains {holds}. Add stages to it with --only STAGE,..., or choose another folder"
+            )
         if result["dry"] != asked.dry:
-            raise SystemExit(f"{file} holds {holds}; name another folder")
+            raise SystemExit(f"{file} contains {holds}. Choose another folder")
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     new = {"dry": asked.dry, "started": now, "environment": {}, "missing": {}, "goals": [], "stages": {}}
     return Session(out, asked.dry, asked.seconds, {**new, **result})
 
 
 def main(words: list[str]) -> int:
-    """Run what was asked for: 1 if a stage failed or was cut off, or there is no GPU."""
+    """Run the requested stages; returns 1 if a stage failed or was cut off, or there is no GPU."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     asked = parse(words)
     session = opened(asked)
@@ -413,7 +417,7 @@ def main(words: list[str]) -> int:
         go(session, names)
     except KeyboardInterrupt:
         left = ",".join(name for name in names if session.result["stages"].get(name, {}).get("state") != "ok")
-        print(f"stopped; later: --only {left}", flush=True)
+        print(f"interrupted. Run the rest later: --only {left}", flush=True)
         return 128 + signal.SIGINT
     finally:
         print("\n" + "\n".join(table(session.result)), flush=True)

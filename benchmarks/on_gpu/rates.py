@@ -1,8 +1,8 @@
-"""What a device can do on synthetic views in its memory: rates beside their ceilings, by side and batch size.
+"""Rates of a device on synthetic views in its memory, with their ceilings, by image size and batch size.
 
-The ceilings are measured too: a fill and a copy for bytes, a large matrix product for arithmetic. All of it also runs
-on a CPU, where the Triton kernels run in Triton's interpreter (TRITON_INTERPRET=1), to find what is wrong before
-there is a GPU. B images, V views of each, S side.
+The ceilings are measured, too: a fill and a copy for memory bandwidth, a large matrix product for arithmetic. The code
+also runs on a CPU, with the Triton kernels in Triton's interpreter (TRITON_INTERPRET=1), to find errors without a GPU.
+B images, V views of each, S image size.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from fast_spatial.runtime.device import dtype_of, exact_float32
 
 CANDIDATES = 11
 LIMITS = SpatialLimits.from_px(30)
-# Shapes of ResNet-18's convolutions: channels in and out, kernel, stride, side of the input at 224 px.
+# Shapes of ResNet-18's convolutions: channels in and out, kernel, stride, input size at 224 px.
 CONVOLUTIONS = (
     (3, 64, 7, 2, 224),
     (64, 64, 3, 1, 56),
@@ -53,19 +53,23 @@ CONVOLUTIONS = (
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large, and how long.
+    """Sizes and durations of the measurements.
 
     Attributes:
-        side: of the views, pixels; `small_side`: a smaller one, to judge at.
-        standard, worst10: images of training batches.
-        score: views of judging passes.
-        score_small: views of a pass at the smaller side.
-        matmul, elements: of the ceilings: side of the matrices, elements filled and copied.
-        crops: images of the warp's batch, each with `CANDIDATES` views.
-        convolved: images of a convolution's batch.
-        grid: images that the grid attack meets.
-        grid_pass: views of its forward passes.
-        seconds, rounds: how long a round lasts at the least, and of how many the median is taken.
+        side: image size of the views in pixels.
+        small_side: a smaller image size for scoring, in pixels.
+        standard: batch sizes of standard training.
+        worst10: batch sizes of worst10 training.
+        score: views per forward pass of scoring.
+        score_small: views per forward pass at the smaller size.
+        matmul: size of the square matrices of the arithmetic ceiling.
+        elements: elements filled and copied for the bandwidth ceiling.
+        crops: images per batch of the warp, each with `CANDIDATES` views.
+        convolved: images per batch of a convolution.
+        grid: images attacked on the grid.
+        grid_pass: views per forward pass of the grid attack.
+        seconds: least duration of a round.
+        rounds: number of rounds; the median is reported.
 
     """
 
@@ -121,7 +125,7 @@ DRY = Sizes(
 
 @dataclass(frozen=True)
 class Bench:
-    """Where and how large to measure, and where to keep it."""
+    """The device, sizes and record of measurements; `side` is the image size in pixels."""
 
     record: Record
     device: torch.device
@@ -130,11 +134,11 @@ class Bench:
 
     @property
     def job(self) -> Job:
-        """What `make_step` is given."""
+        """The argument of `make_step`."""
         return Job(BenchConfig(image_size=self.side), self.device, usable_cpus())
 
     def seconds(self, work: Callable[[], object]) -> float:
-        """The median time of a call, in rounds of calls that last a while."""
+        """Median seconds per call, over rounds of at least `sizes.seconds` each."""
 
         def spent(calls: int) -> float:
             self.wait()
@@ -150,17 +154,17 @@ class Bench:
         return statistics.median(spent(calls) / calls for _ in range(self.sizes.rounds))
 
     def wait(self) -> None:
-        """Until the device has done all that it was given."""
+        """Synchronize the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def random_views(self, count: int, views: int, side: int) -> torch.Tensor:
-        """uint8 [count, views, side, side, 3]."""
+        """Random views, uint8 [count, views, side, side, 3]."""
         return torch.randint(0, 256, (count, views, side, side, 3), dtype=torch.uint8, device=self.device)
 
 
 def ceilings(bench: Bench) -> None:
-    """Bytes per second of a fill and of a copy, operations per second of matrix products."""
+    """Measure bytes per second of a fill and a copy, and operations per second of matrix products."""
     size = bench.sizes.elements
 
     def fill() -> dict[str, Any]:
@@ -183,7 +187,7 @@ def _matmul(bench: Bench, dtype_name: str) -> dict[str, Any]:
 
 
 def peak_flops(bench: Bench, dtype_name: str = "auto") -> float:
-    """Operations per second of a large matrix product."""
+    """Floating-point operations per second of a large matrix product."""
     dtype, size = dtype_of(dtype_name, bench.device), bench.sizes.matmul
     a, b = (torch.randn(size, size, device=bench.device, dtype=dtype) for _ in range(2))
     return 2 * size**3 / bench.seconds(lambda: a @ b)
@@ -191,16 +195,18 @@ def peak_flops(bench: Bench, dtype_name: str = "auto") -> float:
 
 @cache
 def flops(side: int, *, training: bool) -> float:
-    """Operations of ResNet-18 on one view: forward, or forward and backward."""
+    """Floating-point operations of ResNet-18 per view: forward, or forward and backward."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        logits = classifier.build("resnet18", 1000)(torch.empty(2, 3, side, side))  # BatchNorm refuses a single pixel
+        logits = classifier.build("resnet18", 1000)(
+            torch.empty(2, 3, side, side)
+        )  # batch of two: BatchNorm rejects one value per channel
         if training:
             logits.sum().backward()
     return float(counter.get_total_flops()) / 2
 
 
 def train(bench: Bench, side: int, batch: int, *, views: int, compiled: bool, peak: float) -> dict[str, Any]:
-    """Steps on views in memory: one of each image, or the worst of several."""
+    """Training steps on views in memory: one view per image, or the worst of several."""
     step = make_step(bench.job, scored=views > 1, compiled=compiled)
     candidates = bench.random_views(batch, views, side)
     labels = torch.randint(0, 1000, (batch,), device=bench.device)
@@ -222,19 +228,19 @@ def train(bench: Bench, side: int, batch: int, *, views: int, compiled: bool, pe
 
 
 def score(bench: Bench, side: int, batch: int, *, peak: float) -> dict[str, Any]:
-    """One forward pass of the inference twin over views in memory, normalization included."""
+    """One forward pass of the evaluation network over views in memory, including normalization."""
     torch.manual_seed(0)
     dtype = dtype_of("auto", bench.device)
     model = Classifier(classifier.build("resnet18", 1000)).to(bench.device)
     scorer = Scorer(model, dtype)
     passes = Passes(scorer, batch, pad=True)
     views = bench.random_views(batch, 1, side)
-    # Checked against few views at a time: from the last ones, whose offsets are the largest.
+    # Compared with a pass over the last views alone: in the large batch, these have the largest memory offsets.
     logits, last = passes(views)[:, 0], min(batch, 64)
     expected = Passes(Scorer(model, dtype), last)(views[-last:])[:, 0]
     error = ((logits[-last:] - expected).abs().max() / expected.abs().max()).item()
     if not error < 0.05:
-        raise RuntimeError(f"its logits are wrong: they differ by {error:.3g} of the largest")
+        raise RuntimeError(f"wrong logits: they differ by {error:.3g} of the largest logit")
     spent = bench.seconds(lambda: passes(views))
     work = flops(side, training=False)
     return {
@@ -248,7 +254,7 @@ def score(bench: Bench, side: int, batch: int, *, peak: float) -> dict[str, Any]
 
 
 def networks(bench: Bench, *, compiled: bool) -> None:
-    """Training and scoring, the most telling first; compiled, training alone: scoring is not, in half precision."""
+    """Training and scoring, the most informative first. Scoring in half precision is never compiled."""
     peak, sizes = peak_flops(bench), bench.sizes
     ending = "_compiled" if compiled else ""
 
@@ -272,7 +278,7 @@ def networks(bench: Bench, *, compiled: bool) -> None:
 
 
 def fused_convolutions(bench: Bench) -> None:
-    """Convolution, bias and ReLU as one kernel of cuDNN, against the three: whether it is right, and faster."""
+    """Convolution, bias and ReLU as one cuDNN kernel, compared with separate kernels: error and speed."""
     for channels, out_channels, kernel, stride, side in CONVOLUTIONS:
         name = f"conv_relu_{channels}_{out_channels}_{kernel}x{kernel}_{side}px"
         here = max(2, side * bench.side // 224)
@@ -280,7 +286,7 @@ def fused_convolutions(bench: Bench) -> None:
 
 
 def rewritten(bench: Bench) -> None:
-    """What else the judging twin computes in another way: its stem by blocks, its max pooling without indices."""
+    """Other optimizations of the evaluation network: its stem by pixel blocks, max pooling without indices."""
     bench.record.measure("stem_by_blocks", partial(_stem, bench))
     bench.record.measure("max_pool_without_indices", partial(_pool, bench))
 
@@ -329,10 +335,10 @@ def _fused(bench: Bench, channels: int, out_channels: int, kernel: int, stride: 
 def _compared(
     bench: Bench, plain: Callable[[], torch.Tensor], fused: Callable[[], torch.Tensor], exact: torch.Tensor
 ) -> dict[str, Any]:
-    """Times of two ways, and their errors against the first four results in float32."""
+    """Times of two implementations, and their errors on the first four images, relative to float32."""
     errors = [((work()[:4].float() - exact).abs().max() / exact.abs().max()).item() for work in (plain, fused)]
     if not errors[1] < 2 * errors[0] + 0.01:
-        raise RuntimeError(f"it is wrong: it differs by {errors[1]:.3g} of the largest, the plain one {errors[0]:.3g}")
+        raise RuntimeError(f"wrong result: error {errors[1]:.3g} of the largest value; unfused {errors[0]:.3g}")
     spent = [bench.seconds(work) for work in (plain, fused)]
     return {
         "plain_ms": round(1000 * spent[0], 3),
@@ -357,7 +363,7 @@ def drawn_matrices(count: int, views: int, side: int) -> torch.Tensor:
 
 
 def warps(bench: Bench) -> None:
-    """The Triton kernels beside a fill of the same tensor."""
+    """The Triton kernels, compared with a fill of the same tensor."""
     B, V, S, device = bench.sizes.crops, CANDIDATES, bench.side, bench.device
     dtype = dtype_of("auto", device)
     images, rows = pictures(B, S).to(device), drawn_matrices(B, V, S).to(device)
@@ -390,7 +396,7 @@ def warps(bench: Bench) -> None:
 
 
 def dali_views(bench: Bench) -> None:
-    """Colours, mean and warps by DALI's operators, of crops that are in the device's memory."""
+    """Colours, mean and warps by DALI's operators, on crops in the device's memory."""
     bench.record.measure("dali_views", partial(_dali_views, bench), needs="nvidia.dali")
 
 
@@ -432,7 +438,7 @@ def _dali_views(bench: Bench) -> dict[str, Any]:
 
 
 def grid_attack(bench: Bench, dtype_names: Sequence[str] = ("bfloat16", "tf32", "float32")) -> None:
-    """Views per second of the exhaustive attack, of images that survive it: their labels are what the network says."""
+    """Views per second of the exhaustive attack. Labels are the network's predictions, so that images survive."""
     for name in dtype_names:
         bench.record.measure(f"grid_{name}_{bench.side}px", partial(_grid, bench, name))
 
@@ -446,7 +452,7 @@ def _grid(bench: Bench, dtype_name: str) -> dict[str, Any]:
         passes = Passes(Scorer(model, dtype), bench.sizes.grid_pass, pad=True)
         labels = passes(images[:, None])[:, 0].argmax(dim=1).tolist()
         rates = []
-        for _ in range(1 + min(bench.sizes.rounds, 3)):  # the first one is to warm up
+        for _ in range(1 + min(bench.sizes.rounds, 3)):  # the first one is a warm-up
             pool = GridSurvivors(passes, LIMITS, bench.side)
             bench.wait()
             start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Measurements that are kept one by one: a file is rewritten after each, and one that fails stops no other."""
+"""Measurements, written to a file one by one; a failing one does not stop the others."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ OURS = ("benchmarks", "fast_spatial", "kernels", "pipelines", "launch")
 class Record:
     """Measurements by name, each a dictionary of figures.
 
-    Where one could not be made, its figures are `error`, `skipped` (which says what it needs) or `out_of_memory`.
+    If a measurement failed, its figures are `error`, `skipped` (with the missing package) or `out_of_memory`.
 
     Attributes:
         path: the file, rewritten after every measurement; None: no file.
-        found: what was measured.
+        found: the measurements so far.
 
     """
 
@@ -32,15 +32,15 @@ class Record:
     found: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def put(self, name: str, values: dict[str, Any]) -> None:
-        """Keep figures."""
+        """Add the figures of a measurement."""
         self.found[name] = values
         if self.path is not None:
             write_json(self.path, {"measured": self.found})
 
     def measure(self, name: str, work: Callable[[], dict[str, Any]], *, needs: str = "") -> None:
-        """Keep the figures that `work` returns, with the peak of GPU memory, or why there are none.
+        """Add the figures that `work` returns, with the peak of GPU memory, or the reason of its failure.
 
-        `needs` is a package without which it is skipped, missing or broken.
+        If the package `needs` is missing or broken, the measurement is skipped.
         """
         print(f"  {name}", flush=True)
         if needs and (broken := _broken(needs)):
@@ -53,7 +53,7 @@ class Record:
             values = work()
         except torch.OutOfMemoryError:
             values = {"out_of_memory": True}
-        except Exception as error:  # whatever a GPU does: what comes after is measured all the same
+        except Exception as error:  # a failure must not stop later measurements
             traceback.print_exc()
             values = {"error": first_line(error)}
         if torch.cuda.is_available() and (peak := torch.cuda.max_memory_allocated()):
@@ -62,12 +62,12 @@ class Record:
 
     @property
     def errors(self) -> dict[str, str]:
-        """What failed, and why."""
+        """The error messages of failed measurements, by name."""
         return {name: values["error"] for name, values in self.found.items() if "error" in values}
 
 
 def _broken(package: str) -> str:
-    """Why a package cannot be imported; "" if it can."""
+    """The reason why a package cannot be imported; "" if it can."""
     try:
         importlib.import_module(package)
     except Exception as error:  # a broken package raises anything
@@ -76,6 +76,6 @@ def _broken(package: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """An error in one line."""
+    """The type and first line of an error."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]

@@ -1,9 +1,9 @@
-"""The stages of `benchmarks/gpu.sh`: each a process that writes what it measured after every single measurement.
+"""The stages of `benchmarks/gpu.sh`. Each runs in its own process and writes its results after every measurement.
 
     python -m benchmarks.on_gpu.stages NAME OUT [--dry]
 
-measures one alone, into OUT/NAME.json. With --dry it takes tiny sizes and the CPU, to find what is wrong before
-there is a GPU: the lines that are run are the same.
+runs a single stage, into OUT/NAME.json. --dry uses tiny sizes and the CPU, to find errors without a GPU: it runs the
+same code.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from fast_spatial.pipelines.placement import Decoding, Placement
 from fast_spatial.runtime.environment import environment
 
 ROOT = Path(__file__).resolve().parents[2]
-PROBE_SEC = 30  # that the probe of one rung may take
-REPRODUCE_SEC = 120.0  # the budget of the reproduction
-RUN_SEC = 150.0  # that a command of launch.py may take
-LOADER_SEC = 40.0  # that the loaders of one placement may take
-TEST_SEC = 60  # that one GPU test may take
+PROBE_SEC = 30  # time-out of the probe of one rung
+REPRODUCE_SEC = 120.0  # budget of the reproduction
+RUN_SEC = 150.0  # time-out of a command of launch.py
+LOADER_SEC = 40.0  # time-out of the loaders of one placement
+TEST_SEC = 60  # time-out of one GPU test
 MODES = ("standard", "worst10")
-# The loaders that are timed: where files are decoded, the share of the GPU's JPEG engine, and what makes the views.
+# Timed loaders: (decoder, share of the GPU's JPEG engine, warp).
 LOADERS = (
     ("gpu", 0.65, "dali"),
     ("cpu", 0.0, "numba"),
@@ -56,7 +56,7 @@ LOADERS = (
     ("gpu-full", 0.0, "dali"),
     ("cpu", 0.0, "dali"),
 )
-# The most telling first: the default is measured by the trainings.
+# (decoder, warp) of training, the most informative first; the stage `train` measures the default.
 PLACEMENTS = (
     ("gpu", "triton"),
     ("cpu", "triton"),
@@ -70,17 +70,19 @@ PLACEMENTS = (
 
 @dataclass(frozen=True)
 class Scale:
-    """How large the images on the disk and the runs are.
+    """Sizes of the data on disk and of the runs.
 
     Attributes:
-        rates: of what is measured in memory.
-        classes, per_class: of the synthetic images; `links` to each training image make epochs long.
-        batch: images of a step.
-        profile: steps in the trace.
-        placed_images: of an epoch, to compare placements; 0: all.
-        loader_sec: that a loader is timed.
-        reproduced: the row of the reproduction.
-        digits: flags of the run that is continued.
+        rates: sizes of the measurements in memory.
+        classes: number of classes of the synthetic images.
+        per_class: images per class, by split.
+        links: links to each training image, which lengthen epochs.
+        batch: images per step.
+        profile: number of steps in the trace.
+        placed_images: images per epoch when placements are compared; 0: all.
+        loader_sec: seconds that a loader is timed.
+        reproduced: row of the reproduction.
+        digits: flags of the run that is stopped and resumed.
 
     """
 
@@ -124,13 +126,13 @@ DRY = Scale(
 
 @dataclass(frozen=True)
 class Stage:
-    """What a stage is given.
+    """Input of a stage.
 
     Attributes:
-        out: the folder of results.
-        dry: whether it is a trial on a CPU.
-        record: where measurements go.
-        words: what else its command line says.
+        out: folder of the results.
+        dry: whether this is a dry run on a CPU.
+        record: receives the measurements.
+        words: further words of its command line.
 
     """
 
@@ -153,11 +155,11 @@ class Stage:
 
     @property
     def images(self) -> Path:
-        """Synthetic JPEG files."""
+        """Folder of the synthetic JPEG files."""
         return self.out / "cache" / "images"
 
     def scratch(self, name: str) -> Path:
-        """An empty folder, whose parent is there."""
+        """A path that does not exist, in an existing folder."""
         folder = self.out / "cache" / "runs" / name
         shutil.rmtree(folder, ignore_errors=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -167,7 +169,7 @@ class Stage:
         """Run a command of launch.py; returns the seconds it took.
 
         Raises:
-            RuntimeError: with the last line that it said, if it ends in another status than expected.
+            RuntimeError: with the error or last line of its output, if its exit status is not the expected one.
 
         """
         words = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
@@ -176,7 +178,7 @@ class Stage:
 
 
 def run(words: Sequence[str], expected: int | None = 0, limit: float = RUN_SEC) -> float:
-    """Run a program for so many seconds at most, its words among ours; the seconds it took."""
+    """Run a program for at most `limit` seconds and print its output; returns the seconds it took."""
     print("$", *words, flush=True)
     start = time.monotonic()
     with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
@@ -189,18 +191,18 @@ def run(words: Sequence[str], expected: int | None = 0, limit: float = RUN_SEC) 
             lines = [*lines[-20:], line.strip()]
         watch.cancel()
     if time.monotonic() - start >= limit:
-        raise RuntimeError(f"no end within {limit:.0f} s")
+        raise RuntimeError(f"not finished within {limit:.0f} s")
     if expected is not None and process.returncode != expected:
         said = [line for line in lines if re.search(r"Error|launch\.py: ", line)] or [line for line in lines if line]
-        raise RuntimeError(f"exit status {process.returncode}: {said[-1] if said else 'it said nothing'}")
+        raise RuntimeError(f"exit status {process.returncode}: {said[-1] if said else 'no output'}")
     return time.monotonic() - start
 
 
-# --- what is here
+# --- the machine
 
 
 def machine(stage: Stage) -> None:
-    """Environment, nvidia-smi, ceilings."""
+    """Record the environment and nvidia-smi, and measure the ceilings."""
     stage.record.put("environment", environment())
     if shutil.which("nvidia-smi") and not stage.dry:
         fields = "name,driver_version,memory.total,power.limit,clocks.max.sm,clocks.max.mem,pstate,mig.mode.current"
@@ -210,7 +212,7 @@ def machine(stage: Stage) -> None:
 
 
 def doctor(stage: Stage) -> None:
-    """What launch.py doctor says."""
+    """Run `launch.py doctor`."""
     found = stage.scratch("doctor").with_suffix(".json")
 
     def work() -> dict[str, Any]:
@@ -236,7 +238,7 @@ def doctor(stage: Stage) -> None:
 
 
 def decoder(stage: Stage) -> None:
-    """The probe of GPU decoding, with every rung: a rung that is wrong here is a finding."""
+    """Probe every rung of GPU decoding. A faulty rung is a result, not an error."""
     words = [sys.executable, "-m", "fast_spatial.pipelines.inspection.probe", "--all", f"--timeout={PROBE_SEC}"]
     numbers = itertools.count()
     with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
@@ -252,7 +254,7 @@ def decoder(stage: Stage) -> None:
                 stage.record.put("about" if "about" in said else "chosen", said)
     chosen = stage.record.found.get("chosen", {}).get("decoding")
     stage.record.put(
-        "decoder", {"note": f"right: {chosen}"} if chosen else {"error": "no decoding is right, see its log"}
+        "decoder", {"note": f"right: {chosen}"} if chosen else {"error": "no decoding is correct; see its log"}
     )
 
 
@@ -266,7 +268,7 @@ def eager(stage: Stage) -> None:
     rates.warps(bench)
     rates.rewritten(bench)
     rates.fused_convolutions(bench)
-    rates.dali_views(bench)  # at the end: a library that may bring the process down
+    rates.dali_views(bench)  # last, because DALI may crash the process
 
 
 def large(stage: Stage) -> None:
@@ -284,7 +286,7 @@ def compiled(stage: Stage) -> None:
 
 
 def grid(stage: Stage) -> None:
-    """The exhaustive attack in each arithmetic."""
+    """The exhaustive attack in each dtype."""
     rates.grid_attack(stage.bench)
 
 
@@ -292,7 +294,7 @@ def grid(stage: Stage) -> None:
 
 
 class _Reporter:
-    """A plugin of pytest: limits the time of each test, keeps each one's outcome."""
+    """A pytest plugin: sets a time-out per test and records the outcomes."""
 
     def __init__(self, record: Record) -> None:
         self._record = record
@@ -321,7 +323,7 @@ def _too_long(*_: Any) -> None:
 
 
 def gpu_tests(stage: Stage, which: str) -> None:
-    """The tests in tests/project/test_gpu.py whose names an expression selects."""
+    """Run the tests in tests/gpu/test_gpu.py that the expression `which` selects."""
     import pytest
 
     words = ["-p", "no:cacheprovider", "-m", "gpu", "-rs", "-k", which, str(ROOT / "tests" / "gpu" / "test_gpu.py")]
@@ -336,7 +338,7 @@ def gpu_tests(stage: Stage, which: str) -> None:
 
 
 def prepare(stage: Stage) -> None:
-    """What others need and may be made beside them: compiled numba kernels, synthetic JPEG files."""
+    """Prepare in the background what other stages need: compiled numba kernels, synthetic JPEG files."""
     scale = stage.scale
 
     def files() -> dict[str, Any]:
@@ -357,7 +359,7 @@ def prepare(stage: Stage) -> None:
 
 
 def loader(stage: Stage) -> None:
-    """The loader alone by placement, each in a process of its own: a decoder may crash, or hang."""
+    """The loader alone, by placement. Each runs in its own process, because a decoder may crash or hang."""
     prepare_images(stage)
     for on, share, warp in LOADERS:
         if stage.dry and on != "cpu":
@@ -382,14 +384,14 @@ def loader(stage: Stage) -> None:
 
 
 def one_loader(stage: Stage) -> None:
-    """What one of these processes does."""
+    """The work of one of these processes."""
     on, share, warp = stage.words
     for mode in MODES:
         stage.record.measure(mode, partial(_loader, stage, mode, Placement(Decoding(on, float(share)), warp)))
 
 
 def prepare_images(stage: Stage) -> None:
-    """Make the files where nobody has."""
+    """Make the synthetic JPEG files unless they exist."""
     make_images(stage.images, stage.scale.classes, stage.scale.per_class, stage.scale.links)
 
 
@@ -408,33 +410,33 @@ def _loader(stage: Stage, mode: str, placement: Placement) -> dict[str, Any]:
         placement=placement,
     )
     batches = (batch for epoch in itertools.count() for batch in made.epoch(epoch))
-    for _ in range(6):  # what is loaded ahead does not count
+    for _ in range(6):  # drop prefetched batches
         next(batches)
     bench, images = stage.bench, 0
     bench.wait()
     start = time.perf_counter()
     while time.perf_counter() - start < stage.scale.loader_sec:
-        images += len(next(batches).labels)  # by Triton, views would be made when they are asked for
+        images += len(next(batches).labels)  # only labels: Triton would make views on access
     bench.wait()
     return {"images_per_sec": round(images / (time.perf_counter() - start), 1), "threads": usable_cpus()}
 
 
 def train(stage: Stage) -> None:
-    """Trainings by launch.py from files, as they are by default but for the compiler, and what their steps cost."""
+    """Training by launch.py from files, with default settings but without the compiler, and a profile of its steps."""
     prepare_images(stage)
     for mode in ("worst10", "standard"):
         stage.record.measure(f"train_{mode}", partial(_train, stage, mode, profile=stage.scale.profile))
 
 
 def train_compiled(stage: Stage) -> None:
-    """The same through torch.compile, as they are by default on GPUs."""
+    """Training from files through torch.compile, the default on GPUs."""
     prepare_images(stage)
     for mode in ("worst10", "standard"):
         stage.record.measure(f"train_{mode}_compiled", partial(_train, stage, mode, compile="auto"))
 
 
 def placements(stage: Stage) -> None:
-    """The same with every decoding and every warp."""
+    """Training from files with every decoder and warp."""
     prepare_images(stage)
     for mode, (decode, warp) in itertools.product(("worst10", "standard"), PLACEMENTS):
         if stage.dry and decode != "cpu":
@@ -454,13 +456,13 @@ def _train(stage: Stage, mode: str, **flags: Any) -> dict[str, Any]:
         mode=mode,
         epochs=2,
         global_batch_size=scale.batch,
-        side=scale.rates.side,
+        image_size=scale.rates.side,
         eval_every=0,
         checkpoint_every=0,
         lr=0.01,
         **{"compile": "false", **flags},
     )
-    # The first epoch chooses algorithms, and is profiled.
+    # The first epoch is not representative: cuDNN chooses algorithms, and the profiler runs.
     first, last = records(out, "train")
     found = {
         "images_per_sec": last["images_per_sec"],
@@ -474,7 +476,7 @@ def _train(stage: Stage, mode: str, **flags: Any) -> dict[str, Any]:
     lines = (out / "environment.jsonl").read_text(encoding="utf-8").splitlines()
     if decoding := json.loads(lines[-1]).get("decoding"):
         found["decoding"] = {name: decoding[name] for name in ("decoding", "why")}
-    if failures := records(out, "decoding"):  # of the GPU, in the middle of it
+    if failures := records(out, "decoding"):  # failures of the GPU decoder during training
         found["decoding_failures"] = [failure["what"] for failure in failures]
     if (out / "profile.json").is_file():
         found["profile"] = costs(out / "profile.json")
@@ -483,7 +485,7 @@ def _train(stage: Stage, mode: str, **flags: Any) -> dict[str, Any]:
 
 
 def records(out: Path, event: str) -> list[dict[str, Any]]:
-    """A kind of record in a run's log."""
+    """The records of one event in a run's log."""
     with contextlib.suppress(FileNotFoundError):
         lines = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
         return [record for line in lines if (record := json.loads(line))["event"] == event]
@@ -491,7 +493,7 @@ def records(out: Path, event: str) -> list[dict[str, Any]]:
 
 
 def costs(trace: Path, most: int = 12) -> dict[str, Any]:
-    """The kernels that cost most in a trace, in ms and as shares of them all; on a CPU, the operators."""
+    """The most expensive kernels in a trace, in ms and percent of all kernels; on a CPU, the operators."""
     events = [e for e in json.loads(trace.read_text(encoding="utf-8"))["traceEvents"] if e.get("ph") == "X"]
     kinds = ("kernel", "gpu_memcpy", "gpu_memset")
     chosen = [e for e in events if e.get("cat") in kinds] or [e for e in events if e.get("cat") == "cpu_op"]
@@ -517,7 +519,7 @@ def costs(trace: Path, most: int = 12) -> dict[str, Any]:
 
 
 def export(stage: Stage) -> None:
-    """An export by launch.py of a fresh network, which reads back what it wrote."""
+    """Export an untrained network by `launch.py export`, which verifies the files."""
     from torchvision.models import resnet18
 
     checkpoint = stage.scratch("export").with_suffix(".pt")
@@ -536,7 +538,7 @@ def _export(stage: Stage, checkpoint: Path, kind: str) -> dict[str, Any]:
 
 
 def resume(stage: Stage) -> None:
-    """A run on the digits that SIGTERM stops after its first epoch, and that the same command continues."""
+    """Stop a run on the digits with SIGTERM after its first epoch, and resume it."""
     stage.record.measure("resume", partial(_resume, stage))
 
 
@@ -552,26 +554,26 @@ def _resume(stage: Stage) -> dict[str, Any]:
         status = process.wait()
     before = len(records(out, "train"))
     if status != 128 + signal.SIGTERM or before >= epochs:
-        raise RuntimeError(f"SIGTERM after {before} of {epochs} epochs ended the run with status {status}")
+        raise RuntimeError(f"after SIGTERM in epoch {before} of {epochs}, the run ended with exit status {status}")
     took = run(words)
     found = [record["epoch"] for record in records(out, "train") if record["epoch"] == round(record["epoch"])]
     (judged,) = records(out, "evaluation")
     if found != list(range(1, epochs + 1)):
-        raise RuntimeError(f"the continued run's log has the epochs {found}")
+        raise RuntimeError(f"the resumed run's log has the epochs {found}")
     return {"stopped_after_epochs": before, "epochs": epochs, "seconds": round(took, 1), "top1_pct": judged["top1_pct"]}
 
 
 def reproduce(stage: Stage) -> None:
-    """A row of the digits within two minutes, planning, judging and report included."""
+    """Reproduce a row of the digits within two minutes, including planning, evaluation and report."""
     out, budget = stage.scratch("reproduce"), REPRODUCE_SEC
 
     def work() -> dict[str, Any]:
-        # Two minutes are too short to compile in.
+        # Two minutes are too short for compilation.
         flags = {"rows": "worst10:30", "hours": f"{budget / 3600:.6f}", "compile": "false"}
         took = stage.launch("reproduce", data="digits", out=out, **flags)
         results = json.loads((out / "results.json").read_text(encoding="utf-8"))
         if took > budget + 5:
-            raise RuntimeError(f"it took {took:.0f} s of {budget:.0f} s")
+            raise RuntimeError(f"took {took:.0f} s, with a budget of {budget:.0f} s")
         kept = ("mode", "natural_top1_pct", "random_top1_pct", "worst10_top1_pct", "grid_top1_pct", "epochs")
         rows = [{name: row[name] for name in kept if name in row} for row in results]
         return {"budget_sec": budget, "took_sec": round(took, 1), "rows": rows}
@@ -604,7 +606,7 @@ WORKS: dict[str, Callable[[Stage], None]] = {
 
 
 def main(name: str, out: str, *flags: str) -> int:
-    """Run a stage in this process: 1 if a part of it failed."""
+    """Run a stage in this process; returns 1 if a part of it failed, else 0."""
     record = Record(Path(out) / f"{name}.json")
     stage = Stage(Path(out), "--dry" in flags, record, [word for word in flags if word != "--dry"])
     torch.backends.cudnn.benchmark = True
@@ -612,7 +614,7 @@ def main(name: str, out: str, *flags: str) -> int:
     record.path.unlink(missing_ok=True)  # type: ignore[union-attr]
     try:
         WORKS[name](stage)
-    except Exception as error:  # of what surrounds the measurements
+    except Exception as error:  # outside the measurements
         record.put(name, {"error": first_line(error)})
         raise
     return 1 if record.errors else 0

@@ -1,7 +1,7 @@
-"""A budget: how long a command may take, over all its starts, and the clock that counts that.
+"""A budget, and the clock that counts its use over all starts of a command.
 
-Hours count time in use: the seconds that `launch.py` ran, start-up and measuring included, are written to the run's
-folder every second, so that a process that was killed is counted, too. The time between two starts is not.
+Hours count the running time of `launch.py`, start-up and calibration included, without the time between two starts.
+The seconds are written to the run's folder every second, so that the time of a killed process counts too.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _BEAT_SEC = 1.0
 
 @dataclass(frozen=True)
 class Budget:
-    """What may be used: hours, or the time until a moment.
+    """A budget in hours, or until a wall-clock time.
 
     Attributes:
-        asked: the flag and its value, as they were given.
-        hours: in use, over all starts; None with a moment.
-        moment: of the clock; None with hours.
-        gpus: over all nodes; 0 without.
+        asked: the flag and its value, as given.
+        hours: running time over all starts; None with `moment`.
+        moment: the wall-clock time of the end; None with `hours`.
+        gpus: number of GPUs over all nodes; 0 on CPUs.
 
     """
 
@@ -50,15 +50,15 @@ class Budget:
 
 
 def budget_of(options: BudgetOptions, gpus: int, known_moment: str | None = None) -> Budget:
-    """The budget that options name.
+    """The budget of a command's options.
 
     Args:
-        options: with one of the budgets.
-        gpus: over all nodes.
-        known_moment: of `--until`, as an earlier start of the same command understood it.
+        options: options with one budget.
+        gpus: number of GPUs over all nodes.
+        known_moment: the end by `--until` in ISO format, as an earlier start of the same command resolved it.
 
     Raises:
-        UserError: on GPU-hours without a GPU, or a time that is over or cannot be read.
+        UserError: on GPU-hours without a GPU, or a time that is past or invalid.
 
     """
     if options.until:
@@ -70,16 +70,16 @@ def budget_of(options: BudgetOptions, gpus: int, known_moment: str | None = None
     value = getattr(options, name)
     asked = f"{flag(name)} {value:g}"
     if not gpus:
-        raise UserError(f"{asked}: it counts hours of GPUs, and none is visible", "give --hours, or --until")
+        raise UserError(f"{asked}: requires a GPU, and none is visible", "give --hours or --until instead")
     gpu_hours = value if name == "gpu_hours" else value / options.price
     return Budget(asked, gpu_hours / gpus, None, gpus)
 
 
 def moment_of(text: str, now: datetime.datetime | None = None) -> datetime.datetime:
-    """The next time of the clock, or the date and time, that a text names; in this machine's time zone, unless it says.
+    """Parse a time of day (its next occurrence), or a date and time; by default in this machine's time zone.
 
     Raises:
-        UserError: if it cannot be read, or is over.
+        UserError: if the text is invalid, or the time is past.
 
     """
     now = (now or datetime.datetime.now()).astimezone()
@@ -96,20 +96,20 @@ def moment_of(text: str, now: datetime.datetime | None = None) -> datetime.datet
         if found <= now:
             found = datetime.datetime.combine(today + datetime.timedelta(days=1), time_of_day).astimezone()
     if found <= now:
-        raise UserError(f"--until {text}: that is over")
+        raise UserError(f"--until {text}: this time is past", "give a later time")
     return found
 
 
 class Clock:
-    """Counts the seconds in use of a run's folder, while it is open, on top of those of earlier starts.
+    """Counts the running time of a run, earlier starts included, while it is open.
 
     Args:
-        folder: of the run; created.
+        folder: the run's folder; created.
         started: `time.monotonic()` at the start of this process.
-        writes: whether this process keeps the record; on several nodes, one does.
+        writes: whether this process writes the record; on several nodes, one does.
 
     Raises:
-        UserError: if there is a record that cannot be read, or none can be written.
+        UserError: if the record cannot be read or written.
 
     """
 
@@ -117,7 +117,7 @@ class Clock:
         self.started = started
         self._file, self._writes = folder / USAGE, writes
         self._parts = _parts(self._file)
-        # A start that did not come to its end ran on for a moment after the last time that it was heard of.
+        # A killed process ran for up to one interval after its last record.
         self.used_before_sec = sum(part["seconds"] + (0.0 if part["ended"] else _BEAT_SEC) for part in self._parts)
         self._since = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self._closing = threading.Event()
@@ -125,7 +125,7 @@ class Clock:
 
     @property
     def used_sec(self) -> float:
-        """Seconds in use until now."""
+        """Running time until now, in seconds."""
         return self.used_before_sec + time.monotonic() - self.started
 
     def __enter__(self) -> Clock:
@@ -133,7 +133,7 @@ class Clock:
             try:
                 self._write(ended=False)
             except OSError as error:
-                raise UserError(f"--out {self._file.parent}: it cannot be written ({error.strerror})") from None
+                raise UserError(f"--out {self._file.parent}: cannot be written ({error.strerror})") from None
             self._thread.start()
         return self
 
@@ -141,12 +141,12 @@ class Clock:
         if self._writes:
             self._closing.set()
             self._thread.join()
-            with contextlib.suppress(OSError):  # what went wrong before it is to be told
+            with contextlib.suppress(OSError):  # must not hide an earlier exception
                 self._write(ended=True)
 
     def _beat(self) -> None:
         while not self._closing.wait(_BEAT_SEC):
-            with contextlib.suppress(OSError):  # a full disk, say; what cannot do without it will tell
+            with contextlib.suppress(OSError):  # such as a full disk, which the run's own files report
                 self._write(ended=False)
 
     def _write(self, *, ended: bool) -> None:
@@ -164,6 +164,6 @@ def _parts(file: Path) -> list[dict[str, float]]:
         return list(found)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{file}: it cannot be read ({error}), so nobody knows how much of the budget is used",
-            "name a new folder, or remove the file to begin the budget anew",
+            f"{file}: cannot be read ({error}), so the used part of the budget is unknown",
+            "name a new folder, or remove the file to restart the budget",
         ) from None

@@ -1,7 +1,7 @@
-"""From a budget and what was measured to a plan: which rows, which recipe, how many epochs, what is judged.
+"""From a budget and measured speeds to a plan: rows, recipe, epochs, and images to judge.
 
-All rows get the same number of epochs, so that they stay comparable. Trainings get what is left when their evaluations
-are provided for; those have a limit of their own. Nothing here looks at a clock or runs anything.
+All rows get the same number of epochs, so that they stay comparable. Trainings share the time that remains after all
+evaluations; evaluations have a limit of their own. This module measures nothing and runs no task.
 """
 
 from __future__ import annotations
@@ -24,46 +24,46 @@ from fast_spatial.kernels.spatial import GRID_VIEWS
 from fast_spatial.runtime.text import aligned
 from fast_spatial.training.schedule import mean_over_rest, side_starts
 
-# So many rows are kept, whatever the budget: the paper's comparison.
+# At least this number of rows is kept, whatever the budget: the paper's comparison.
 _FEWEST_ROWS = 3
-# Shares of a budget that the judging of models may take, at most; more images than that are not judged.
+# Largest shares for judging: the grid and the landscape of the budget, validation of the training steps.
 _GRID_SHARE, _LANDSCAPE_SHARE, _VALIDATION_SHARE = 0.25, 0.1, 0.05
-# Recipes with milestones cannot be shortened: they may take such a share of what is left for training, where they are
-# asked for by name, and where they are not.
+# Recipes with milestones cannot be shortened. One is chosen if it fits into this share of the training time: the first
+# if it is requested by name, the second otherwise.
 _MILESTONES_SHARE, _REFERENCE_SHARE = 0.95, 0.85
-# Views of the grid that are judged until an image breaks, from evaluations of this project.
+# Average number of judged grid views of a broken image, from evaluations of this project.
 _VIEWS_OF_BROKEN_IMAGE = 30
 _EVALUATED_VIEWS = EvaluateConfig.views
-# The share of images that all views of the grid leave right, on the digits: rather more than after the 8 epochs of
-# `benchmarks/results/digits.json`, since a budget may allow for more.
+# Expected grid accuracy on the digits, as a share. It is above the results of 8 epochs in
+# `benchmarks/results/digits.json`, since a budget may allow more epochs.
 _DIGITS_SURVIVORS = {"nocrop": 0.0, "standard": 0.0, "random": 0.6, "worst10": 0.85}
-# A training's last checkpoint, and the end of its processes, where nothing comes after it.
+# Time for a training's last checkpoint and process exit, if no evaluation follows.
 _FINISH_SEC = 3.0
-# Writing the tables and the report, of each row and besides, and the end of the process, busy machines included; and
-# what is kept in hand, a share of the budget.
+# Time to write the tables and the report, fixed and per row; time for process exit on a busy machine; and a reserve, as
+# a share of the budget.
 _REPORT_SEC, _REPORT_ROW_SEC, _END_SEC, _END_SHARE = 3.0, 0.5, 2.0, 0.005
 
 
-# A recipe as raw flags: its name, and epochs of its own if it has some.
+# A recipe as raw flags: its name, and optionally its epochs.
 Recipe = dict[str, str]
 
 
 @dataclass(frozen=True)
 class PlannedRow:
-    """What a row is to be, and what each part of it is expected to take.
+    """A row of the plan, and the expected time of each part.
 
     Attributes:
-        name: of the row.
-        train: the training; its epochs are the recipe's own, which the budget stretches or cuts.
-        epochs: that the budget allows for.
-        step_sec: seconds per step, by side.
-        epoch_sec: seconds per epoch, on average over the training, evaluations between epochs included.
-        validation_sec: of an evaluation of the training.
-        evaluation_sec: of all attacks after it; 0: none.
+        name: the row's name.
+        train: the training, with the recipe's own epochs; the budget stretches or cuts them.
+        epochs: epochs that fit the budget.
+        step_sec: seconds per step, by image size.
+        epoch_sec: seconds per epoch, averaged over the training, validation included.
+        validation_sec: seconds per validation.
+        evaluation_sec: seconds of the evaluation under all attacks; 0: none.
         grid_per_class: images of every class that meet the grid; 0: all; -1: none.
-        landscape_sec: of the landscape; 0: none.
-        landscape_per_class: its images of every class.
-        start_sec: that a task takes to start and to end.
+        landscape_sec: seconds of the landscape; 0: none.
+        landscape_per_class: images of every class in the landscape.
+        start_sec: seconds to start and end a task.
 
     """
 
@@ -81,29 +81,29 @@ class PlannedRow:
 
     @property
     def is_fixed(self) -> bool:
-        """Whether the recipe cannot be stretched or cut."""
+        """Whether the schedule cannot be stretched or cut."""
         return self.train.schedule == "milestones"
 
     @property
     def landscape_task_sec(self) -> float:
-        """What the landscape takes, start and end included."""
+        """Seconds of the landscape, with start and end of its task."""
         return self.landscape_sec + self.start_sec if self.landscape_per_class else 0.0
 
     @property
     def after_sec(self) -> float:
-        """What follows the last step of the training."""
+        """Seconds after the last step of the training."""
         last = self.evaluation_sec + self.start_sec if self.evaluation_sec else _FINISH_SEC
         return self.validation_sec + last + self.landscape_task_sec
 
     @property
     def fixed_sec(self) -> float:
-        """What the row takes besides its epochs."""
+        """Seconds of the row without its epochs."""
         return self.start_sec + self.after_sec
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Rows, what is left out and why, and how long the end takes."""
+    """The rows, what is left out and why, and the seconds to finish after the last row."""
 
     rows: list[PlannedRow]
     left_out: list[str]
@@ -115,15 +115,15 @@ class Plan:
 
 
 def candidate_recipes(asked: str, data: str, rows: Sequence[RowRequest]) -> list[Recipe]:
-    """The recipes that a budget may choose from: the one that is asked for, or those that fit the other flags.
+    """The recipes that a budget may choose from: the requested one, or all that fit the other flags.
 
     Raises:
-        UserError: if none does.
+        UserError: if none fits.
 
     """
     if asked:
         return [{"recipe": asked}]
-    # The longer `fast` is trained for, the smaller is the share of its warm-up.
+    # `fast` has 2 warm-up epochs, so recipes with more epochs have a smaller share of warm-up.
     ladder: list[Recipe] = [{"recipe": FAST, "epochs": str(epochs)} for epochs in PUBLISHED_LADDER]
     known: list[Recipe] = [{"recipe": "digits_linear"}] if data == DIGITS else [{"recipe": REFERENCE}, *ladder]
     fitting = []
@@ -152,16 +152,16 @@ def make_plan(
     """The plan for these rows.
 
     Args:
-        requests: in the order in which they are to be run.
-        recipes: that may be chosen.
-        measured: what `calibration.calibrate` wrote, a training for each request.
-        start_sec: that a task takes to start and to end.
-        judged: whether rows are evaluated under all attacks, mapped and reported, or trained alone.
-        may_drop: whether rows may be left out.
-        keep_eval_every: whether evaluations between epochs stay as the recipe has them, whatever they cost.
+        requests: the requested rows, in order of execution.
+        recipes: the recipes to choose from.
+        measured: the output of `calibration.calibrate`, with one training per request.
+        start_sec: seconds to start and end a task.
+        judged: whether rows are evaluated under all attacks, mapped and reported, or only trained.
+        may_drop: whether rows may be dropped.
+        keep_eval_every: whether the recipe's interval of validations is kept, whatever its cost.
 
     Raises:
-        UserError: if the budget is too small for anything.
+        UserError: if the budget is too small for one epoch, or for the requested recipe.
 
     """
     kept = list(requests)
@@ -176,21 +176,19 @@ def make_plan(
         dropped = min(kept, key=lambda request: request.importance)
         kept.remove(dropped)
         left_out.append(
-            f"row {dropped.name}: with it, all rows would have only {max(0.0, epochs):.1f} epochs each, less than "
-            f"the shortest recipe's {min(row.train.epochs for row in rows)}"
+            f"row {dropped.name}: with it, each row would get only {max(0.0, epochs):.1f} epochs, and "
+            f"the shortest recipe has {min(row.train.epochs for row in rows)}"
         )
     if epochs < 1:
         compiled = rows[0].train.is_compiled(on_gpu=measured["gpus"] > 0)
-        compiling = (
-            "; or do without compilation (--compile false), which takes time before anything" if compiled else ""
-        )
+        compiling = "; or add --compile false, which saves the time of compilation" if compiled else ""
         needed = sum(row.fixed_sec + row.epoch_sec for row in rows) + _end_sec(len(rows), measured["left_sec"], judged)
         fewer = f"{'fewer --rows, ' if judged else ''}or fewer images (--max-classes, --max-train-images)"
         raise UserError(
             f"the budget is too small: {max(0.0, measured['left_sec']):.0f} s are left after measuring, and one epoch "
-            f"of {', '.join(row.name for row in rows)} with its judging takes {needed:.0f} s here",
-            f"give at least {math.ceil(needed - measured['left_sec'])} s more, {fewer}{compiling}; if other programs "
-            f"keep this machine busy, end them first",
+            f"of {', '.join(row.name for row in rows)} with evaluation takes {needed:.0f} s",
+            f"give at least {math.ceil(needed - measured['left_sec'])} s more, {fewer}{compiling}; stop other programs "
+            f"that keep this machine busy",
         )
     return Plan(rows, left_out + notes, _end_sec(len(rows), measured["left_sec"], judged))
 
@@ -205,7 +203,7 @@ def _attempt(
     judged: bool,
     keep_eval_every: bool,
 ) -> tuple[list[PlannedRow], float, list[str]]:
-    """The rows under the recipe that suits the budget best, their epochs, and what judging leaves out."""
+    """The rows under the best fitting recipe, their epochs, and notes on images that are not judged."""
     left = measured["left_sec"]
     rates = {request.name: training for request, training in zip(requests, measured["trainings"])}
     judging = _Judging([request.configure(recipes[-1]) for request in kept], measured, judged)
@@ -244,7 +242,7 @@ def _attempt(
 
 
 class _Judging:
-    """How many images are judged in which way, the same in all rows."""
+    """The number of images for the grid and the landscape, the same in all rows."""
 
     def __init__(self, trainings: Sequence[TrainConfig], measured: dict[str, Any], judged: bool) -> None:
         self._measured, self._judged, self.left_out = measured, judged, list[str]()
@@ -259,8 +257,8 @@ class _Judging:
             self.grid_per_class = min(int(of_class * _GRID_SHARE * left / full), fewest) or -1
             few = f"{self.grid_per_class} images of every class" if self.grid_per_class > 0 else "none"
             self.left_out.append(
-                f"the grid of {GRID_VIEWS} views for all {measured['val_images']:,} images, which would take about "
-                f"{100 * full / left:.0f} % of the budget: it is for {few} instead"
+                f"the grid of {GRID_VIEWS} views for all {measured['val_images']:,} images, about "
+                f"{100 * full / left:.0f} % of the budget: reduced to {few}"
             )
         wanted = min(fewest, max(1, DEFAULT_IMAGES // classes))
         of_round = len(trainings) * GRID_VIEWS * classes / rate
@@ -268,9 +266,9 @@ class _Judging:
         if self.landscape_per_class < wanted:
             fewer = self.landscape_per_class
             self.left_out.append(
-                f"landscapes of {wanted} images of every class, which would take "
-                f"{100 * wanted * of_round / left:.0f} % of the budget: "
-                + (f"{fewer} of every class instead" if fewer else "there are none")
+                f"landscapes of {wanted} images of every class, about "
+                f"{100 * wanted * of_round / left:.0f} % of the budget: reduced to "
+                + (f"{fewer} of every class" if fewer else "none")
             )
 
     def _grid_sec(self, survivors: float, per_class: float) -> float:
@@ -285,7 +283,7 @@ class _Judging:
         start_sec: float,
         keep_eval_every: bool,
     ) -> PlannedRow:
-        """A row under a recipe, its epochs still open."""
+        """A row under a recipe, with its epochs not yet set."""
         measured = self._measured
         steps = measured["images"] // config.global_batch_size
         step_sec = {
@@ -320,7 +318,7 @@ class _Judging:
 
 
 def expected_survivors(config: TrainConfig) -> float:
-    """The share of images that the grid is expected to leave right, for setting time aside."""
+    """The expected grid accuracy, as a share; decides the time reserved for the grid."""
     if config.data == DIGITS:
         return _DIGITS_SURVIVORS[config.mode]
     degrees = config.degrees if MODES[config.mode].warps != 0 else 0.0
@@ -331,7 +329,7 @@ def expected_survivors(config: TrainConfig) -> float:
 
 
 def _flips(config: TrainConfig) -> int:
-    """How many views are judged for each that counts."""
+    """Forward passes per view: 2 with flip averaging."""
     return 2 if config.eval_flip else 1
 
 
@@ -340,13 +338,13 @@ def _end_sec(rows: int, left_sec: float, judged: bool) -> float:
 
 
 def describe(plan: Plan, measured: dict[str, Any], *, asked: str, used_sec: float, price: float) -> str:
-    """The plan for people: what is done, what is not, when it is finished, what to expect."""
+    """The plan as text: rows, what is left out, the expected finish and the expected accuracy."""
     gpus, left_sec = measured["gpus"], measured["left_sec"]
     where = f"{gpus} GPUs" if gpus > 1 else "one GPU" if gpus else "this machine's CPUs"
     total = used_sec + left_sec
     cost = f", {gpus * total / 3600 * price:.2f} at {price:g} a GPU-hour" if price and gpus else ""
     judged = any(row.evaluation_sec for row in plan.rows)
-    heads = ["row", "recipe", "epochs", "side", "views", "images/s", "training", "evaluation", "landscape"]
+    heads = ["row", "recipe", "epochs", "size", "views", "images/s", "training", "evaluation", "landscape"]
     lines = [heads if judged else heads[:-2]]
     for row in plan.rows:
         sides = [side for _, side in side_starts(row.train)]
@@ -366,18 +364,18 @@ def describe(plan: Plan, measured: dict[str, Any], *, asked: str, used_sec: floa
     needed = plan.end_sec + sum(row.fixed_sec + row.epochs * row.epoch_sec for row in plan.rows)
     finish = datetime.datetime.now() + datetime.timedelta(seconds=needed)
     text = [
-        f"budget: {asked}: {duration(total)} on {where}{cost}; {duration(used_sec)} of it are used",
+        f"budget: {asked}: {duration(total)} on {where}{cost}; {duration(used_sec)} used",
         aligned(lines),
         f"expected finish: {finish:%Y-%m-%d %H:%M:%S}, in {duration(needed)}",
     ]
     if needed < 0.95 * left_sec:
-        text.append(f"{duration(left_sec - needed)} are not needed: the recipe's milestones are never rescaled")
+        text.append(f"{duration(left_sec - needed)} stay unused: the recipe's milestones are never rescaled")
     text += [f"left out: {reason}" for reason in plan.left_out]
     return "\n".join([*text, *expectation(plan, measured)])
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them."""
+    """Seconds as text in a suitable unit: s, min, h or days."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     if seconds < 5400:
@@ -386,22 +384,22 @@ def duration(seconds: float) -> str:
 
 
 def expectation(plan: Plan, measured: dict[str, Any]) -> list[str]:
-    """What others reached with as many epochs, as upper bounds."""
+    """Published accuracies for this number of epochs, as upper bounds."""
     train, epochs = plan.rows[0].train, plan.rows[0].epochs
     if (measured["classes"], measured["images"] // 10_000) != (1000, 128) or train.arch != "resnet18":
-        return ["expected accuracy: nothing is published for these images and this network"]
+        return ["expected accuracy: no published results for these images and this network"]
     if train.recipe == REFERENCE:
         as_published = identity(TrainConfig(data="-", out="-", mode=train.mode))
         changed = [name for name, value in as_published.items() if identity(train)[name] != value]
         if set(changed) <= {"degrees", "translate_px", "seed"}:
             return ["expected accuracy: the published table's"]
-        return [f"expected accuracy: the published table's, but for what is changed ({', '.join(changed)})"]
+        return [f"expected accuracy: the published table's, except for changed options ({', '.join(changed)})"]
     below = [run.top1_pct for known, run in PUBLISHED_LADDER.items() if known <= epochs]
     above = [run.top1_pct for known, run in PUBLISHED_LADDER.items() if known >= epochs]
     if not below:
-        found = f"below {above[0]:.1f} %, which took 16 epochs"
+        found = f"below {above[0]:.1f} %, the result of 16 epochs"
     elif not above:
-        found = f"at most about {below[-1]:.1f} %, which took {max(PUBLISHED_LADDER)} epochs"
+        found = f"at most about {below[-1]:.1f} %, the result of {max(PUBLISHED_LADDER)} epochs"
     else:
         found = f"at most {below[-1]:.1f} to {above[0]:.1f} %"
     return [

@@ -1,8 +1,8 @@
-"""A budget while it is spent: the plan is made or found again, and every task gets its part of the time that is left.
+"""A budget in use: the plan is made or resumed, and every task gets its share of the remaining time.
 
-OUT/calibration.json   what was measured
-OUT/plan.json          the rows, what is left out; a restart goes on with it
-OUT/usage.json         the seconds in use (`budget.Clock`)
+OUT/calibration.json   measured speeds
+OUT/plan.json          the rows, and what is left out; a restart continues it
+OUT/usage.json         the running time (`clock.Clock`)
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fast_spatial import preflight
+from fast_spatial import launcher, preflight
 from fast_spatial.budget.clock import Budget, Clock, budget_of
 from fast_spatial.budget.planning import Plan, PlannedRow, Recipe, candidate_recipes, describe, make_plan
 from fast_spatial.config.commands import CalibrateConfig
@@ -24,7 +24,6 @@ from fast_spatial.config.rows import RowRequest
 from fast_spatial.config.train import BudgetOptions, LaunchOptions
 from fast_spatial.errors import UserError
 from fast_spatial.kernels.spatial import GRID_VIEWS
-from fast_spatial.launcher import Launch
 from fast_spatial.runtime.files import write_json
 from fast_spatial.runtime.run_files import CALIBRATION, PLAN
 from fast_spatial.runtime.runlog import say
@@ -32,29 +31,29 @@ from fast_spatial.training.pacing import Pace
 from fast_spatial.training.run_folder import find_latest
 from fast_spatial.training.schedule import Timeline, side_starts
 
-# By how much judging may last longer than expected, while other rows still have time that it can take.
+# Judging may exceed its expected time by this share if other rows follow, whose time it then takes.
 _PATIENCE = 0.5
-# The last landscape may take so many times as many images as planned, if the time allows.
+# The last landscape may use up to this multiple of the planned images, if time remains.
 _LAST_LANDSCAPE = 4
-# A row that would get fewer is not begun.
+# A row that would get fewer epochs is not started.
 _FEWEST_EPOCHS = 0.5
-# Between two decisions of a training's pace: a share of its time.
+# Interval between two decisions on a training's pace, as a share of its time.
 _INTERVAL = 0.01
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What a command asks for.
+    """A command's request for a plan.
 
     Attributes:
-        options: the budget, and how processes are started.
-        out: the folder.
-        flags: the values that were given; a restart has to give the same ones.
-        rows: in the order in which they are to be run.
-        recipe: by name; empty: one that suits the budget.
-        data: what is trained on.
-        judged: whether rows are evaluated, mapped and reported, or trained alone.
-        may_drop: whether rows may be left out.
+        options: the options of the budget and of the processes.
+        out: the output folder.
+        flags: the given values; a restart must give the same ones.
+        rows: the requested rows, in order of execution.
+        recipe: the recipe's name; empty: one that suits the budget.
+        data: the training data.
+        judged: whether rows are evaluated, mapped and reported, or only trained.
+        may_drop: whether rows may be dropped.
 
     """
 
@@ -69,20 +68,20 @@ class Asked:
 
     @property
     def recipes(self) -> list[Recipe]:
-        """Those that the budget may choose from."""
+        """The recipes that the budget may choose from."""
         return candidate_recipes(self.recipe, self.data, self.rows)
 
 
 class Spending:
-    """The plan, and the time that is left.
+    """A plan in use, and its remaining time.
 
     Args:
-        plan: of the rows.
-        budget: that is spent.
-        clock: that counts.
-        views_per_sec: that are judged in float32.
-        classes: of the images.
-        most_per_class: images of every class that a landscape may take.
+        plan: the plan.
+        budget: the budget.
+        clock: the open clock of the run's folder.
+        views_per_sec: judged views per second, in float32.
+        classes: number of classes.
+        most_per_class: most images of every class that a landscape may use.
 
     """
 
@@ -95,30 +94,30 @@ class Spending:
 
     @property
     def end(self) -> float:
-        """When the last task has to be done, in seconds of `time.monotonic()`."""
+        """Deadline of the last task, in seconds of `time.monotonic()`."""
         return self._budget.until(self._clock) - self.plan.end_sec
 
     def of(self, row: PlannedRow, others: Sequence[PlannedRow]) -> Limits:
-        """The limits of a row's tasks, when `others` are still to be done after it."""
+        """The time limits of a row's tasks; `others` are the rows after it."""
         return Limits(self, row, others)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How long the tasks of a row may take; what is asked for is about now."""
+    """Time limits of a row's tasks, computed from the current time."""
 
     spending: Spending
     row: PlannedRow
     others: Sequence[PlannedRow]
 
     def pace(self) -> Pace:
-        """The time of the training, and of the judging after it.
+        """The pace of the training, with the time for judging after it.
 
-        Rows share what is left when the judging of all is provided for, so that all are trained for as many epochs;
-        what a row has of its training already, it does not get again.
+        The rows share the time that remains after all judging, so that all get the same number of epochs. The finished
+        part of a training is not planned again.
 
         Raises:
-            UserError: if there is too little for a training that was not begun.
+            UserError: if too little time is left to start a training.
 
         """
         row, now, rest = self.row, time.monotonic(), _rest(self.row)
@@ -127,8 +126,8 @@ class Limits:
         epochs = max(0.0, left) / (sum(_rest(r) * r.epoch_sec for r in self.others) + mine) if mine else 0.0
         if rest == 1 and epochs < _FEWEST_EPOCHS:
             raise UserError(
-                f"no time is left for {row.name}: {epochs:.2f} epochs of it",
-                "give more (the same command, and a larger budget), or see what there is with launch.py report",
+                f"out of time for {row.name}: only {epochs:.2f} epochs fit",
+                "run the same command with a larger budget, or see the results with launch.py report",
             )
         seconds = row.fixed_sec + epochs * mine
         return Pace(
@@ -140,14 +139,14 @@ class Limits:
         )
 
     def evaluation_until(self) -> float:
-        """When the evaluation has to be done; that of the last row may use what its landscape was to have."""
+        """Deadline of the evaluation. The last row's may use all its landscape's time except for one round."""
         row, end = self.row, self.spending.end
         if not self.others:
             return end - (row.start_sec + self.spending.round_sec if row.landscape_per_class else 0.0)
         return min(time.monotonic() + row.start_sec + (1 + _PATIENCE) * row.evaluation_sec, end)
 
     def landscape(self) -> tuple[int, float]:
-        """Images of every class (0: none), and when they have to be done; the last row's may use what is left."""
+        """Images of every class (0: none), and the deadline. The last row's landscape may use all remaining time."""
         row, end = self.row, self.spending.end
         left = end - time.monotonic() - row.start_sec
         if not row.landscape_per_class or left < self.spending.round_sec:
@@ -159,10 +158,10 @@ class Limits:
 
 
 def _rest(row: PlannedRow) -> float:
-    """The share of a row's training that is not done yet."""
+    """The unfinished share of a row's training."""
     try:
         saved = find_latest(Path(row.train.out)).state
-    except UserError:  # the training itself will say so
+    except UserError:  # the training reports it
         return 1.0
     if saved is None or "segments" not in saved:
         return 1.0
@@ -170,25 +169,25 @@ def _rest(row: PlannedRow) -> float:
 
 
 def check(asked: Asked) -> tuple[Budget, dict[str, Any] | None]:
-    """The budget, and the plan of an earlier start (None: this is the first one); nothing is written.
+    """The budget, and the plan of an earlier start (None on the first start). Writes nothing.
 
     Raises:
-        UserError: on a budget that makes no sense here, a training that cannot work, or a folder with another plan.
+        UserError: on an invalid budget, a training that cannot work, or a folder with another plan.
 
     """
     if asked.options.nnodes != "1":
-        raise UserError(f"--nnodes {asked.options.nnodes}: budgets are for one machine", "leave the budget away")
+        raise UserError(f"--nnodes {asked.options.nnodes}: a budget requires one node", "remove the budget")
     gpus = preflight.check_launch(asked.options) if preflight.gpu_count() else 0
     file = asked.out / PLAN
     found = _read(file, "flags", "budget", "begun", "start_sec", "text") if file.is_file() else None
     if found is not None and not found["begun"]:
-        found = None  # it was only asked what a plan would be
+        found = None  # written by --plan-only, never started
     if found is not None:
         found["flags"] = todays_flags(found["flags"])
     if found is not None and found["flags"] != asked.flags:
         changed = differences(found["flags"], {**dict.fromkeys(found["flags"]), **asked.flags})
         raise UserError(
-            f"--out {asked.out}: it was begun with other flags ({changed})",
+            f"--out {asked.out}: contains a plan with different flags ({changed})",
             "name a new folder",
         )
     moment = (
@@ -197,8 +196,8 @@ def check(asked: Asked) -> tuple[Budget, dict[str, Any] | None]:
     budget = budget_of(asked.options, gpus, moment)
     if found is not None and found["budget"]["gpus"] != gpus and (asked.options.gpu_hours or asked.options.max_cost):
         raise UserError(
-            f"{budget.asked}: it was begun on {found['budget']['gpus']} GPUs, and here are {gpus}",
-            "give as many, or --hours",
+            f"{budget.asked}: the plan was made for {found['budget']['gpus']} GPUs, and {gpus} are visible",
+            "use the same number of GPUs, or give --hours",
         )
     if found is None:
         for row in asked.rows:
@@ -206,23 +205,23 @@ def check(asked: Asked) -> tuple[Budget, dict[str, Any] | None]:
     return budget, found
 
 
-def open_plan(asked: Asked, budget: Budget, found: dict[str, Any] | None, clock: Clock, launch: Launch) -> Spending:
-    """Measure and plan, or go on with the plan that was found; it is printed and written down.
+def open_plan(asked: Asked, budget: Budget, found: dict[str, Any] | None, clock: Clock) -> Spending:
+    """Measure and make a plan, or resume `found`; prints and writes it.
 
     Raises:
-        UserError: on a budget that is too small, or used up.
+        UserError: if the budget is too small, or used up.
 
     """
     left = budget.until(clock) - time.monotonic()
     if left <= 0:
-        over = "" if budget.moment is None else f"; it was over at {budget.moment:%Y-%m-%d %H:%M}"
+        over = "" if budget.moment is None else f"; it ended at {budget.moment:%Y-%m-%d %H:%M}"
         raise UserError(
-            f"{budget.asked}: all of it is used ({clock.used_sec / 3600:.2f} hours in use{over})",
-            f"give more, or see what there is: launch.py report {asked.out}",
+            f"{budget.asked}: the budget is used up ({clock.used_sec / 3600:.2f} hours of running time{over})",
+            f"give a larger budget, or see the results: launch.py report {asked.out}",
         )
     recipes = asked.recipes
     if found is None:
-        measured, start_sec = _measure(asked, recipes, budget.until(clock), launch)
+        measured, start_sec = _measure(asked, recipes, budget.until(clock))
     else:
         measured, start_sec = _read(asked.out / CALIBRATION, "left_sec", "views_per_sec"), found["start_sec"]
     plan = make_plan(
@@ -236,15 +235,15 @@ def open_plan(asked: Asked, budget: Budget, found: dict[str, Any] | None, clock:
     )
     if found is None:
         since_sec = measured["left_sec"] - (budget.until(clock) - time.monotonic())
-        used_sec = clock.used_sec - since_sec  # when it was measured what is left
+        used_sec = clock.used_sec - since_sec  # at the time of the measurement
         text = describe(plan, measured, asked=budget.asked, used_sec=used_sec, price=asked.options.price)
         say(text)
     else:
         text = found["text"]
         say(text)
         say(
-            f"{budget.asked}: {clock.used_sec:.0f} s of it are used, {left:.0f} s are left; "
-            f"the plan above is from the start ({asked.out / PLAN})"
+            f"{budget.asked}: {clock.used_sec:.0f} s used, {left:.0f} s left; "
+            f"the plan above is from the first start ({asked.out / PLAN})"
         )
     if found is None or not asked.options.plan_only:
         content = {
@@ -272,9 +271,9 @@ def open_plan(asked: Asked, budget: Budget, found: dict[str, Any] | None, clock:
     )
 
 
-def _measure(asked: Asked, recipes: Sequence[Recipe], until: float, launch: Launch) -> tuple[dict[str, Any], float]:
-    """What `calibration.calibrate` finds, and the seconds that a task takes to start and to end."""
-    say("measuring how fast this machine trains and judges (seconds for each row, more where it is busy)")
+def _measure(asked: Asked, recipes: Sequence[Recipe], until: float) -> tuple[dict[str, Any], float]:
+    """Run the calibration: its findings, and the seconds to start and end a task."""
+    say("measuring training and evaluation speed (seconds per row, longer on a busy machine)")
     stretched = [recipe for recipe in recipes if recipe["recipe"] != REFERENCE] or recipes
     trainings = [request.configure(stretched[0]) for request in asked.rows]
     sides = {side for recipe in recipes for _, side in side_starts(asked.rows[0].configure(recipe))}
@@ -286,7 +285,7 @@ def _measure(asked: Asked, recipes: Sequence[Recipe], until: float, launch: Laun
         json=str(file),
         **shared,
     )
-    seconds = launch("calibrate", config, until)
+    seconds = launcher.launch("calibrate", config, until)
     measured = _read(file, "busy_sec", "views_per_sec")
     return measured, max(0.0, seconds - measured["busy_sec"])
 
@@ -297,5 +296,5 @@ def _read(file: Path, *needed: str) -> dict[str, Any]:
         if missing := {*needed} - found.keys():
             raise KeyError(*sorted(missing))
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{file}: it cannot be read ({error})", "name a new folder") from None
+        raise UserError(f"{file}: cannot be read ({error})", "name a new folder") from None
     return found

@@ -28,13 +28,13 @@ class Command:
     """A command of the registry.
 
     Attributes:
-        help: what it does, in a sentence.
+        help: one sentence for the list of commands.
         options: the fields that are its flags.
-        read: makes a configuration of the raw values of the flags that were given.
-        preflight: checks the configuration before anything else; None: `run` starts tasks, which are checked each.
-        run: does the work, with the configuration and the raw values.
-        positional: the field that may be given as the first word without its flag; as the first words, if it holds
-            several values.
+        read: makes the configuration from the raw values of the given flags.
+        preflight: checks the configuration first; None if `run` starts tasks, since each task is checked.
+        run: the function of the command; takes the configuration and the raw values.
+        positional: the field whose value may come first, without its flag. A field with several values may take
+            several words.
 
     """
 
@@ -57,9 +57,9 @@ def dispatch(commands: Mapping[str, Command], argv: Sequence[str], *, renamed: M
     """Run a command line.
 
     Args:
-        commands: by name.
-        argv: the words.
-        renamed: commands that have another name now.
+        commands: the registry, by name.
+        argv: the words of the command line, without the program's name.
+        renamed: old names of commands, with their new names.
 
     Raises:
         UserError: on anything that is not a known command with known flags and their values.
@@ -167,11 +167,11 @@ def help_of(name: str, command: Command) -> str:
 
 
 def _lines(option: Field[Any]) -> list[str]:
-    """An option's lines: the flag and what its value is, what it means, and its default."""
+    """An option's lines in the help: flag, placeholder of its value, description and default."""
     is_plain_switch = is_switch(option) and not option.default
     left = f"  {flag(option.name)} {'' if is_plain_switch else metavar_of(option)}".rstrip()
     text, default = option.metadata["help"], as_typed(option.default)
-    if f"({default}: " in text:  # what the default means is said already
+    if f"({default}: " in text:  # the text already explains the default
         text = text.replace(f"({default}: ", f"(default: {default}: ")
     elif default:
         text += f" (default: {default})"

@@ -1,4 +1,4 @@
-"""The options of every command but train."""
+"""The options of all commands except train."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CHECKPOINT = "checkpoint of this project or the original code, or a plain state 
 VAL_FOLDER = "folder with val/, with a folder per class; or digits"
 ARCH = "torchvision classifier; by default the checkpoint's, or resnet18"
 IMAGE_SIZE = "image size in pixels (0: the checkpoint's evaluation size, or 224)"
-# Images of a landscape that is not told how many to take, over all classes.
+# Default number of images of a landscape, over all classes.
 DEFAULT_IMAGES = 100
 BENCH_GROUPS = ("warp", "pipeline", "score", "step", "grid", "gpu", "all")
 SYNTHETIC = "synthetic"
@@ -33,7 +33,7 @@ SYNTHETIC = "synthetic"
 
 @dataclass(frozen=True)
 class JudgeOptions(LaunchOptions):
-    """What is judged, and how; shared by evaluations and landscapes."""
+    """Options that evaluations and landscapes share: model, images and attack."""
 
     checkpoint: str = option("", CHECKPOINT, section="data", metavar="FILE", required=True)
     data: str = option("", VAL_FOLDER, section="data", metavar="FOLDER", required=True)
@@ -164,7 +164,7 @@ class ReproduceConfig(BudgetOptions):
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Write report.html and report.md from what runs left in their folders."""
+    """Write report.html and report.md from the folders of runs."""
 
     runs: tuple[str, ...] = option(
         (),
@@ -241,13 +241,13 @@ class CheckConfig:
 
 @dataclass(frozen=True)
 class CalibrateConfig(LaunchOptions):
-    """Measure how fast trainings, and the judging of their models, are here; what a plan is made from.
+    """Measure the speed of trainings and evaluations on this machine; the basis of a plan.
 
     Attributes:
-        trainings: as JSON values.
-        sides: of the training views, pixels.
+        trainings: configurations of trainings, as JSON values.
+        sides: image sizes of the training views, in pixels.
         json: the file to write.
-        seconds: the least time that each is timed for.
+        seconds: minimum duration of each measurement.
 
     """
 
@@ -305,7 +305,7 @@ class BenchConfig:
         check_fields(self)
         check_sizes(image_size=self.image_size)
         if self.read_latency_ms and self.what != "pipeline":
-            raise UserError(f"--read-latency-ms {self.read_latency_ms:g}: only bench pipeline takes it")
+            raise UserError(f"--read-latency-ms {self.read_latency_ms:g}: requires bench pipeline")
         if self.seconds <= 0:
             raise UserError(f"--seconds {self.seconds:g}: must be more than 0")
         if self.checkpoint and self.data == SYNTHETIC:
@@ -314,7 +314,7 @@ class BenchConfig:
 
 @dataclass(frozen=True)
 class RecipesConfig:
-    """List the recipes, and what is different in each."""
+    """List the recipes, and the options that each sets."""
 
 
 @dataclass(frozen=True)

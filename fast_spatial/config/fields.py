@@ -1,7 +1,7 @@
-"""Options as fields of flat frozen dataclasses: how one is declared, read from text, checked, and written to JSON.
+"""Options as fields of flat frozen dataclasses: declaration, parsing, checks and JSON.
 
 Imports neither torch nor numba, so that help and errors about options are instant. Raw strings from the command line
-become typed values here and nowhere else. A bad one is a UserError that names the flag, the value and what is allowed.
+become typed values only here. A bad value raises a UserError that names the flag, the value and what is allowed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SECTIONS = (
     "budget",
     "processes",
 )
-# Fields that had another name: of flags that are still typed, and in files that older versions wrote.
+# Old names of fields, with their new names. Users may still type them, and files of older versions contain them.
 RENAMED = {
     "side": "image_size",
     "start_side": "start_size",
@@ -60,14 +60,14 @@ def option(
     """A dataclass field that is an option of the command line.
 
     Args:
-        default: its value where the flag is not given.
+        default: the value without the flag.
         help: a noun phrase.
         section: one of `SECTIONS`.
-        metavar: what stands for the value in the help.
-        choices: all values it can take.
-        minimum: the least value.
-        required: whether it may not be empty.
-        identity: whether it decides a run's numbers, so that two parts of one run must agree on it.
+        metavar: placeholder of the value in the help.
+        choices: the allowed values; empty: any.
+        minimum: the smallest allowed value.
+        required: whether an empty value is refused.
+        identity: whether it changes a run's numbers. All parts of one run must then agree on it.
 
     """
     assert section in SECTIONS
@@ -94,13 +94,13 @@ def is_several(option: Field[Any]) -> bool:
 
 
 def metavar_of(option: Field[Any]) -> str:
-    """What stands for an option's value in the help: its choices, or a word."""
+    """Placeholder of an option's value in the help: its choices, or a word."""
     kind = str(option.type).removesuffix(" | None")
     return "|".join(option.metadata["choices"]) or option.metadata["metavar"] or _METAVARS.get(kind, "TEXT")
 
 
 def as_typed(value: Any) -> str:
-    """A value as the command line takes it; empty if no text means it."""
+    """A value in the syntax of the command line; empty for None."""
     if isinstance(value, tuple):
         return ",".join(map(as_typed, value))
     if isinstance(value, bool):
@@ -109,7 +109,7 @@ def as_typed(value: Any) -> str:
 
 
 def parse(kind: type[Config], raw: dict[str, str], preset: dict[str, Any] | None = None) -> Config:
-    """Build a configuration from raw strings by field name; the preset replaces defaults, never what was given.
+    """Build a configuration from raw strings by field name. Raw strings override `preset`, which overrides defaults.
 
     Raises:
         UserError: naming the flag, the value and what is allowed.
@@ -121,12 +121,12 @@ def parse(kind: type[Config], raw: dict[str, str], preset: dict[str, Any] | None
 
 
 def decides_numbers(option: Field[Any]) -> bool:
-    """Whether an option decides a run's numbers, so that two parts of one run must agree on it."""
+    """Whether an option changes a run's numbers. All parts of one run must then agree on it."""
     return bool(option.metadata.get("identity", True))
 
 
 def identity(config: Any) -> dict[str, Any]:
-    """The fields that decide a run's numbers."""
+    """The fields that change a run's numbers, as JSON values."""
     return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config) if decides_numbers(f)}
 
 
@@ -136,19 +136,19 @@ def to_json(config: Any) -> dict[str, Any]:
 
 
 def todays_names(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Options by name, as an older version may have written them, under the names of this one."""
+    """Options by name, with the field names of older versions renamed to today's."""
     return {RENAMED.get(name, name): value for name, value in values.items()}
 
 
 def from_json(kind: type[Config], values: Mapping[str, Any]) -> Config:
-    """The inverse of `to_json`, of this version or an older one; other fields are left out."""
+    """The inverse of `to_json`, for this version and older ones. Unknown fields are ignored."""
     known = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     given = todays_names(values).items()
     return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in given if name in known})
 
 
 def differences(saved: Mapping[str, Any], given: Mapping[str, Any]) -> str:
-    """In which values two mappings differ, among the names of the second: "lr: 0.1 saved, 0.2 given"; "" if in none."""
+    """The values that differ, by the names in `given`: "lr: 0.1 saved, 0.2 given"; "" if all agree."""
     found = [name for name in given if saved.get(name) != given[name]]
     return "; ".join(f"{name}: {_shown(saved.get(name))} saved, {_shown(given[name])} given" for name in found)
 
@@ -194,10 +194,10 @@ def convert(name: str, text: str, hint: Any) -> Any:
 
 
 def check_fields(config: Any) -> None:
-    """Check every option by what it was declared with: whether it is required, its choices, its least value.
+    """Check every option against its declaration: required, choices and minimum.
 
     Raises:
-        UserError: naming the first that is wrong.
+        UserError: naming the first invalid option.
 
     """
     options = dataclasses.fields(config)

@@ -1,4 +1,4 @@
-"""What can be named: how a model is trained, the rows of the published table, the splits and the digits."""
+"""The training modes, the rows of the published table, and the names of splits and of the digits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SPLITS = ("train", "val")
 
 @dataclass(frozen=True)
 class Mode:
-    """How a model is trained: the crop and the views the pipeline emits. Nothing branches on the mode after this.
+    """A training mode: the crop, and the views that the pipeline emits. No later code branches on the mode.
 
     Attributes:
         center: Resize(256) and CenterCrop(224) instead of RandomResizedCrop.
@@ -49,16 +49,16 @@ def split_row(row: str) -> tuple[str, float]:
     """(mode, degrees) of "MODE:DEGREES" or "MODE"."""
     mode, _, degrees = row.partition(":")
     if mode not in MODES:
-        raise UserError(f"--rows {row}: choose modes of {', '.join(MODES)}, as in random:40")
+        raise UserError(f"--rows {row}: choose a mode of {', '.join(MODES)}, as in random:40")
     try:
         found = float(degrees or 30)
     except ValueError:
         raise UserError(f"--rows {row}: expected MODE:DEGREES, as in random:40") from None
     if not 0 <= found <= 180:
-        raise UserError(f"--rows {row}: rotations reach from 0 to 180 degrees")
+        raise UserError(f"--rows {row}: the degrees must lie between 0 and 180")
     return mode, found
 
 
 def row_name(mode: str, degrees: float) -> str:
-    """How tables name a row: modes that train without warps have no degrees."""
+    """A row's name in tables. Modes without warps have no degrees."""
     return mode if MODES[mode].warps == 0 else f"{mode}, {degrees:g} degrees"

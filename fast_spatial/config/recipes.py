@@ -1,4 +1,4 @@
-"""Recipes: values of training options in a small TOML file; `launch.py recipes` lists those that come with the project.
+"""Recipes: values of training options in a small TOML file. `launch.py recipes` lists the built-in ones.
 
 A recipe replaces defaults, and flags override it. Imports no torch.
 """
@@ -22,10 +22,10 @@ from fast_spatial.errors import UserError
 
 FOLDER = Path(__file__).parent / "recipes"
 REFERENCE, FAST = "reference", "fast"
-# Recipes that differed in their epochs alone, and are --recipe fast --epochs N now.
+# Former recipes that differed only in their epochs; now --recipe fast --epochs N.
 _LADDER = re.compile(r"e(16|24|32|40|56|88)")
 _ANY = TrainConfig(data="data", out="out", mode="standard")
-# A recipe holds what decides a run's numbers, but for what the run is about, and when it is judged.
+# A recipe may hold all options that change a run's numbers, except the run's subject; and the interval of evaluations.
 _OF_A_RUN = {"mode", "degrees", "translate_px", "seed", "max_classes", "max_train_images"}
 _KEYS = (identity(_ANY).keys() - _OF_A_RUN) | {"eval_every"}
 _EXPECTED = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a text in quotes"}
@@ -33,13 +33,13 @@ _EXPECTED = {bool: "true or false", int: "a whole number", float: "a finite numb
 
 @dataclasses.dataclass(frozen=True)
 class PublishedRun:
-    """What somebody else reached: top-1 accuracy on ImageNet in percent, and minutes on one A100."""
+    """A result of another project: top-1 accuracy on ImageNet in percent, and minutes on one A100."""
 
     top1_pct: float
     minutes: float
 
 
-# Standard training in the style of `fast`, by epochs, under other conditions than ours: orientation, no promise.
+# Standard training in the style of `fast`, by epochs. The conditions differ from ours, so this is orientation only.
 PUBLISHED_LADDER = {
     16: PublishedRun(66.9, 35.0),
     24: PublishedRun(68.8, 51.6),
@@ -55,13 +55,13 @@ PUBLISHED_CONDITIONS = (
 
 
 def names() -> list[str]:
-    """The recipes that come with the project: the reference first, those of the digits last."""
+    """Names of the built-in recipes: the reference first, the digits last."""
     found = [path.stem for path in FOLDER.glob("*.toml")]
     return sorted(found, key=lambda name: (name.startswith(DIGITS), name != REFERENCE, len(name), name))
 
 
 def describe() -> str:
-    """A list of the recipes: what each is for, and the options that it sets otherwise than the reference."""
+    """A list of the recipes: the purpose of each, and the options that differ from the reference."""
     reference, parts = load(REFERENCE), []
     for name in names():
         headline = (FOLDER / f"{name}.toml").read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
@@ -72,14 +72,14 @@ def describe() -> str:
         )
     parts += [
         "",
-        "Flags override a recipe: --recipe fast --epochs 32. A TOML file of your own serves too: --recipe FILE.",
-        "docs/training.md lists the accuracies that others reached in 16 to 88 epochs.",
+        "Flags override a recipe: --recipe fast --epochs 32. Your own TOML file works too: --recipe FILE.",
+        "docs/training.md lists published accuracies for 16 to 88 epochs.",
     ]
     return "\n".join(parts)
 
 
 def todays_flags(flags: Mapping[str, str]) -> dict[str, str]:
-    """Raw flags of a training, as an older version may have kept them, under the names of this one."""
+    """Raw flags of a training, with the names and recipes of older versions renamed to today's."""
     found = todays_names(flags)
     if of_ladder := _LADDER.fullmatch(found.get("recipe", "")):
         found = {"epochs": of_ladder[1], **found, "recipe": FAST}
@@ -87,17 +87,17 @@ def todays_flags(flags: Mapping[str, str]) -> dict[str, str]:
 
 
 def default_recipe(data: str, *, limited: bool = False) -> str:
-    """The recipe of a training on these data that names none; with a budget, one that can be stretched."""
+    """The recipe for these data without --recipe; with a budget, one whose schedule can be stretched."""
     if limited:
         return "digits_linear" if data == DIGITS else FAST
     return DIGITS if data == DIGITS else REFERENCE
 
 
 def train_config(raw: Mapping[str, str], preset: Mapping[str, Any] | None = None) -> TrainConfig:
-    """A training from raw flags over its recipe, which goes over `preset`.
+    """The configuration of a training. Raw flags override its recipe, which overrides `preset`.
 
     Raises:
-        UserError: on a bad recipe, or a bad flag.
+        UserError: on an invalid recipe or flag.
 
     """
     limited = any(budget in raw for budget in BUDGETS)
@@ -106,7 +106,7 @@ def train_config(raw: Mapping[str, str], preset: Mapping[str, Any] | None = None
 
 
 def load(name: str) -> dict[str, Any]:
-    """The values of a recipe by field name: of one that comes with the project, or of a TOML file.
+    """The values of a built-in recipe or of a TOML file, by field name.
 
     Raises:
         UserError: naming the file and the key.
@@ -118,11 +118,11 @@ def load(name: str) -> dict[str, Any]:
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"--recipe {name}: there is no such file", f"choose one of {', '.join(names())}") from None
+        raise UserError(f"--recipe {name}: no such recipe or file", f"choose one of {', '.join(names())}") from None
     except OSError as error:
-        raise UserError(f"--recipe {name}: it cannot be read: {error.strerror}", "name a TOML file") from None
+        raise UserError(f"--recipe {name}: cannot be read ({error.strerror})", "name a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"--recipe {name}: it is no TOML file: {error}", f"see {FOLDER / 'reference.toml'}") from None
+        raise UserError(f"--recipe {name}: invalid TOML ({error})", f"see {FOLDER / 'reference.toml'}") from None
     hints = typing.get_type_hints(TrainConfig)
     values = {}
     for key, value in content.items():
@@ -130,7 +130,7 @@ def load(name: str) -> dict[str, Any]:
             values[key] = _typed(name, key, value, hints[key])
         else:
             renamed = RENAMED.get(key, "")
-            what = "it is no part of a recipe; give it as a flag" if key in hints else "no such option"
+            what = "not allowed in a recipe; give it as a flag" if key in hints else "no such option"
             what = f"renamed to {renamed}" if renamed in _KEYS else what
             raise UserError(f"--recipe {name}: {key}: {what}", f"a recipe may hold {', '.join(sorted(_KEYS))}")
     try:
@@ -143,7 +143,7 @@ def load(name: str) -> dict[str, Any]:
 
 
 def _typed(name: str, key: str, value: Any, hint: Any) -> Any:
-    """A TOML value as the type of its option: whole numbers serve as numbers, arrays as tuples."""
+    """Convert a TOML value to the type of its option: whole numbers to floats, arrays to tuples."""
     if typing.get_origin(hint) is tuple:
         of = typing.get_args(hint)
         if isinstance(value, list) and (of[-1] is Ellipsis or len(value) == len(of)):

@@ -1,4 +1,4 @@
-"""Rows of the published table: which ones are asked for, and which training each is."""
+"""Rows of the published table: the requested ones, and the training of each."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from fast_spatial.config.train import LaunchOptions, TrainConfig
 
 DIGITS_ROWS = ("nocrop", "standard", "random:30", "worst10:30")
 IMAGENET_ROWS = tuple(mode if not degrees else f"{mode}:{degrees:g}" for mode, degrees in PUBLISHED)
-# Where not all rows can be trained for long enough, those at the end of this list are left out.
+# If the budget is too small for all rows, the last ones of this list are dropped first.
 BY_IMPORTANCE = ("standard", "worst10:30", "random:30", "nocrop", "worst10:40", "random:40")
-# Options of `train` that reproduce decides itself.
+# Options of `train` that reproduce sets.
 DECIDED = ("mode", "degrees", "translate_px", "seed", "replay")
 
 
 @dataclass(frozen=True)
 class RowRequest:
-    """A row that is asked for.
+    """A requested row.
 
     Attributes:
-        name: for people.
-        configure: its training, with these raw flags besides those that were given.
-        importance: where not all can be trained for long enough, the lowest is left out first.
+        name: the row's name in tables and messages.
+        configure: returns the row's training; takes raw flags to add to the given ones.
+        importance: if the budget is too small for all rows, the lowest is dropped first.
 
     """
 
@@ -37,7 +37,7 @@ class RowRequest:
 
 
 def requests(config: ReproduceConfig, train_flags: dict[str, str]) -> list[RowRequest]:
-    """Every row and seed that is asked for; `train_flags` are raw values of training options."""
+    """Every requested row and seed; `train_flags` are raw values of training options."""
     launch = {f.name: getattr(config, f.name) for f in dataclasses.fields(LaunchOptions)}
 
     def request(seed: int, row: str) -> RowRequest:

@@ -1,4 +1,4 @@
-"""The options of a training, those of a budget, and how processes are started."""
+"""The options of a training, of a budget, and of the processes."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from fast_spatial.pipelines.placement import DECODERS, WARPS
 
 MAX_SEED = 2**31 - 1
 SCHEDULES = ("milestones", "linear")
-# The options that are a budget each.
+# Options that each set a budget; they exclude each other.
 BUDGETS = ("hours", "gpu_hours", "max_cost", "until")
-SIZE_STEP = 16  # progressive sizes are this many pixels apart, or twice as many
+SIZE_STEP = 16  # progressive image sizes differ by this number of pixels, or by twice that
 DTYPES = ("auto", "bfloat16", "float16", "float32", "tf32")
 DATA_FOLDER = "folder with train/ and val/, each with a folder per class; or digits"
 EXCLUDE = "file of images to leave out, one path per line, as written by check-data --write-exclusions"
@@ -88,7 +88,7 @@ class LaunchOptions:
 
 @dataclass(frozen=True)
 class BudgetOptions(LaunchOptions):
-    """What may be spent."""
+    """The options of a budget."""
 
     hours: float | None = option(
         None,
@@ -152,7 +152,7 @@ class TrainConfig(BudgetOptions):
         section="data",
         metavar="FOLDER",
         required=True,
-        identity=False,  # its images' names are
+        identity=False,  # the names of its images are compared instead
     )
     mode: str = option(
         "",
@@ -175,7 +175,7 @@ class TrainConfig(BudgetOptions):
         "reference, digits for --data digits, or one that suits the budget",
         section="schedule",
         metavar="NAME",
-        identity=False,  # the values are
+        identity=False,  # its values are compared instead
     )
     degrees: float = option(30.0, "largest rotation of random and worst10, in degrees either way", section="attack")
     translate_px: float | None = option(None, TRANSLATE, section="attack", metavar="PX")
@@ -244,7 +244,7 @@ class TrainConfig(BudgetOptions):
         "training precision; auto is bfloat16 if supported, else float16 on GPUs and float32 on CPUs",
         section="optimization",
         choices=DTYPES,
-        identity=False,  # what it resolved to is: it stands in the checkpoint
+        identity=False,  # the resolved precision is compared instead: the checkpoint holds it
     )
     crop_scale: tuple[float, float] = option(
         (0.08, 1.0), "area of RandomResizedCrop, as a share of the image", section="augmentation", metavar="MIN,MAX"
@@ -332,7 +332,7 @@ class TrainConfig(BudgetOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.replay and self.is_limited:
-            raise UserError("--replay conflicts with a budget: it repeats one that was kept", "remove one of them")
+            raise UserError("--replay conflicts with a budget: it repeats an earlier one", "remove one of them")
         check_limits(self.degrees, self.translate_px)
         self._checkpoint_interval()
         check_seed(self.seed)
@@ -385,12 +385,12 @@ class TrainConfig(BudgetOptions):
 
     @property
     def checkpoint_steps(self) -> int:
-        """Steps between checkpoints; 0: they come by time, or with epochs alone."""
+        """Steps between checkpoints; 0: by time, or only at the ends of epochs."""
         return self._checkpoint_interval()[0]
 
     @property
     def checkpoint_sec(self) -> float:
-        """Seconds between checkpoints; 0: they come by steps, or with epochs alone."""
+        """Seconds between checkpoints; 0: by steps, or only at the ends of epochs."""
         return self._checkpoint_interval()[1]
 
     def _checkpoint_interval(self) -> tuple[int, float]:
@@ -402,7 +402,7 @@ class TrainConfig(BudgetOptions):
         return int(found[1] or 0), 60 * float(found[2] or 0)
 
     def is_compiled(self, *, on_gpu: bool) -> bool:
-        """Whether torch.compile is to fuse the networks."""
+        """Whether torch.compile compiles the networks."""
         return (self.compile == "true" or (self.compile == "auto" and on_gpu)) and not self.deterministic
 
 

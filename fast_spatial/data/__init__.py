@@ -1,1 +1,1 @@
-"""From `--data` and the options to a Loader: which images, decoded and warped where."""
+"""From `--data` and the options to a Loader: the split, and where its images are decoded and warped."""

@@ -1,4 +1,4 @@
-"""Which decoding the processes of a task use: found before the first batch, the same for all, and recorded."""
+"""Probing the decoders: before the first batch, with one result for all processes, which is recorded."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from fast_spatial.runtime.distributed import World
 from fast_spatial.runtime.run_files import DECODING_FAILURES
 from fast_spatial.runtime.runlog import say
 
-# What trying all rungs may take, with some to spare; the other processes of a machine wait for the one that tries.
+# Upper bound for probing all rungs. The other processes of a machine wait for the one that probes.
 _PROBE_MINUTES = 5.0
 
 
 def find_decoding(config: Any, world: World) -> World:
-    """The processes, with the decoding that all of them use: the lowest rung that any of them found.
+    """`world` with the decoding for all processes: the lowest rung that any process found.
 
-    A training may use the JPEG engine, and its evaluations may not: what they use is tried, too.
+    Training may use the GPU's JPEG engine. Its evaluations may not, so their decoding is probed as well.
 
     Args:
-        config: a task's: of a training, an evaluation, a landscape or a calibration.
-        world: the processes.
+        config: the options of a training, an evaluation, a landscape or a calibration.
+        world: this process and its group.
 
     """
     if isinstance(config, CalibrateConfig):
@@ -52,24 +52,24 @@ def find_decoding(config: Any, world: World) -> World:
 
 
 def _lowest(own: Choice, world: World) -> Choice:
-    """What all processes use, of what each of them found."""
+    """The lowest rung of all processes' choices."""
     found: list[Choice] = distributed.gather(own)
     rank = max(range(len(found)), key=lambda rank: RUNGS.index(found[rank].decoding), default=0)  # on rank 0
     rung = distributed.broadcast(RUNGS.index(found[rank].decoding) if found else 0, world.device)
     if RUNGS[rung] == own.decoding:
         return own
-    why = f"as process {rank} found: {found[rank].why}" if found else "as another process found"
+    why = f"limited by process {rank}: {found[rank].why}" if found else "limited by another process"
     return Choice(RUNGS[rung], why, own.trials)
 
 
 def keep_failure(out: Path, rank: int, what: str, steps: int) -> None:
-    """Keep, in a run's folder, that a process's GPU failed to decode, and after how many steps."""
+    """Record in a run's folder that a process's GPU failed to decode, and after how many steps."""
     with open(out / DECODING_FAILURES.format(rank), "a", encoding="utf-8") as file:
         file.write(json.dumps({"steps_before": steps, "what": what}) + "\n")
 
 
 def previous_placement(environments: Path) -> tuple[Decoding | None, str | None]:
-    """Decoding and warp of the part of a run before this one, by its `environment.jsonl`; None: it does not tell."""
+    """Decoding and warp of the previous part of a run, from its `environment.jsonl`; None: not recorded."""
     try:
         *_, last = environments.read_text(encoding="utf-8").splitlines()
         about = json.loads(last)

@@ -1,4 +1,4 @@
-"""What `--data` means: a folder, or the digits."""
+"""Images of `--data`: a folder, or the digits."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from fast_spatial.pipelines.digits import export_digits
 
 
 def data_folder(data: str) -> Path:
-    """The folder that `--data` names; the digits are exported the first time."""
+    """The folder of `--data`; the digits are exported on first use."""
     return export_digits() if data == DIGITS else Path(data)
 
 
 def load_split(data: str, split: str, *, exclude: str = "", classes: int = 0, max_images: int = 0) -> ImageIndex:
-    """The index of a split without what `--exclude` names, cut to the first classes and a fixed random subset."""
+    """The index of a split without the images of `--exclude`, cut to the first classes and a fixed random subset."""
     images = read_index(data_folder(data), split)
     if exclude:
         images = images.without(Path(exclude))

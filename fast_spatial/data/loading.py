@@ -1,4 +1,4 @@
-"""The batches that a training is made of."""
+"""Loaders of training and evaluation batches."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fast_spatial.runtime.runlog import say
 
 
 def training_limits(config: TrainConfig) -> NDArray[np.float64]:
-    """Each training view's limits, float64 [V, 2]."""
+    """Warp limits of each training view, float64 [V, 2]."""
     untouched = MODES[config.mode].untouched
     return view_limits(
         config.num_views - untouched,
@@ -41,17 +41,17 @@ def training_loader(
     bad_images: Collection[int] = (),
     on_gpu_failure: Callable[[str], None] = say,
 ) -> Loader:
-    """This process's batches of a training.
+    """This process's training batches.
 
     Args:
         config: the training.
-        images: its images.
-        world: the processes.
-        side: of the views, as `Loader` takes it.
-        global_batch_size: another one than the training's; 0: the training's.
-        on_bad_images: as `Loader` takes it.
-        bad_images: as `Loader` takes it.
-        on_gpu_failure: as `Loader` takes it.
+        images: its training split.
+        world: this process and its group.
+        side: image size in pixels, as in `Loader`.
+        global_batch_size: replaces the training's; 0: the training's.
+        on_bad_images: as in `Loader`.
+        bad_images: as in `Loader`.
+        on_gpu_failure: as in `Loader`.
 
     """
     return Loader(
@@ -98,20 +98,20 @@ def evaluation_loader(
     placement: Placement | None = None,
     on_gpu_failure: Callable[[str], None] = say,
 ) -> Loader:
-    """Batches of images as evaluations see them: the untouched image, and random warps of it.
+    """Evaluation batches: the identity view of each image, and random warps of it.
 
     Args:
-        images: the split.
-        world: the processes, which share the images.
-        side: of the views, pixels.
-        batch_size_per_process: images of a batch.
-        warps: random views beside the untouched one.
-        limits: of these.
-        seed: of these.
-        order: positions to visit, in turn; default all.
-        threads: that load; 0: one per CPU of this process.
-        placement: as `Loader` takes it.
-        on_gpu_failure: as `Loader` takes it.
+        images: the split to evaluate.
+        world: this process and its group, which share the images.
+        side: image size, pixels.
+        batch_size_per_process: images per batch and process.
+        warps: number of random views per image, besides the identity view.
+        limits: warp limits of the random views.
+        seed: seed of the random views.
+        order: positions of the images to visit, in order; default: all.
+        threads: loader threads; 0: one per CPU of this process.
+        placement: as in `Loader`.
+        on_gpu_failure: as in `Loader`.
 
     """
     return Loader(

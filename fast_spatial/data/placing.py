@@ -1,4 +1,4 @@
-"""Where a task's stages run: what its options ask for, what the device allows, and what was found to work on it."""
+"""Placement of decoding and warping, from the options, the device, and the decoding that was probed on it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def placement_of(config: LaunchOptions, world: World, *, exact: bool) -> Placement:
-    """Where a task's stages run on this process's device; `exact` as `choose_placement` takes it."""
+    """The placement of a task's stages on this process's device; `exact` as in `choose_placement`."""
     on_gpu = world.device.type == "cuda"
     found = (world.exact_decoding if exact else None) or world.decoding
     decoding = found.decoding if found else None
@@ -26,29 +26,29 @@ def placement_of(config: LaunchOptions, world: World, *, exact: bool) -> Placeme
 def choose_placement(
     decode: str, warp: str, *, on_gpu: bool, exact: bool, decoding: Decoding | None = None
 ) -> Placement:
-    """What --decode and --warp come to.
+    """The placement for --decode and --warp.
 
     Args:
-        decode: the option.
-        warp: the option.
-        on_gpu: whether the views are wanted on a GPU.
-        exact: pixels may not depend on load and chance: the GPU's JPEG engine is left alone.
-        decoding: the fastest way that was found to work on this GPU; None: nobody looked.
+        decode: value of --decode.
+        warp: value of --warp.
+        on_gpu: whether the views are needed on a GPU.
+        exact: pixels must not depend on load or chance, so the GPU's JPEG engine is not used.
+        decoding: fastest decoding that works on this GPU; None: not probed.
 
     Raises:
-        UserError: naming the option, if this cannot work.
+        UserError: naming the option, if the combination cannot work.
 
     """
     if warp == "triton":
         _check_triton(on_gpu=on_gpu)
     if warp == "numba" and decode.startswith("gpu"):
         raise UserError(
-            "--warp numba: it makes views in host memory, of images that are decoded there",
-            f"replace --decode {decode} by --decode cpu, or leave --warp away",
+            f"--warp numba: warps on the CPU and needs images decoded there, but --decode is {decode}",
+            "use --decode cpu, or remove --warp",
         )
     if not on_gpu and decode.startswith("gpu"):
         raise UserError(
-            f"--decode {decode}: no GPU is visible", "launch.py doctor says more; or replace it by --decode cpu"
+            f"--decode {decode}: no GPU is visible", "use --decode cpu, or look for the cause with launch.py doctor"
         )
     if decode == "cpu" or warp == "numba" or not on_gpu:
         chosen = Decoding("cpu")
@@ -63,6 +63,8 @@ def choose_placement(
 
 def _check_triton(*, on_gpu: bool) -> None:
     if importlib.util.find_spec("triton") is None:
-        raise UserError("--warp triton: the package triton is not installed", "install it, or leave --warp away")
+        raise UserError("--warp triton: the package triton is not installed", "install it, or remove --warp")
     if not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
-        raise UserError("--warp triton: no GPU is visible", "launch.py doctor says more; or leave --warp away")
+        raise UserError(
+            "--warp triton: no GPU is visible", "remove --warp, or look for the cause with launch.py doctor"
+        )

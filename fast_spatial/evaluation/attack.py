@@ -1,6 +1,6 @@
-"""All judging of views: the worst one of a training batch, the verdicts of an evaluation, the survivors of the grid.
+"""Judging of views: the worst view of a training batch, the verdicts of an evaluation, and the grid attack.
 
-B images, V views, S side, K classes, N views in one forward pass.
+B images, V views, S image size, K classes, N views in one forward pass.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fast_spatial.kernels.spatial import GRID_IDENTITY, GRID_VIEWS, grid, matric
 
 
 def losses_of(logits_BVK: Tensor, labels_B: Tensor) -> Tensor:
-    """Plain cross-entropy of every view, float32 [B, V]; not a number counts as the worst there is."""
+    """Plain cross-entropy of every view, float32 [B, V]; NaN counts as infinite."""
     B, V, K = logits_BVK.shape
     labels_N = labels_B[:, None].expand(B, V).reshape(-1)
     losses = cross_entropy(logits_BVK.reshape(B * V, K), labels_N, reduction="none").view(B, V)
@@ -29,7 +29,7 @@ def losses_of(logits_BVK: Tensor, labels_B: Tensor) -> Tensor:
 
 
 def margins_of(logits_BVK: Tensor, labels_B: Tensor) -> Tensor:
-    """How far each view is from the other verdict, float32 [B, V]: the label's logit less the largest other one."""
+    """Logit margin of every view, float32 [B, V]: the label's logit minus the largest other logit."""
     labels_BV1 = labels_B[:, None, None].expand(*logits_BVK.shape[:2], 1)
     others_BV = logits_BVK.scatter(2, labels_BV1, float("-inf")).amax(dim=2)
     return logits_BVK.gather(2, labels_BV1)[:, :, 0] - others_BV
@@ -49,11 +49,12 @@ def take_views(views_BVSSC: Tensor, choice_B: Tensor) -> Tensor:
 
 
 class Verdicts(NamedTuple):
-    """What the candidates of a batch come to: booleans [B] for correct, and the natural view's numbers.
+    """Verdicts of a batch: booleans [B], True where correct, and the natural view's loss, top-5 and margin, [B].
 
     Views are the untouched image, then the random ones: `natural` is view 0, `random` is view 1, `worst` is the view of
-    highest loss among all, `all_views` is correct on every one. `margin`, float32 [B], is what these verdicts hang on:
-    the smallest distance of a view from the other verdict, or of the highest loss from that of a view judged otherwise.
+    highest loss, `all_views` is True if every view is correct. `margin`, float32 [B], is the smallest difference that
+    decides these verdicts: a view's absolute logit margin, or the gap between the highest loss and the highest loss
+    among views of the opposite verdict.
     """
 
     natural: Tensor
@@ -87,9 +88,10 @@ def verdicts(logits_BVK: Tensor, labels_B: Tensor) -> Verdicts:
 
 @dataclass(frozen=True)
 class GridVerdict:
-    """Whether an image was right on all 775 views, how many were judged to know it, and the margin it hangs on.
+    """Whether an image was right on all 775 views, the number of judged views, and the deciding margin.
 
-    The margin is the smallest of a survivor's views, and the largest of those that broke an image.
+    A survivor's margin is the smallest over its views. A broken image's margin is the largest over the views that broke
+    it in the last forward pass.
     """
 
     index: int
@@ -109,22 +111,22 @@ class _Survivor:
 
 
 class GridSurvivors:
-    """The exhaustive attack on a stream of images, pooled so that every forward pass is full and of one shape.
+    """The exhaustive attack on a stream of images. A pool of images keeps every forward pass full and of one shape.
 
-    Give it images whose natural view is correct (the untouched image is a point of the grid); `take_verdicts` says of
-    each whether it survived all 775 views. Views that break many images are tried first; what was learnt changes the
-    cost, never the answer. Images that have survived many views get more of them at a time: the first to come are the
-    first to be settled, and a broken one meets about twice the views that it takes at most.
+    Add only images whose untouched view is right: it is a point of the grid. `take_verdicts` returns whether each image
+    survived all 775 views. Views that broke many images are tried first; this order changes the cost, never the
+    verdict. An image that has survived many views gets more views per pass. So early images are settled first, and a
+    broken image is judged on at most about twice the views that it needs.
 
     Args:
         passes: forward passes of one shape.
-        limits: of the grid.
-        side: of the images.
-        moved: called before every turn.
+        limits: limits of the grid.
+        side: image size in pixels.
+        moved: called before every forward pass.
 
     """
 
-    # Few, so that a broken image has few more views in the pass that breaks it; several, since packing an image costs.
+    # Few, so that the pass that breaks an image wastes few views. More than one, since packing an image costs time.
     _VIEWS_PER_ROW = 4
 
     def __init__(
@@ -147,7 +149,7 @@ class GridSurvivors:
 
     @property
     def pending(self) -> int:
-        """Images whose verdict is still open."""
+        """Number of images without a verdict."""
         return len(self._pool)
 
     def take_verdicts(self) -> list[GridVerdict]:
@@ -156,7 +158,7 @@ class GridSurvivors:
         return settled
 
     def add(self, images_BSSC: Tensor, labels: list[int], indices: list[int]) -> None:
-        """Take in images, and judge while there are enough for full forward passes."""
+        """Add images, and judge while the pool fills a forward pass."""
         for image, label, index in zip(images_BSSC, labels, indices):
             order = np.argsort(-self._broke / self._met, kind="stable")
             self._pool.append(_Survivor(image, label, index, order[order != GRID_IDENTITY]))
@@ -164,7 +166,7 @@ class GridSurvivors:
             self.turn()
 
     def turn(self) -> None:
-        """One forward pass: some views of each of the first images of the pool."""
+        """Run one forward pass, over some views of each of the first images of the pool."""
         self._moved()
         playing = self._shares()
         rows = [image for image, (_, share) in enumerate(playing) for _ in range(share)]
@@ -196,7 +198,7 @@ class GridSurvivors:
         self._pool = [s for s in self._pool if id(s) not in finished]
 
     def _shares(self) -> list[tuple[_Survivor, int]]:
-        """The images of the next forward pass, and how many rows of it each gets: as many as it has had, if it can."""
+        """The images of the next forward pass and the rows of each: as many as it has had so far, if they fit."""
         left = self._batch // self._row
         shares = []
         for place, survivor in enumerate(self._pool):

@@ -1,4 +1,4 @@
-"""Work that is to end by a time: before every piece of it, whether one more would fit."""
+"""Deadlines: a check before every piece of work whether it would end in time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
-# To gather what was found and to write it, of few images.
+# Time to gather and write the results of a few images.
 RESERVE_SEC = 1.0
 
 Piece = TypeVar("Piece")
@@ -18,9 +18,9 @@ class TimeUp(Exception):
 
 
 class Deadline:
-    """Says when to stop, so that all is written by `until`, a time of this machine's `time.monotonic()` (None: never).
+    """Stops work so that all is written by `until`, a time of this machine's `time.monotonic()` (None: no deadline).
 
-    A piece of work is expected to take as long as the one before it, gathering and writing `reserve_sec`.
+    A piece of work is expected to take as long as the one before it. Gathering and writing take `reserve_sec`.
     """
 
     def __init__(self, until: float | None, *, reserve_sec: float = RESERVE_SEC) -> None:
@@ -28,14 +28,14 @@ class Deadline:
         self._checked = time.monotonic()
 
     def check(self) -> None:
-        """Raise `TimeUp` unless another piece fits that takes as long as what was done since the last call."""
+        """Raise `TimeUp` unless another piece fits that takes as long as the time since the last call."""
         now = time.monotonic()
         took, self._checked = now - self._checked, now
         if now + took > self._until:
             raise TimeUp
 
     def guard(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
-        """The pieces, `check` before each."""
+        """Yield the pieces, with `check` before each."""
         for piece in pieces:
             self.check()
             yield piece

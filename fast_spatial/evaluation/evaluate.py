@@ -51,7 +51,7 @@ from fast_spatial.runtime.files import write_json
 from fast_spatial.runtime.runlog import Bar, say
 from fast_spatial.runtime.signals import stop_requests
 
-# An image's part in gathering and writing: 50,000 took 1.6 s on one core.
+# Time per image to gather and write verdicts: 50,000 took 1.6 s on one core.
 _WRITING_SEC = 5e-5
 
 
@@ -75,15 +75,15 @@ def evaluate(
         batches: pairs of images, float [B, 3, S, S] in [0, 1], and labels, int64 [B]. Views are made of the images as
             8-bit pixels.
         degrees: largest rotation, either way.
-        translate_px: largest translation in pixels at side 224; by default 24 for 30 degrees, 32 for 40.
-        views: random views of worst-of-10.
+        translate_px: largest translation in pixels at image size 224; by default 24 for 30 degrees, 32 for 40.
+        views: number of random views in worst-of-10.
         grid: whether to run the exhaustive attack.
-        dtype: arithmetic of the verdicts.
-        seed: of the random views, which depend on it and on each image's position alone.
+        dtype: precision of the forward passes.
+        seed: seed of the random views, which depend only on it and on each image's position.
         judge_batch: views in one forward pass; 0 for 1024 on a GPU, 2^20 pixels' worth on a CPU.
 
     Raises:
-        UserError: on images outside [0, 1], not square, or none at all.
+        ValueError: on images outside [0, 1], not square, or none at all.
 
     """
     limits = SpatialLimits.from_px(degrees, translate_px)
@@ -103,7 +103,7 @@ def evaluate(
 
 
 def published_deviations(config: EvaluateConfig, side: int, *, blurpool: bool) -> tuple[str, ...]:
-    """What an evaluation does otherwise than the published one of ImageNet; the digits have no published side."""
+    """How an evaluation deviates from the published one of ImageNet; the digits have no published image size."""
     found = {
         f"views of {side} px instead of {NOMINAL_SIDE}": side != NOMINAL_SIDE and config.data != DIGITS,
         "logits averaged over every view and its mirror image": config.flip,
@@ -113,16 +113,16 @@ def published_deviations(config: EvaluateConfig, side: int, *, blurpool: bool) -
 
 
 def grid_deviations(per_class: int, cut: int | None) -> tuple[str, ...]:
-    """What is said of a grid that met few images.
+    """Notes on a grid attack on only some of the images.
 
     Args:
-        per_class: how many of each class were to meet it; 0: all.
-        cut: how many of each class did when its time was up; None: it was not.
+        per_class: requested images of each class; 0: all.
+        cut: images of each class that were finished when time ran out; None: it did not.
 
     """
     if cut is None:
         return (f"grid on {_of_each(per_class)}",) if per_class else ()
-    return (f"grid on the first {_of_each(cut)}: its time was up" if cut else "no grid: its time was up",)
+    return (f"grid on the first {_of_each(cut)}: out of time" if cut else "no grid: out of time",)
 
 
 def _of_each(count: int) -> str:
@@ -131,8 +131,8 @@ def _of_each(count: int) -> str:
 
 def _no_time(config: EvaluateConfig) -> UserError:
     return UserError(
-        f"the evaluation's time was up before an image of every class was judged: {config.checkpoint}",
-        f"give it more, or judge the checkpoint by hand, without a limit: launch.py evaluate --checkpoint "
+        f"the evaluation ran out of time before one image of every class was judged: {config.checkpoint}",
+        f"give a larger budget, or evaluate the checkpoint without a limit: launch.py evaluate --checkpoint "
         f"{config.checkpoint} --data {config.data}",
     )
 
@@ -147,7 +147,9 @@ def _views_of(
         if images.shape != (B, 3, S, S) or not images.is_floating_point():
             raise ValueError(f"images are {images.dtype} {tuple(images.shape)}: expected float [B, 3, S, S] in [0, 1]")
         if images.min() < 0 or images.max() > 1:
-            raise ValueError("images reach outside [0, 1]; give pixels, and put the normalization into the model")
+            raise ValueError(
+                "images have values outside [0, 1]; pass pixels, and move the normalization into the model"
+            )
         pixels_BSSC = images.to(device).permute(0, 2, 3, 1).mul(255).round().to(torch.uint8).contiguous()
         indices = np.arange(seen, seen + B)
         seen += B
@@ -158,21 +160,21 @@ def _views_of(
 def evaluate_checkpoint(config: EvaluateConfig, world: World, until: float | None = None) -> None:
     """Judge a checkpoint with all processes; rank 0 prints the table and writes the JSON.
 
-    This is one pass over the images. With a deadline it is two, in rounds of an image of every class: all attacks but
-    the grid, then the grid, for as long as the time allows. If it is up before the end, the result is that of the
-    rounds that were finished, a fixed subset with a name: the first so many images of each class.
+    Without a deadline this is one pass over the images. With a deadline it is two passes, in rounds of one image per
+    class: first all attacks except the grid, then the grid. If time runs out, the result covers the finished rounds,
+    which are a fixed subset: the first images of each class.
 
     Args:
-        config: what is judged, and how.
-        world: the processes.
-        until: when all is to be written, in this machine's `time.monotonic()`.
+        config: the options of the evaluation.
+        world: the process group.
+        until: deadline for the written result, in this machine's `time.monotonic()`.
 
     Raises:
-        UserError: on a checkpoint that does not fit, or if the time is up before the first round is finished.
+        UserError: on a checkpoint that does not fit, or if time runs out before the first round is finished.
 
     """
     seed_everything(0, deterministic=False)
-    torch.backends.cudnn.benchmark = False  # verdicts should not depend on which algorithm won a race
+    torch.backends.cudnn.benchmark = False  # verdicts must not depend on which algorithm was timed fastest
     model, images, on_grid, side = load_model_and_images(config)
     left_out = images.describe_left_out()
     if left_out and world.rank == 0:
@@ -238,13 +240,13 @@ def evaluate_checkpoint(config: EvaluateConfig, world: World, until: float | Non
 
             passes = Passes(judge, config.views_per_forward or default_judge_batch(world.device, side), pad=True)
             right = [v.index for v in mine if v.natural and v.index in meets]
-            # Every process goes on with its own images, so that none has to know what the others found.
+            # Every process judges the grid on its own images, so that no verdicts have to be exchanged.
             alone = dataclasses.replace(world, rank=0, world_size=1)
             on_time = [broken_untouched(v.index) for v in mine if not v.natural and v.index in meets] + judge_grid(
                 GridSurvivors(passes, limits, side, moved_in_time),
                 batches("grid", alone, order=in_rounds[np.isin(in_rounds, right)]),
             )
-    distributed.reset_watchdog(4 * config.stall_minutes)  # others may have more survivors
+    distributed.reset_watchdog(4 * config.stall_minutes)  # other ranks may have more survivors
     parts = distributed.gather((mine, on_time, failed))
     if world.rank == 0:
         found = sorted((verdict for part, *_ in parts for verdict in part), key=lambda v: v.index)
@@ -269,7 +271,7 @@ def evaluate_checkpoint(config: EvaluateConfig, world: World, until: float | Non
             grid_per_class=config.grid_per_class if cut is None else cut,
             deviations=(
                 *published_deviations(config, side, blurpool=has_blurpool(model)),
-                *([f"all attacks on the first {_of_each(rounds)}: the time was up"] if rounds else []),
+                *([f"all attacks on the first {_of_each(rounds)}: out of time"] if rounds else []),
                 *grid_deviations(config.grid_per_class if few else 0, cut),
             ),
         )
@@ -292,18 +294,20 @@ def summary_table(summary: Summary) -> str:
         few = f", {summary.grid_num_images} images" if summary.grid_num_images != summary.num_images else ""
         judged = f"; {summary.grid_views_per_image:.0f} views judged per image"
         if summary.grid_views_per_broken_image is not None:
-            judged += f", {summary.grid_views_per_broken_image:.1f} per image they broke"
+            judged += f", {summary.grid_views_per_broken_image:.1f} per broken image"
         rows.append((f"grid of {GRID_VIEWS}", summary.grid_top1_pct, "right on every view" + few + judged))
     head = (
         f"top-1 accuracy on {summary.num_images} images, up to {summary.degrees:g} degrees and "
-        f"{summary.translate_px:g} px (at side 224)" + (", PARTIAL" if summary.partial else "")
+        f"{summary.translate_px:g} px (at image size 224)" + (", PARTIAL" if summary.partial else "")
     )
     lines = [head, *(f"  {name:<14}{value:6.1f} %   {note}".rstrip() for name, value, note in rows)]
     if summary.deviations:
         lines.append(f"  not the published protocol: {', '.join(summary.deviations)}")
     if summary.near_ties:
-        few = "an image hangs" if summary.near_ties == 1 else f"{summary.near_ties} images hang"
-        lines.append(f"  {few} on a margin below {NEAR_TIE:g} and may be judged otherwise elsewhere (listed in --json)")
+        few = "1 image" if summary.near_ties == 1 else f"{summary.near_ties} images"
+        lines.append(
+            f"  near ties: {few} with a margin below {NEAR_TIE:g} may flip on other hardware (listed in --json)"
+        )
     return "\n".join(lines)
 
 
@@ -316,11 +320,11 @@ def write_evaluation_json(
     decoding: Choice | None = None,
     decoding_failures: Sequence[str] = (),
 ) -> None:
-    """Write the summary, every image's verdicts, and what GPUs failed to decode, atomically."""
+    """Write the summary, every image's verdicts, and images that GPUs failed to decode, atomically."""
     rows = []
     for verdict in found:
         values = dataclasses.asdict(verdict)
-        del values["index"], values["grid_views"], values["margin"]  # the same rows for any number of processes
+        del values["index"], values["grid_views"], values["margin"]  # these differ with the number of processes
         rows.append({"path": images.relative_path(verdict.index), **values})
     near_ties = [images.relative_path(verdict.index) for verdict in found if verdict.near_tie]
     content = {

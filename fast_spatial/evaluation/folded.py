@@ -1,4 +1,8 @@
-"""Judging fast: an inference twin of the model, BatchNorm folded into its convolutions."""
+"""Fast judging: an inference twin of the model, with BatchNorm folded into its convolutions.
+
+The twin is a separate module, so judging never touches the model's mode, gradients or running statistics. Weights are
+folded in float32 and cast once into the twin's dtype, in place, at every `refresh`.
+"""
 
 from __future__ import annotations
 
@@ -15,19 +19,19 @@ from fast_spatial.models.classifier import Classifier, compile_network
 
 
 class Scorer(Judge):
-    """A model's judge, under its weights as of the last `refresh`.
+    """A model's judge, with the model's weights as of the last `refresh`.
 
-    Where folding does not apply (no BatchNorm after a convolution, or a network that cannot be traced), the model in
-    evaluation mode serves, under autocast for half precision, and a log line says so.
+    If folding does not apply (no BatchNorm after a convolution, or a network that cannot be traced), a copy of the
+    model in evaluation mode is used, under autocast in half precision. A log line reports this.
 
     Args:
-        model: what is judged with.
-        dtype: arithmetic of the network.
-        compiled: let torch.compile fuse the twin, for passes of one shape; not in half precision on GPUs, where cuDNN
-            does it, and nothing has to be compiled.
+        model: the model.
+        dtype: precision of the forward passes.
+        compiled: compile the twin with torch.compile, for passes of one shape. In half precision on GPUs the twin uses
+            fused cuDNN kernels instead.
 
     Attributes:
-        compiled: whether torch.compile fuses it.
+        compiled: whether the twin is compiled.
 
     """
 
@@ -39,7 +43,7 @@ class Scorer(Judge):
         self._fallback: nn.Module | None = None
         self.compiled = False
         if self._twin is None:
-            log.info("scoring: no BatchNorm to fold; the model itself judges, in evaluation mode")
+            log.info("scoring: no BatchNorm to fold; using the model in evaluation mode")
             self._fallback = copy.deepcopy(model.net).requires_grad_(False).eval()
         else:
             self._speed_up(self._twin, compiled=compiled)
@@ -47,10 +51,10 @@ class Scorer(Judge):
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Take over the model's weights and running statistics."""
+        """Copy the model's current weights and running statistics."""
         if self._pairs:
             convs, norms, folded = zip(*self._pairs)
-            # Few launches for all layers: for each alone, ResNet-18 would need four times as many in every step.
+            # Foreach operators need few kernel launches. Layer by layer, ResNet-18 would need four times as many.
             deviations = torch._foreach_add([norm.running_var for norm in norms], [norm.eps for norm in norms])
             scales = torch._foreach_mul([norm.weight for norm in norms], torch._foreach_rsqrt(deviations))
             shifts = torch._foreach_mul([norm.running_mean for norm in norms], scales)
@@ -99,12 +103,12 @@ class Scorer(Judge):
             lighten_pools(twin)
 
     def _fold(self) -> fx.GraphModule | None:
-        """The twin of the network, its BatchNorms gone, and the list of what `refresh` has to copy."""
+        """The twin without BatchNorms (None if folding does not apply); lists the tensors that `refresh` copies."""
         net = self._model.net
         plain = copy.deepcopy(net).requires_grad_(False).eval()
         for module in plain.modules():
             if isinstance(module, nn.BatchNorm2d):
-                module.__class__ = nn.BatchNorm2d  # a leaf to the tracer; groups matter in training alone
+                module.__class__ = nn.BatchNorm2d  # a leaf for the tracer; groups matter only in training
         try:
             twin = fx.symbolic_trace(plain)
         except (fx.proxy.TraceError, TypeError, RuntimeError):  # control flow that depends on data
@@ -121,7 +125,7 @@ class Scorer(Judge):
             if calls.count(node.target) > 1 or calls.count(after.target) > 1:
                 continue
             conv, folded = live[node.target], mine[node.target]
-            if has_hooks(norm) or conv._forward_hooks:  # what they read or change would not be there
+            if has_hooks(norm) or conv._forward_hooks:  # folding removes the tensors that hooks read or change
                 continue
             assert isinstance(conv, nn.Conv2d) and isinstance(folded, nn.Conv2d)
             folded.bias = nn.Parameter(torch.empty_like(norm.bias), requires_grad=False)

@@ -1,9 +1,6 @@
-"""Judging views fast: what a judge is, and an inference twin of the model with BatchNorm folded into its convolutions.
+"""Forward passes over views: the interface of judges, and passes of a size that fits into memory.
 
-The twin is a module of its own, so judging never touches the model's mode, gradients or running statistics. Folding
-happens in float32, from the model's weights, and is cast once into the twin's dtype, in place, after every step.
-
-N views, B images, V views of each, S side, K classes.
+N views, B images, V views of each, S image size, K classes.
 """
 
 from __future__ import annotations
@@ -22,41 +19,41 @@ from fast_spatial.models.classifier import to_unit
 
 
 def default_pass_size(device: torch.device, side: int) -> int:
-    """Views in one forward pass where nothing else decides; 0: all, in passes of at most `largest_pass` views.
+    """Default number of views per forward pass; 0: all, in passes of at most `largest_pass` views.
 
-    A CPU is fastest while a layer's activations stay in its cache: measured with ResNet-18 on 2 cores with 32 MiB, 2^20
-    pixels were about best at sides 224, 112, 64 and 32, and four times as many up to half slower.
+    A CPU is fastest while a layer's activations stay in its cache. Measured with ResNet-18 on 2 cores with 32 MiB: 2^20
+    pixels were about best at image sizes 224, 112, 64 and 32, and four times as many were up to half slower.
     """
     return 0 if device.type == "cuda" else max(1, (1 << 20) // side**2)
 
 
 def largest_pass(side: int) -> int:
-    """The most views in one forward pass whose largest activation has fewer than 2^31 elements: 2,674 at 224 px.
+    """The most views per forward pass whose largest activation has fewer than 2^31 elements: 2,674 at 224 px.
 
-    A ResNet's largest has 64 channels at half the side, 16 side^2 elements a view. Beyond 2^31 elements few of cuDNN's
-    engines index far enough: on an H200 in bfloat16, one pass over 2,816 views was 10 % slower than two over 1,408.
+    A ResNet's largest activation has 64 channels at half the image size: 16 side^2 elements per view. Few cuDNN engines
+    index beyond 2^31 elements: on an H200 in bfloat16, one pass over 2,816 views was 10 % slower than two over 1,408.
     """
     return max(1, ((1 << 31) - 1) // (16 * side**2))
 
 
 log = logging.getLogger(__name__)
-# How torch says that cuDNN cannot compute a convolution of this size.
+# Parts of torch's messages when cuDNN cannot compute a convolution of this size.
 _NO_ENGINE = ("unable to find an engine", "unable to find a valid cudnn algorithm", "cudnn_status_not_supported")
 
 
 class Judge(ABC):
-    """Logits of views, in two parts: what the network takes, and the network."""
+    """Computes the logits of views in two steps: the network's inputs, and the network."""
 
     @abstractmethod
     def inputs(self, views_NSSC: Tensor) -> Tensor:
-        """What the network takes, [N, ...], of views, uint8 [N, S, S, 3]."""
+        """The network's inputs, [N, ...], from views, uint8 [N, S, S, 3]."""
 
     @abstractmethod
     def logits(self, inputs: Tensor) -> Tensor:
-        """Logits, float32 [N, K], of what the network takes."""
+        """Logits, float32 [N, K], from the network's inputs."""
 
     def warped(self, images_BSSC: Tensor, matrices_BV23: Tensor) -> Tensor:
-        """What the network takes, [B * V, ...], of warps of images, uint8 [B, S, S, 3]."""
+        """The network's inputs, [B * V, ...], from images, uint8 [B, S, S, 3], and warps, float32 [B, V, 2, 3]."""
         return self.inputs(warp(images_BSSC, matrices_BV23).flatten(0, 1))
 
     def __call__(self, views_NSSC: Tensor) -> Tensor:
@@ -64,14 +61,14 @@ class Judge(ABC):
 
 
 class Passes:
-    """A judge's forward passes over any number of views; halved when memory runs out, and smaller from then on.
+    """A judge's forward passes over any number of views. When memory runs out, the pass size is halved for good.
 
     Args:
-        judge: what is asked.
-        size: views in one pass; 0: all, in the fewest even passes that `device.largest_pass` allows.
-        pad: fill the last pass up to `size`, so that all have one shape and a verdict cannot depend on how many views
-            were left over.
-        side: shrink the views to this side; 0: judge them as they are.
+        judge: computes the logits.
+        size: views per pass; 0: all, in the fewest even passes that `largest_pass` allows.
+        pad: pad the last pass to `size`. All passes then have one shape, so that a verdict cannot depend on the number
+            of views in the last pass.
+        side: image size that the views are shrunk to; 0: unchanged.
 
     """
 
@@ -79,19 +76,19 @@ class Passes:
         self.judge, self.size, self._pad, self._side = judge, size, pad, side
 
     def __call__(self, views_BVSSC: Tensor) -> Tensor:
-        """Logits float32 [B, V, K] of uint8 views."""
+        """Logits float32 [B, V, K] of uint8 views [B, V, S, S, 3]."""
         B, V = views_BVSSC.shape[:2]
         views_NSSC = views_BVSSC.flatten(0, 1)
         side = self._side or views_BVSSC.shape[2]
         return self._run(B * V, side, lambda part: self.judge.inputs(self._shrink(views_NSSC[part]))).view(B, V, -1)
 
     def prepared(self, inputs_N: Tensor, views: int) -> Tensor:
-        """Logits float32 [B, V, K] of what the judge's network takes, [B * V, 3, S, S], views of an image together."""
+        """Logits float32 [B, V, K] of the network's inputs, [B * V, 3, S, S], with an image's views adjacent."""
         logits_NK = self._run(len(inputs_N), inputs_N.shape[2], lambda part: inputs_N[part])
         return logits_NK.view(len(inputs_N) // views, views, -1)
 
     def warped(self, images_BSSC: Tensor, matrices_BV23: Tensor) -> Tensor:
-        """Logits float32 [B, V, K] of warps of uint8 images."""
+        """Logits float32 [B, V, K] of warps, float32 [B, V, 2, 3], of images, uint8 [B, S, S, 3]."""
         B, V = matrices_BV23.shape[:2]
 
         def inputs(part: slice) -> Tensor:
@@ -115,12 +112,12 @@ class Passes:
             # Outside the handler, or the exception would keep the failed pass in memory.
             failed = size if self._pad else min(size, count)
             self.size = (failed + 1) // 2
-            log.warning("%s in a forward pass over %d views: %d from here on", why, failed, self.size)
+            log.warning("%s in a forward pass over %d views; continuing with %d views", why, failed, self.size)
             torch.cuda.empty_cache()
 
     def _one(self, inputs: Tensor, size: int) -> Tensor:
         missing = size - len(inputs) if self._pad else 0
-        if missing:  # `pad` keeps the layout in memory, which decides how a convolution is computed
+        if missing:  # `pad` keeps the memory format, which selects the convolution's algorithm
             inputs = pad(inputs, (0, 0) * (inputs.ndim - 1) + (0, missing))
         return self.judge.logits(inputs)[: len(inputs) - missing]
 
@@ -128,20 +125,20 @@ class Passes:
         if not self._side:
             return views_NSSC
         images = views_NSSC.permute(0, 3, 1, 2)
-        if images.device.type != "cpu":  # bytes are taken on CPUs only
+        if images.device.type != "cpu":  # torch shrinks uint8 only on CPUs
             images = images.to(torch.float32)
         small = interpolate(images, size=(self._side, self._side), mode="bilinear", antialias=True)
         return (small if small.dtype == torch.uint8 else small.round_().to(torch.uint8)).permute(0, 2, 3, 1)
 
 
 def even_pass(count: int, largest: int) -> int:
-    """Views in each of the fewest passes over `count` views that are about equal and none above `largest`."""
+    """Views per pass in the fewest even passes over `count` views, with at most `largest` in each."""
     passes = -(-count // largest)
     return -(-count // passes)
 
 
 def _too_large(error: RuntimeError) -> str | None:
-    """In words, what a smaller pass may cure; None for other errors."""
+    """The description of an error that a smaller pass may avoid; None for other errors."""
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"
     return "no convolution engine" if any(sign in str(error).lower() for sign in _NO_ENGINE) else None
@@ -164,7 +161,7 @@ class FlipJudge(Judge):
 
 
 class ModuleJudge(Judge):
-    """Judge with any module that takes images, float [N, 3, S, S] in [0, 1], as it is, in evaluation mode."""
+    """The judge of any module that takes images, float [N, 3, S, S] in [0, 1]: a copy, in evaluation mode."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         self._twin, self._dtype = copy.deepcopy(model).requires_grad_(False).eval(), dtype
@@ -180,5 +177,5 @@ class ModuleJudge(Judge):
 
 
 def default_judge_batch(device: torch.device, side: int) -> int:
-    """Views in one forward pass, whose shape is fixed."""
+    """Default number of views per forward pass, where all passes have one shape."""
     return default_pass_size(device, side) or min(1024, largest_pass(side))

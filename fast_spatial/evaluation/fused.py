@@ -1,11 +1,11 @@
-"""A traced network, rewritten to judge faster on a GPU; it computes what it did.
+"""A traced network, rewritten to run faster on a GPU with the same result.
 
-- Convolutions add and rectify by themselves: one kernel of cuDNN instead of three or four.
-- A stem, which reads three channels in strides of two, reads sixteen without strides (twelve, and zeros), since tensor
-  cores multiply eight channels at a time.
-- Max pooling does not look for where the largest values were.
+- Convolution, addition and ReLU become one cuDNN kernel instead of three or four.
+- The stem, a stride-two convolution over 3 channels, becomes a stride-one convolution over 16 channels (12, and zeros),
+  since tensor cores multiply eight channels at a time.
+- Max pooling computes no indices.
 
-A layer with a hook, which these would leave out, stays as it is.
+A layer with a hook stays unchanged, since the rewritten network would not call the hook.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch.nn import functional
 from torch.nn.modules.utils import _pair
 
 _EIGHT = 8  # channels that tensor cores read together
-_FEW = 4  # channels of a stem, at the most
+_FEW = 4  # most input channels of a stem
 _RELUS = (torch.relu, functional.relu)
 _SUMS = (operator.add, operator.iadd, torch.add)
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether more is done than what the module says when it is called."""
+    """Whether calling the module also runs hooks."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
@@ -33,19 +33,18 @@ def _is(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def is_fusable(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether cuDNN has these kernels and they pay: in half precision, where most of the time is writing.
+    """Whether cuDNN has these kernels and they pay off: in half precision, where memory writes take most of the time.
 
-    Among them are some that sum in any order, which torch does not leave out where repeatable ones are asked for.
+    Some of them sum in any order, and torch does not exclude these under deterministic algorithms.
     """
     repeatable = torch.are_deterministic_algorithms_enabled()
     return device.type == "cuda" and dtype in (torch.float16, torch.bfloat16) and not repeatable
 
 
 class Zeros:
-    """What is added where nothing is: one buffer for all convolutions of a network.
+    """Zeros to add where there is no shortcut: one buffer for all convolutions of a network.
 
-    `torch.cudnn_convolution_relu` names its own uninitialized output as what it adds 0 times of; 0 times what is not a
-    number is not a number.
+    `torch.cudnn_convolution_relu` adds 0 times its own uninitialized output instead, and 0 times NaN is NaN.
     """
 
     def __init__(self) -> None:
@@ -61,14 +60,14 @@ class Zeros:
 
 
 class ConvReLU(nn.Module):
-    """ReLU of a convolution, or of its sum with what came over a shortcut."""
+    """ReLU of a convolution, or of its sum with a shortcut."""
 
     def __init__(self, conv: nn.Conv2d, zeros: Zeros) -> None:
         super().__init__()
         self.conv, self._zeros = conv, zeros
 
     def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
-        """Of [N, C, H, W], and of what the convolution makes of it."""
+        """[N, C, H, W] to the convolution's output shape, which is also the shape of `shortcut`."""
         conv = self.conv
         stride, padding, dilation = conv.stride, conv.padding, conv.dilation
         assert not isinstance(padding, str)
@@ -88,9 +87,9 @@ class ConvReLU(nn.Module):
 
 
 def fuse_relu(network: fx.GraphModule) -> int:
-    """Let the convolutions of a network rectify by themselves where a ReLU follows, or a sum and a ReLU.
+    """Fuse the convolutions of a network with a following ReLU, or with a sum and a ReLU, in place.
 
-    In place; the modules, and with them the weights, stay the same. Returns how many it found.
+    The convolution modules and their weights stay the same. Returns the number of fused convolutions.
     """
     modules = dict(network.named_modules())
     called = [node.target for node in network.graph.nodes if node.op == "call_module"]
@@ -101,7 +100,7 @@ def fuse_relu(network: fx.GraphModule) -> int:
             return False
         conv = modules[str(node.target)]
         plain = _is(conv, nn.Conv2d) and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
-        # Groups have kernels of their own, the depthwise ones in torch.
+        # Grouped convolutions have other kernels; depthwise ones are torch's own.
         return plain and conv.groups == 1 and called.count(node.target) == 1
 
     def does(node: object, functions: tuple[object, ...], methods: tuple[str, ...], kind: type | None = None) -> bool:
@@ -127,14 +126,14 @@ def fuse_relu(network: fx.GraphModule) -> int:
         before = relu.args[0]
         conv, others = before, []
         if does(before, _SUMS, ("add", "add_")) and len(before.users) == 1 and not before.kwargs:
-            # What comes over a shortcut has the convolution's shape; a weight might be broadcast.
+            # A shortcut has the convolution's shape. A weight (get_attr) might be broadcast.
             conv = next(filter(is_convolution, before.args), None)
             others = [arg for arg in before.args if arg is not conv]
         if not is_convolution(conv) or not all(isinstance(arg, fx.Node) and arg.op != "get_attr" for arg in others):
             continue
         order = list(network.graph.nodes)
         between = order[order.index(conv) : order.index(relu)]
-        if any(changes(node, conv.args[0]) for node in between):  # the convolution would be computed later than this
+        if any(changes(node, conv.args[0]) for node in between):  # the fused convolution would read the changed value
             continue
         network.set_submodule(str(conv.target), ConvReLU(modules[str(conv.target)], zeros))  # type: ignore[arg-type]
         with network.graph.inserting_before(relu):
@@ -148,14 +147,14 @@ def fuse_relu(network: fx.GraphModule) -> int:
 
 
 class MaxPool(nn.Module):
-    """Max pooling that keeps no indices."""
+    """Max pooling without indices."""
 
     def __init__(self, pool: nn.MaxPool2d) -> None:
         super().__init__()
         self.pool = pool
 
     def forward(self, x: Tensor) -> Tensor:
-        """Of [N, C, H, W]."""
+        """[N, C, H, W] to the pooled shape."""
         if x.device.type != "cuda":
             pooled: Tensor = self.pool(x)
             return pooled
@@ -166,7 +165,7 @@ class MaxPool(nn.Module):
 
 
 def lighten_pools(network: fx.GraphModule) -> int:
-    """Let a network's max pooling keep no indices, in place; returns how many it found."""
+    """Replace a network's max pooling by one without indices, in place; returns the number of replacements."""
     found = 0
     for name, module in list(network.named_modules()):
         if not isinstance(module, nn.MaxPool2d) or not _is(module, nn.MaxPool2d):
@@ -182,19 +181,19 @@ def _module(network: fx.GraphModule, node: fx.Node) -> nn.Module:
 
 
 def _reach(kernel: int) -> tuple[int, int]:
-    """Blocks of 2 x 2 pixels that a centred kernel in strides of two reads before its own block, and after it."""
+    """Blocks of 2 x 2 pixels that a centred stride-two kernel reads before and after its own block."""
     return (kernel // 2 + 1) // 2, kernel // 2 // 2
 
 
 def _channels(channels: int) -> int:
-    """Of a block of 2 x 2 pixels, with zeros up to a multiple of eight."""
+    """Channels of a block of 2 x 2 pixels, padded to a multiple of eight."""
     return -(-4 * channels // _EIGHT) * _EIGHT
 
 
 def blocks_of(x_NCHW: Tensor, kernel: int) -> Tensor:
-    """Blocks of 2 x 2 pixels as pixels of four times the channels and zeros up to a multiple of eight.
+    """Turn blocks of 2 x 2 pixels into single pixels with 4 C channels, and zeros up to a multiple of eight.
 
-    Returns [N, 4 C + zeros, H / 2 + border, W / 2 + border], channels_last, with the border that `kernel` reads.
+    Returns [N, 4 C + zeros, H / 2 + border, W / 2 + border], channels_last. The border is what `kernel` reads.
     """
     N, C, H, W = x_NCHW.shape
     before, after = _reach(kernel)
@@ -207,7 +206,7 @@ def blocks_of(x_NCHW: Tensor, kernel: int) -> Tensor:
 
 
 def kernel_of_blocks(weight_DCKK: Tensor) -> Tensor:
-    """The weights of a centred kernel in strides of two, for what `blocks_of` makes of its input."""
+    """The weights of a centred stride-two kernel, rearranged for inputs from `blocks_of`."""
     D, C, K = weight_DCKK.shape[:3]
     first, taps = K // 2 % 2, (K + 1) // 2
     even = functional.pad(weight_DCKK, (first, 1 - first, first, 1 - first))
@@ -216,10 +215,10 @@ def kernel_of_blocks(weight_DCKK: Tensor) -> Tensor:
 
 
 def unroll_stem(network: fx.GraphModule, conv: nn.Conv2d) -> nn.Conv2d:
-    """Let a convolution of a network that strides over few channels read blocks, where it does.
+    """Replace a stride-two convolution over few channels by a stride-one convolution over blocks.
 
-    Returns what takes its place, or itself where it stays. To be copied there are the weights that `kernel_of_blocks`
-    makes, and the bias.
+    Returns the new convolution, or `conv` if it does not apply. The new one has no weights yet: copy those of
+    `kernel_of_blocks`, and the bias.
     """
     K = conv.kernel_size[0]
     strides = conv.stride == (2, 2) and conv.dilation == (1, 1) and conv.groups == 1 and conv.padding_mode == "zeros"
@@ -229,7 +228,7 @@ def unroll_stem(network: fx.GraphModule, conv: nn.Conv2d) -> nn.Conv2d:
         return conv
     (node,) = nodes
     channels, taps = _channels(conv.in_channels), (K + 1) // 2
-    # Without data at first: drawing weights would move torch's generator.
+    # Created without data, since initializing weights would advance torch's random generator.
     unrolled = nn.Conv2d(channels, conv.out_channels, taps, device="meta", dtype=conv.weight.dtype)
     unrolled.to_empty(device=conv.weight.device).requires_grad_(False)
     unrolled.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -1,4 +1,4 @@
-"""What an evaluation is about: a checkpoint's model and a folder's images, matched before anything starts."""
+"""Inputs of an evaluation: a checkpoint's model and a folder's images, matched before any work starts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fast_spatial.pipelines.dataset import ImageIndex
 
 
 def load_model_and_images(config: EvaluateConfig) -> tuple[Classifier, ImageIndex, set[int] | None, int]:
-    """What an evaluation needs, validated: model, images, the positions that meet the grid (None: all) and the side.
+    """The validated inputs: model, images, positions that meet the grid (None: all), and image size.
 
     Raises:
         UserError: on a checkpoint that does not fit the architecture or the folder's classes.
@@ -32,13 +32,13 @@ def load_model_and_images(config: EvaluateConfig) -> tuple[Classifier, ImageInde
         images = _relabel(images, weights.classes, path, config)
     elif len(images.classes) < weights.num_classes and not config.allow_partial_classes:
         raise UserError(
-            f"--data {config.data}: it has {len(images.classes)} classes, the model {weights.num_classes} outputs",
+            f"--data {config.data}: has {len(images.classes)} classes, and the model {weights.num_classes} outputs",
             "if the folders are the model's first outputs, in order, add --allow-partial-classes",
         )
     if len(images.classes) > weights.num_classes:
         raise UserError(
-            f"--data {config.data}: it has {len(images.classes)} classes, the model {weights.num_classes} outputs",
-            "name the folder that the model was trained on, or one with some of its classes",
+            f"--data {config.data}: has {len(images.classes)} classes, and the model {weights.num_classes} outputs",
+            "name the folder of the model's training, or one with some of its classes",
         )
     if config.max_images:
         images = images.random_subset(config.max_images)
@@ -49,9 +49,7 @@ def load_model_and_images(config: EvaluateConfig) -> tuple[Classifier, ImageInde
         try:
             on_grid = set(images.balanced_positions(config.grid_per_class).tolist())
         except ValueError as error:
-            raise UserError(
-                f"--grid-per-class {config.grid_per_class}: {error}", "ask for as many as every class has"
-            ) from None
+            raise UserError(f"--grid-per-class {config.grid_per_class}: {error}", "lower --grid-per-class") from None
     return model.eval(), images, on_grid, config.image_size or weights.side or 224
 
 
@@ -59,13 +57,11 @@ def _relabel(images: ImageIndex, classes: tuple[str, ...], path: Path, config: E
     """Labels by class name, for a folder that holds only some of the model's classes."""
     unknown = [name for name in images.classes if name not in classes]
     if unknown:
-        raise UserError(
-            f"--data {config.data}: its class {unknown[0]} is none of the {len(classes)} that {path} was trained on"
-        )
+        raise UserError(f"--data {config.data}: class {unknown[0]} is not among the {len(classes)} classes of {path}")
     if not config.allow_partial_classes:
         raise UserError(
-            f"--data {config.data}: it has {len(images.classes)} of the {len(classes)} classes of {path}",
-            "to judge on these alone, add --allow-partial-classes",
+            f"--data {config.data}: has {len(images.classes)} of the {len(classes)} classes of {path}",
+            "to evaluate only these classes, add --allow-partial-classes",
         )
     positions = np.array([classes.index(name) for name in images.classes])
     return dataclasses.replace(images, labels=positions[images.labels])
@@ -73,7 +69,7 @@ def _relabel(images: ImageIndex, classes: tuple[str, ...], path: Path, config: E
 
 def _positions_of(listing: Path, images: ImageIndex) -> set[int]:
     if not listing.is_file():
-        raise UserError(f"--grid-images {listing}: there is no such file; give one path a line, as in the JSON")
+        raise UserError(f"--grid-images {listing}: no such file", "name a file with one path per line, as in the JSON")
     wanted = {line.strip() for line in listing.read_text(encoding="utf-8").splitlines() if line.strip()}
     where = {images.relative_path(position): position for position in range(len(images))}
     missing = sorted(wanted - where.keys())

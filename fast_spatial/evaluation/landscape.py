@@ -1,14 +1,14 @@
-"""The landscape: loss and verdict of every one of the grid's 775 views, on a fixed, class-balanced subset.
+"""The landscape: loss and verdict of all 775 grid views, on a fixed, class-balanced subset.
 
-An evaluation stops looking at an image at its first wrong view, which says how many images survive, but not how loss
-and accuracy depend on angle and translation. This pass looks at all views, of few images, and keeps what it saw:
+An evaluation stops at an image's first wrong view. That counts survivors, but does not show how loss and accuracy
+depend on angle and translation. This pass judges all views of a few images and writes:
 
-    OUT/landscape.json    the limits, the images by name, the sample pictures and what they show
+    OUT/landscape.json    the limits, the names of the images, and the sample pictures with their views
     OUT/landscape.npz     loss float16 [N, 775], correct as bits, uint8 [N, 97], in the order of `kernels.spatial.grid`
     OUT/landscape/*.jpg   some of the images, untouched and as their worst view
 
-Its cost is that of 775 views per image, on all processes together. B images of a batch, N images in all, G views of the
-grid, S side, K classes.
+Its cost is 775 views per image, shared by all processes. B images of a batch, N images in all, G views of the grid, S
+image size, K classes.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from fast_spatial.runtime.runlog import Bar, say
 from fast_spatial.runtime.signals import stop_requests
 
 SAMPLES = 8
-# Few, so that a signal is heard soon and little is lost to a deadline; as many as nearly fill the last one.
+# Few, so that a signal is handled soon and a deadline wastes little. Enough that the last pass is nearly full.
 PASSES_PER_BATCH = 4
 _LARGEST_FLOAT16 = 65504.0
 _KEYS = {"degrees", "translate_px", "num_images", "images_per_class", "seconds", "gpus", "images", "samples"}
@@ -73,7 +73,7 @@ class ImageLandscape:
 
 
 def load_model_and_subset(config: LandscapeConfig) -> tuple[Classifier, ImageIndex, int, int]:
-    """The model, the images, how many of each class are judged, and the side, validated.
+    """The validated model, images, number of judged images per class, and image size.
 
     Raises:
         UserError: on a checkpoint that does not fit, or a class with too few images.
@@ -90,15 +90,15 @@ def load_model_and_subset(config: LandscapeConfig) -> tuple[Classifier, ImageInd
 
 
 def landscape(config: LandscapeConfig, world: World, until: float | None = None) -> None:
-    """Judge all views of the subset with all processes; rank 0 writes what they saw.
+    """Judge all views of the subset with all processes; rank 0 writes the result.
 
-    Images are judged in rounds, one of every class. If the time is up, the result is that of the rounds that were
-    finished, as if fewer images of each class had been asked for; without one, nothing is written.
+    Images are judged in rounds of one image per class. If time runs out, the result covers the finished rounds, as if
+    fewer images of each class had been requested. Without a finished round, nothing is written.
 
     Args:
-        config: what is judged, and how.
-        world: the processes.
-        until: when all is to be written, in this machine's `time.monotonic()`.
+        config: the options of the landscape.
+        world: the process group.
+        until: deadline for the written result, in this machine's `time.monotonic()`.
 
     """
     seed_everything(0, deterministic=False)
@@ -152,7 +152,7 @@ def landscape(config: LandscapeConfig, world: World, until: float | None = None)
         finished = images.balanced_rounds(found)
         if len(found) < sum(len(part) for part, _ in parts) or (until is None and finished < per_class):
             raise RuntimeError(
-                f"{len(found)} images were judged, or one of them twice: {per_class} of each class asked"
+                f"{len(found)} images were judged, or one of them twice; expected {per_class} of each class"
             )
         if finished:
             kept = np.sort(images.balanced_positions(finished))
@@ -163,7 +163,7 @@ def landscape(config: LandscapeConfig, world: World, until: float | None = None)
             gpus = world.world_size if world.device.type == "cuda" else 0
             seconds = time.monotonic() - start
             subset = images.balanced_subset(finished)
-            failures = [*failed, *(what for _, part in parts[1:] for what in part)]  # those of the samples included
+            failures = [*failed, *(what for _, part in parts[1:] for what in part)]  # including failures on the samples
             write(
                 config,
                 subset,
@@ -175,12 +175,12 @@ def landscape(config: LandscapeConfig, world: World, until: float | None = None)
                 decoding_failures=failures,
             )
         else:
-            say("no landscape: its time was up")
+            say("skipped the landscape: out of time")
     distributed.barrier()
 
 
 def sample_positions(count: int) -> list[int]:
-    """The images whose pictures are kept: spread evenly over a subset, which is in the order of its classes."""
+    """The images whose pictures are kept, spread evenly over a subset in the order of its classes."""
     return sorted({int(position) for position in np.linspace(0, count - 1, min(SAMPLES, count))})
 
 
@@ -192,13 +192,13 @@ def judge_all_views(
     *,
     moved: Callable[[], None] = lambda: None,
 ) -> Iterator[ImageLandscape]:
-    """Loss and verdict of the grid's views, for batches whose first view is the untouched image.
+    """Loss and verdict of all grid views, for batches whose first view is the untouched image.
 
     Args:
-        passes: forward passes.
-        batches: of images at this side.
-        limits: of the grid.
-        side: of the images.
+        passes: computes the logits.
+        batches: batches of images with this image size.
+        limits: limits of the grid.
+        side: image size in pixels.
         moved: called after every batch.
 
     """
@@ -235,14 +235,14 @@ def write(
     """Write the arrays and the pictures, and last the JSON that names them.
 
     Args:
-        config: what was asked for.
+        config: the options of the landscape.
         images: the subset.
-        side: of the views.
-        found: of every image, in the subset's order.
-        samples: images whose pictures are kept, and their pixels, uint8 [S, S, 3].
-        seconds: that the pass took.
-        gpus: that it took them on.
-        decoding_failures: what they failed to decode, in lines.
+        side: image size in pixels.
+        found: the landscape of every image, in the subset's order.
+        samples: positions of images whose pictures are kept, and their pixels, uint8 [S, S, 3].
+        seconds: wall-clock time of the pass.
+        gpus: number of GPUs of the pass; 0 on CPUs.
+        decoding_failures: a line for each image that a GPU failed to decode.
 
     """
     out, limits = Path(config.out), config.limits
@@ -310,7 +310,7 @@ def _write_jpeg(path: Path, pixels: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Landscape:
-    """What a pass left in a folder: its JSON, and loss float32 and correct, [N, 31 angles, 5 tx, 5 ty]."""
+    """A landscape read from a folder: its JSON, and loss float32 and correct, [N, 31 angles, 5 tx, 5 ty]."""
 
     folder: Path
     about: dict[str, Any]
@@ -319,16 +319,16 @@ class Landscape:
 
     @property
     def angles_deg(self) -> list[float]:
-        """Of the first axis of views."""
+        """Angles of the views' first axis, in degrees."""
         return _symmetric(self.about["degrees"], GRID_ANGLES)
 
     @property
     def shifts_px(self) -> list[float]:
-        """Of the other two, in pixels at side 224."""
+        """Translations of the other two axes, in pixels at image size 224."""
         return _symmetric(self.about["translate_px"], GRID_SHIFTS)
 
     def within(self, angles: int, shifts: int) -> NDArray[np.bool_]:
-        """Correct, [N, views], on views that are at most so many steps of the grid from the untouched image."""
+        """Correct, [N, views], on views within this number of grid steps from the untouched image."""
         a, s = GRID_ANGLES // 2, GRID_SHIFTS // 2
         part = self.correct[:, a - angles : a + angles + 1, s - shifts : s + shifts + 1, s - shifts : s + shifts + 1]
         return part.reshape(len(part), -1)
@@ -339,10 +339,10 @@ def _symmetric(limit: float, count: int) -> list[float]:
 
 
 def read(folder: Path) -> Landscape | None:
-    """The landscape in a run's folder, or None.
+    """The landscape in a run's folder, or None if there is none.
 
     Raises:
-        UserError: if it is there, and damaged.
+        UserError: if it is damaged.
 
     """
     if not (folder / LANDSCAPE).is_file():

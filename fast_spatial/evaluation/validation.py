@@ -1,4 +1,4 @@
-"""The evaluation of a training between its epochs: one pass over the validation images, under the training attack."""
+"""Validation between epochs: one pass over the validation images, under the training attack."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from fast_spatial.runtime.runlog import Bar, say
 
 
 class Validation:
-    """Judges as the mode trains: nothing but the untouched image, one random view, or the worst of all.
+    """Judges as the mode trains: the untouched image alone, one random view, or the worst of all views.
 
     Args:
-        config: the training.
-        world: the processes.
+        config: the options of the training.
+        world: the process group.
         images: the validation images.
-        judge: under the weights as of its last refresh.
-        on_gpu_failure: as `Loader` takes it.
+        judge: the model's judge; refreshed before every validation.
+        on_gpu_failure: callback of `Loader`.
 
     """
 
@@ -40,12 +40,12 @@ class Validation:
         self._config, self._world, self._images, self._judge = config, world, images, judge
         limits_V2, side = training_limits(config), config.eval_size or config.image_size
         self._warps = int((limits_V2 != 0).any(axis=1).sum())
-        # On GPUs of the training passes' shape.
+        # On GPUs, passes have the shape of the training's passes.
         size = config.views_per_forward or default_pass_size(world.device, side)
         self._passes = Passes(
             FlipJudge(judge) if config.eval_flip else judge,
             size or config.global_batch_size // world.world_size * len(limits_V2),
-            pad=judge.compiled,  # which would be compiled again for another shape
+            pad=judge.compiled,  # another shape would be compiled again
         )
         self._epochs = 0
         self._loader = evaluation_loader(
@@ -61,7 +61,7 @@ class Validation:
         )
 
     def __call__(self, moved: Callable[[], None]) -> dict[str, float | None]:
-        """Natural top-1, top-5 and loss, and accuracy under the training attack (None without).
+        """Natural top-1 and top-5 accuracy and loss, and accuracy under the training attack (None without one).
 
         `moved` is called after every batch.
 
@@ -71,7 +71,9 @@ class Validation:
         """
         self._judge.refresh()
         bar = Bar(
-            self._loader.epoch(self._epochs),  # each time the same views: epochs only tell what was read ahead
+            self._loader.epoch(
+                self._epochs
+            ),  # the views are the same every time; the epoch only identifies prefetched batches
             total=self._loader.steps_per_epoch,
             images_per_batch=self._config.global_batch_size,
             title="evaluate",

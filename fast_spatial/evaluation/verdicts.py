@@ -14,17 +14,17 @@ from fast_spatial.kernels.limits import SpatialLimits
 from fast_spatial.pipelines.dataset import ImageIndex
 from fast_spatial.pipelines.loader import Batch
 
-# Below it, verdicts in float32 may differ where sums are taken in another order: another judging shape or machine.
+# Below this margin, float32 verdicts may flip with the order of sums: another pass size, or another machine.
 NEAR_TIE = 1e-4
 
 
 @dataclass(frozen=True)
 class ImageVerdict:
-    """What one image survived; `grid` is None where the image did not meet the grid.
+    """The verdicts of one image; `grid` is None if the image did not meet the grid.
 
-    `natural_margin` is the gap between the two largest logits of the untouched image: near 0, arithmetic decides.
-    `margin` is the smallest that a verdict hangs on (`attack.Verdicts`, `attack.GridVerdict`). `grid_views` is how many
-    of the grid's 775 views were judged to know the answer, the untouched image included.
+    `natural_margin` is the gap between the two largest logits of the untouched image; near 0, rounding decides.
+    `margin` is the smallest deciding margin of its verdicts (`attack.Verdicts`, `attack.GridVerdict`). `grid_views` is
+    the number of the grid's 775 views that were judged, the untouched image included.
     """
 
     index: int
@@ -35,13 +35,13 @@ class ImageVerdict:
     worst10_any: bool
     grid: bool | None
     natural_margin: float
-    # These depend on the order in which the grid's views are tried, which is learnt.
+    # These depend on the order of the grid's views, which is learnt during the evaluation.
     margin: float = field(default=float("inf"), compare=False)
     grid_views: int = field(default=0, compare=False)
 
     @property
     def near_tie(self) -> bool:
-        """Whether a verdict may differ where the same network is computed in another order."""
+        """Whether a verdict may flip when sums are computed in another order."""
         return self.margin < NEAR_TIE
 
 
@@ -49,12 +49,13 @@ class ImageVerdict:
 class Summary:
     """Top-1 accuracy in percent under each attack, over `num_images` distinct images.
 
-    `worst10` counts the view of highest loss among the untouched image and the random ones, `worst10_any` is right on
-    all of them, `grid` on all 775 views of the grid, over `grid_num_images` images: `grid_per_class` of every class, if
-    that is not 0. `grid_views_per_image` is how many of the views were judged, on average, to know the answer;
-    `grid_views_per_broken_image` the same of images that are right untouched and broken by another view. `near_ties`
-    counts images of which a verdict hangs on a margin below 1e-4. `partial` marks a result that was limited on purpose,
-    `deviations` what was otherwise than in the published protocol.
+    `worst10` counts images that are right on the view of highest loss, among the untouched image and the random views.
+    `worst10_any` counts images that are right on all these views. `grid` counts images that are right on all 775 views
+    of the grid, over `grid_num_images` images: `grid_per_class` of every class, or all if that is 0.
+    `grid_views_per_image` is the average number of judged grid views, `grid_views_per_broken_image` the average over
+    images that are right untouched and wrong on another view. `near_ties` counts images with a margin below 1e-4.
+    `partial` marks a limited result, such as one on some of the images. `deviations` lists deviations from the
+    published protocol.
     """
 
     natural_top1_pct: float
@@ -84,11 +85,14 @@ def judge_batches(
     wants_grid: Callable[[int], bool] | None,
     moved: Callable[[], None] = lambda: None,
 ) -> Iterator[ImageVerdict]:
-    """The verdicts of batches whose views are the untouched image and random ones; in any order.
+    """The verdicts of batches, in any order. Views are the untouched image, then random ones.
 
     Args:
-        judge_batch: views in every forward pass: one fixed shape, whatever the batches' sizes; 0: the default.
-        wants_grid: whether an image, by index, is to meet the grid; None for no grid at all.
+        judge: computes the logits.
+        batches: batches of views.
+        limits: limits of the grid.
+        judge_batch: views per forward pass, one shape for all batches; 0: the default.
+        wants_grid: whether an image, by index, meets the grid; None: no grid.
         moved: called after every batch, and before every forward pass over the grid.
 
     """
@@ -138,30 +142,30 @@ def _settled(survivors: GridSurvivors, waiting: dict[int, ImageVerdict]) -> Iter
 
 
 def with_grid(verdict: ImageVerdict, found: GridVerdict) -> ImageVerdict:
-    """An image's verdict, that of the grid included."""
+    """An image's verdicts, with the grid's verdict added."""
     margin = min(verdict.margin, found.margin)
     return dataclasses.replace(verdict, grid=found.survived, grid_views=found.views_judged, margin=margin)
 
 
 def broken_untouched(index: int) -> GridVerdict:
-    """The grid's verdict of an image that is wrong untouched, which is one of the 775 views."""
+    """The grid's verdict on an image that is wrong untouched; that view is one of the 775."""
     return GridVerdict(index, survived=False, views_judged=1, margin=float("inf"))
 
 
 def merge_grid(
     found: list[ImageVerdict], on_time: list[GridVerdict], images: ImageIndex, meets: Collection[int]
 ) -> tuple[list[ImageVerdict], int | None]:
-    """Verdicts and those of the grid that were reached in time, as one result.
+    """Add the grid's verdicts that were reached in time to all verdicts.
 
     Args:
         found: the verdicts without the grid.
-        on_time: the grid's, maybe not all.
+        on_time: the grid's verdicts, possibly incomplete.
         images: the split.
-        meets: the positions that were to meet the grid.
+        meets: positions of the images that should meet the grid.
 
     Returns:
-        All verdicts; and None or, if some are missing, of how many images of each class the grid's are kept: of those
-        that come first in `balanced_order`.
+        All verdicts; and the cut: None if the grid is complete, else the number of images of each class whose grid
+        verdicts are kept, the first in `balanced_order`.
 
     """
     grid = {verdict.index: verdict for verdict in on_time}
@@ -174,9 +178,9 @@ def merge_grid(
 
 
 def judge_grid(survivors: GridSurvivors, batches: Iterable[Batch]) -> list[GridVerdict]:
-    """The grid's verdicts of images that are right untouched, which is view 0 of each.
+    """The grid's verdicts on images that are right untouched; view 0 of each is the untouched image.
 
-    Where the survivors' `moved` raises `TimeUp`, images that no verdict was reached for are missing.
+    If the survivors' `moved` raises `TimeUp`, images without a verdict are missing.
     """
     with suppress(TimeUp):
         for batch in batches:

@@ -1,1 +1,1 @@
-"""Networks and their files: classifiers, changes to them, checkpoints, averages, exports."""
+"""Networks and their files: classifiers, changes to them, checkpoints, EMA, exports."""

@@ -1,8 +1,9 @@
-"""Checkpoints: read without running code, whoever wrote them.
+"""Checkpoints: read without running code, whatever their source.
 
-Ours are `{"format", "model", "arch", "classes", "config", "epoch", "optimizer", ...}` with torchvision's parameter
-names. The original code's (`{"model": {"module.model.*": ...}}`, saved with dill) and plain state dicts (.pt, .pth,
-.safetensors) are read too, in float32, bfloat16, float16 and float64; a network computes in float32.
+This program writes `{"format", "model", "arch", "classes", "config", "epoch", "optimizer", ...}` with torchvision's
+parameter names. It also reads checkpoints of the original code (`{"model": {"module.model.*": ...}}`, saved with dill)
+and plain state dicts (.pt, .pth, .safetensors). Weights may be float32, bfloat16, float16 or float64; networks compute
+in float32.
 """
 
 from __future__ import annotations
@@ -31,29 +32,29 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class DamagedCheckpoint(UserError):
-    """A file that is no checkpoint, or not a whole one."""
+    """A file that is not a checkpoint, or is incomplete or damaged."""
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Everything a file holds, on the CPU: tensors and plain values, and no more bytes than the file has.
+    """The content of a file, on the CPU: tensors and plain values, with no more bytes than the file.
 
     Raises:
-        DamagedCheckpoint: if it is damaged, or holds more than that.
-        UserError: if it cannot be read.
+        DamagedCheckpoint: if the file is damaged, or holds anything else.
+        UserError: if the file is missing, a folder, or not readable.
 
     """
     if os.path.isdir(path):
-        raise UserError(f"--checkpoint {path}: that is a folder", "name a file; of a run, its best.pt")
+        raise UserError(f"--checkpoint {path}: is a folder", "give a file, such as best.pt in a run's folder")
     if not os.path.isfile(path):
-        raise UserError(f"--checkpoint {path}: there is no such file", "name a file that training or torch.save wrote")
+        raise UserError(f"--checkpoint {path}: file not found", "give a file written by train or torch.save")
     if not os.access(path, os.R_OK):
-        raise UserError(f"--checkpoint {path}: you may not read it", "ask its owner, or name another file")
+        raise UserError(f"--checkpoint {path}: permission denied", "make it readable, or use another file")
     try:
         return _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     except untrusted.Refused as error:
         raise DamagedCheckpoint(f"--checkpoint {path}: {error.message}", error.advice) from None
-    except Exception as error:  # unpicklers, zip readers and safetensors raise dozens of kinds
-        reason = "it does not fit the memory" if isinstance(error, MemoryError) else ""
+    except Exception as error:  # unpicklers, zip readers and safetensors raise dozens of types
+        reason = "out of memory" if isinstance(error, MemoryError) else ""
         refused = untrusted.unsafe(reason)
         raise DamagedCheckpoint(f"--checkpoint {path}: {refused.message}", refused.advice) from None
 
@@ -73,7 +74,7 @@ def _read_torch(path: Path) -> dict[str, Any]:
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
-    """Tensors under "model"; beside them, what an export of ours says about them."""
+    """Tensors under "model", with the metadata of files that this program exported."""
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
@@ -88,9 +89,9 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Weights:
-    """A classifier's weights as found in a file, and what the file says about them (None where it is silent).
+    """A classifier's weights in a file, and the file's metadata (None where missing).
 
-    `side` is what its evaluations judged at.
+    `side` is the image size of its evaluations, pixels.
     """
 
     state: dict[str, Tensor]
@@ -104,10 +105,10 @@ class Weights:
 
 
 def read_weights(path: Path) -> Weights:
-    """The weights in a checkpoint of ours, of the original code, or in a plain state dict.
+    """The weights in a checkpoint of this program, of the original code, or in a plain state dict.
 
     Raises:
-        UserError: if the file holds no classifier's weights.
+        UserError: if the file has no classifier weights.
 
     """
     content = load(path)
@@ -116,7 +117,7 @@ def read_weights(path: Path) -> Weights:
         return _read_ours(path, content)
     if isinstance(kind, str) and kind.startswith("fast_spatial "):
         raise UserError(
-            f"--checkpoint {path}: its format is {some([kind])}, this version reads {FORMAT}",
+            f"--checkpoint {path}: its format is {some([kind])}, but this version reads {FORMAT}",
             "use the version of the program that wrote it",
         )
     return _read_others(path, content)
@@ -127,7 +128,7 @@ def _read_ours(path: Path, content: dict[str, Any]) -> Weights:
     config = todays_names(config) if isinstance(config, dict) else {}
     side, blurpool = config.get("eval_size") or config.get("image_size"), config.get("blurpool", False)
     mean, std = content.get("mean", classifier.IMAGENET_MEAN), content.get("std", classifier.IMAGENET_STD)
-    unnamed = classes is None and path.suffix == ".safetensors"  # an export of weights that came without names
+    unnamed = classes is None and path.suffix == ".safetensors"  # an export of weights without class names
     right = {
         "model": isinstance(state, dict) and all(isinstance(name, str) for name in state),
         "arch": isinstance(arch, str) and arch in classifier.known_archs(),
@@ -138,14 +139,15 @@ def _read_ours(path: Path, content: dict[str, Any]) -> Weights:
     }
     if not all(right.values()):
         raise UserError(
-            f"--checkpoint {path}: missing or not as this program writes it: "
-            f"{', '.join(name for name, well in right.items() if not well)}",
+            f"--checkpoint {path}: missing or invalid: {', '.join(name for name, well in right.items() if not well)}",
             "use another checkpoint",
         )
     assert isinstance(state, dict)
     others = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if others:
-        raise UserError(f"--checkpoint {path}: its model holds other than tensors: {some(others)}", "use another one")
+        raise UserError(
+            f"--checkpoint {path}: its model has entries that are not tensors: {some(others)}", "use another checkpoint"
+        )
     num_classes = _outputs(path, state) if classes is None else len(classes)
     return Weights(state, num_classes, arch, classes and tuple(classes), side, blurpool, tuple(mean), tuple(std))
 
@@ -181,7 +183,7 @@ def _read_others(path: Path, content: dict[str, Any]) -> Weights:
             )
             if not _is_normalization(mean, std):
                 raise UserError(
-                    f"--checkpoint {path}: its module.normalizer holds no mean and deviation of three colours",
+                    f"--checkpoint {path}: its module.normalizer has no valid mean and deviation of three channels",
                     "use another checkpoint",
                 )
         state = {k.removeprefix("module.model."): v for k, v in state.items() if k.startswith("module.model.")}
@@ -191,34 +193,36 @@ def _read_others(path: Path, content: dict[str, Any]) -> Weights:
 
 
 def _outputs(path: Path, state: dict[Any, Any]) -> int:
-    """The number of outputs: rows of the last tensor of what torchvision calls a head."""
+    """The number of outputs: rows of the last tensor of a torchvision head."""
     names = [name for name in state if isinstance(name, str)]
     heads = [name for name in names if name.split(".", maxsplit=1)[0] in ("fc", "classifier", "head", "heads")]
     last = max(heads, key=lambda name: [(part.isdigit(), part.zfill(3)) for part in name.split(".")], default="")
     shape = state[last].shape if last and isinstance(state[last], Tensor) else ()
     if not shape or not shape[0]:
         raise UserError(
-            f"--checkpoint {path}: holds no weights of a classifier (its keys: {some(names)})",
-            "expected the state_dict() of a torchvision classifier, by itself or under model or state_dict",
+            f"--checkpoint {path}: no classifier weights found (keys: {some(names)})",
+            "expected the state_dict() of a torchvision classifier, at the top level or under model or state_dict",
         )
     return int(shape[0])
 
 
 def build_classifier(path: Path, weights: Weights, arch: str) -> Classifier:
-    """The classifier with these weights, in float32; `arch` is what was asked for, or empty.
+    """The classifier with these weights, in float32; `arch` is the requested architecture, or empty.
 
     Raises:
-        UserError: if the weights are of another architecture, or no finite numbers.
+        UserError: if the weights are of another architecture, or are NaN or inf.
 
     """
     if arch and weights.arch and arch != weights.arch:
-        raise UserError(f"--checkpoint {path}: it is a {weights.arch}, not a {arch}", "leave --arch away")
+        raise UserError(f"--checkpoint {path}: contains a {weights.arch}, but --arch is {arch}", "remove --arch")
     arch = arch or weights.arch or DEFAULT_ARCH
     differences = _differences(weights.state, classifier.shapes_of(arch, weights.num_classes).state_dict())
     if differences:
-        advice = "the file contradicts itself; use another one" if weights.arch else "name the right one with --arch"
+        advice = (
+            "the file is inconsistent; use another checkpoint" if weights.arch else "set --arch to its architecture"
+        )
         raise UserError(
-            f"--checkpoint {path}: these are not the weights of a {arch} with {weights.num_classes} classes",
+            f"--checkpoint {path}: the weights do not match {arch} with {weights.num_classes} classes",
             f"{differences}; {advice}",
         )
     net: nn.Module = classifier.build(arch, weights.num_classes)
@@ -228,20 +232,20 @@ def build_classifier(path: Path, weights: Weights, arch: str) -> Classifier:
     broken = [name for name, value in net.state_dict().items() if not torch.isfinite(value).all()]
     if broken:
         raise UserError(
-            f"--checkpoint {path}: some of its weights are not finite numbers: {some(broken)}",
+            f"--checkpoint {path}: some weights are NaN or inf: {some(broken)}",
             "the training diverged, or the file is damaged; use another checkpoint",
         )
     return Classifier(net, weights.mean, weights.std)
 
 
 def set_weights(net: nn.Module, state: dict[str, Tensor]) -> None:
-    """Copy a state into a network that has the same names; `load_state_dict` of some wants a version beside them."""
+    """Copy a state into a network of the same names; some networks' `load_state_dict` also needs a version entry."""
     for name, value in net.state_dict().items():
         value.copy_(state[name])
 
 
 def _differences(found: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
-    """What is missing, unexpected, of another shape or another type, the first of each by name; empty if nothing."""
+    """Tensors that are missing, unexpected, of another shape or type: the first names of each; empty if none."""
     both = [name for name in expected if name in found]
     kinds = {
         "missing": [name for name in expected if name not in found],

@@ -1,4 +1,4 @@
-"""A moving average of a network's weights, to be judged and kept instead of the weights themselves."""
+"""EMA (exponential moving average) of a network's weights, evaluated and saved instead of the weights."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from fast_spatial.models.classifier import Classifier
 
 
 class WeightEma:
-    """After every step, average = decay * average + (1 - decay) * weights; it begins as the weights it is given.
+    """After each step, average = decay * average + (1 - decay) * weights; it starts from the initial weights.
 
-    BatchNorm's running means and variances are averaged in the same way, so that they belong to the averaged weights as
-    well as those of the last steps did to theirs; counts (integers) are copied.
+    BatchNorm's running means and variances are averaged in the same way, so that they match the averaged weights.
+    Integer counters are copied.
 
     Attributes:
-        model: a classifier under the averaged weights.
+        model: a classifier with the averaged weights.
 
     """
 
@@ -31,11 +31,11 @@ class WeightEma:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the weights of a step."""
+        """Update the average after a step."""
         torch._foreach_lerp_(self._averages, self._weights, 1 - self._decay)
         for count, current in self._counts:
             count.copy_(current)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averaged weights, under the network's names."""
+        """The averaged weights, with the network's names."""
         return self.model.net.state_dict()

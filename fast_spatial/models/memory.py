@@ -14,7 +14,7 @@ _GIB = 1 << 30
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """What a process will hold at its peak, in GiB (weights with their gradients and momentum; saved activations)."""
+    """Peak memory of a process in GiB: weights with gradients and momentum, saved activations, and views."""
 
     weights_gib: float
     activations_gib: float
@@ -29,12 +29,16 @@ class MemoryEstimate:
 def estimate(
     arch: str, num_classes: int, side: int, batch: int, grad_accum_steps: int, views: int, half: bool
 ) -> MemoryEstimate:
-    """Estimate from one forward pass on shapes alone.
+    """Estimate from one forward pass on the meta device.
 
     Args:
-        batch: images per step and process; `grad_accum_steps` parts of it are trained on one after the other.
-        views: views of each image that the loader holds (uint8), in three batches.
-        half: whether activations are 16 bits wide.
+        arch: torchvision name of the network.
+        num_classes: outputs of the network.
+        side: image size, pixels.
+        batch: images per step and process.
+        grad_accum_steps: micro-batches per step.
+        views: views per image; the loader holds three batches of them as uint8.
+        half: whether activations have 16 bits.
 
     """
     saved: dict[int, int] = {}

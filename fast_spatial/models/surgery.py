@@ -1,4 +1,4 @@
-"""Changes to a network that keep its names and weights: BatchNorm over groups, BlurPool, wider maps."""
+"""Changes to a network that keep its parameters: ghost BatchNorm, BlurPool, padded feature maps."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch.nn.functional import avg_pool2d, batch_norm, pad
 
 
 class GroupedBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm over groups of images, as 8-GPU DataParallel had it: running statistics from the first group."""
+    """Ghost BatchNorm, as in 8-GPU DataParallel: groups of images; running statistics from the first group."""
 
     group_size = 0
 
@@ -23,7 +23,7 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
 
 
 def group_batch_norm(net: nn.Module, group_size: int) -> None:
-    """Make every BatchNorm2d of a network normalize over groups of `group_size` images while training."""
+    """Make every BatchNorm2d of a network normalize over groups of `group_size` images in training."""
     for module in net.modules():
         if type(module) is nn.BatchNorm2d:
             module.__class__ = GroupedBatchNorm2d
@@ -31,9 +31,9 @@ def group_batch_norm(net: nn.Module, group_size: int) -> None:
 
 
 def blur_before_strides(net: nn.Module) -> None:
-    """Blur what every convolution with a stride takes (BlurPool), the first one of few channels excepted.
+    """Blur the input of every strided convolution with at least 16 input channels (BlurPool).
 
-    The network's names and weights stay the same: a checkpoint must say that it was trained so.
+    Parameter names and shapes stay the same, so a checkpoint must record that its network blurs.
     """
     for module in net.modules():
         if isinstance(module, nn.Conv2d) and max(module.stride) > 1 and module.in_channels >= 16:
@@ -41,25 +41,25 @@ def blur_before_strides(net: nn.Module) -> None:
 
 
 def has_blurpool(net: nn.Module) -> bool:
-    """Whether a network blurs before its strides."""
+    """Whether a network blurs before strided convolutions."""
     return any(_blur in module._forward_pre_hooks.values() for module in net.modules())
 
 
 def _blur(_: nn.Module, inputs: tuple[Tensor]) -> Tensor:
-    """The binomial filter [1, 2, 1] x [1, 2, 1] / 16, zeros outside: two means over 2 x 2."""
+    """The binomial filter [1, 2, 1] x [1, 2, 1] / 16 with zero padding, as two 2 x 2 means."""
     return avg_pool2d(avg_pool2d(inputs[0], 2, stride=1, padding=1), 2, stride=1)
 
 
 def widen_before_strides(net: nn.Module) -> None:
-    """Let no convolution with a stride take maps narrower than it: columns of zeros are added, and nothing changes.
+    """Pad feature maps narrower than a convolution's stride with columns of zeros; the outputs do not change.
 
-    For training in bfloat16 on CPUs: oneDNN (3.12, with AVX-512) leaves chance in the gradient of such a convolution's
-    weights, up to 1e38 where 0 is right, for those that meet nothing but padding. ResNet-18's fourth layer at a side
-    of 16 is one. A network that blurs must blur first.
+    For bfloat16 training on CPUs. There, oneDNN 3.12 (AVX-512) leaves random values, up to 1e38, in the gradient of
+    weights that see only padding; 0 is correct. ResNet-18's fourth layer at image size 16 is an example. BlurPool must
+    be added first.
     """
     for conv in [m for m in net.modules() if isinstance(m, nn.Conv2d) and m.stride[1] > 1]:
-        # One pixel stays one pixel where the padding is half of the kernel, as in all of torchvision's networks (but
-        # for AlexNet's first layer, which can take no map so narrow).
+        # An output of one pixel stays one pixel if the padding is half of the kernel. This holds for all torchvision
+        # networks except AlexNet's first layer, which cannot take maps this narrow.
         if conv.kernel_size[1] == 2 * int(conv.padding[1]) + 1 > 1:
             conv.register_forward_pre_hook(_widen)
 

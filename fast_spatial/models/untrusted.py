@@ -1,8 +1,8 @@
-"""Files of torch.save that strangers wrote: what they may ask for, checked before and after torch reads them.
+"""Untrusted torch.save files: checked before and after torch reads them.
 
-torch.load(weights_only=True) runs no foreign code, but it believes what a file claims: a few bytes make it allocate
-gigabytes, print an exponential structure, or overflow the stack while it hashes a key. So only the few instructions
-that torch.save needs for tensors and plain values get through.
+torch.load(weights_only=True) runs no foreign code, but trusts the sizes and structures in a file. A few bytes can make
+it allocate gigabytes, print an exponential structure, or overflow the stack while hashing a key. So only the pickle
+opcodes that torch.save needs for tensors and plain values are accepted.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from torch import Tensor
 from fast_spatial.errors import UserError
 from fast_spatial.pipelines.text import some
 
-_LEGACY_PICKLES = 5  # of torch.save before 1.6: magic number, version, machine, content, keys of the storages
-_DEEPEST = 32  # levels of values
-_LONGEST = 2**22  # instructions of a pickle; a checkpoint has 35 per tensor
-# What a pickle may call. A call is written as REDUCE, on a name written as GLOBAL.
+_LEGACY_PICKLES = 5  # in a file of torch < 1.6: magic number, version, machine, content, storage keys
+_DEEPEST = 32  # levels of nesting
+_LONGEST = 2**22  # opcodes of a pickle; a checkpoint has 35 per tensor
+# The names that a pickle may import (GLOBAL) and call (REDUCE).
 _CALLABLE = {
     "collections OrderedDict",
     "torch Size",
@@ -34,31 +34,31 @@ _CALLABLE = {
 }
 _ATOMS = {"NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE"}
 _ATOMS |= {"SHORT_BINSTRING"}
-# Values that an instruction takes from the stack to push one; those of _TO_MARK take what lies above the mark, too.
+# Number of values that an opcode pops before it pushes one. Those of _TO_MARK also pop all values above the mark.
 _TAKES = {"EMPTY_LIST": 0, "EMPTY_DICT": 0, "EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "BINPERSID": 1}
 _TAKES |= {"APPEND": 2, "SETITEM": 3, "REDUCE": 2, "BUILD": 2}
 _TO_MARK = {"TUPLE": 0, "APPENDS": 1, "SETITEMS": 1}
-_EXPECTED = "expected a file written by torch.save that holds tensors and plain values, or .safetensors"
+_EXPECTED = "use a .safetensors file, or a torch.save file that holds only tensors and plain values"
 _PLAIN = (str, int, float, bool, type(None), torch.device, torch.dtype)
 
 
 class Refused(UserError):
-    """What is wrong with a file, and what to do; whoever asked for the file names it."""
+    """The error of a rejected file; the caller adds its path."""
 
 
 def unsafe(reason: str = "") -> Refused:
-    """The refusal of a file that is no checkpoint, or asks for more than one does."""
-    return Refused(f"not a checkpoint that can be read safely{reason and f': {reason}'}", _EXPECTED)
+    """The error for a file that is not a checkpoint, or has more in it than a checkpoint needs."""
+    return Refused(f"unsafe or damaged checkpoint{reason and f': {reason}'}", _EXPECTED)
 
 
 def check_file(path: Path) -> None:
-    """Raise a Refused that says what is wrong if a file is damaged or asks for what torch.save does not need."""
+    """Raise a Refused if a file is damaged, or uses more of the format than torch.save needs."""
     with path.open("rb") as file:
         if file.read(4) == b"PK\x03\x04":
             try:
                 archive = zipfile.ZipFile(file)
             except zipfile.BadZipFile:
-                raise unsafe("it is damaged, or cut short") from None
+                raise unsafe("it is damaged or truncated") from None
             size = path.stat().st_size
             if archive.comment or archive.start_dir != _directory_offset(file, size):
                 raise unsafe("it is more than one zip archive, or damaged")
@@ -70,9 +70,9 @@ def check_file(path: Path) -> None:
 
 
 def _directory_offset(file: IO[bytes], size: int) -> int:
-    """Where a zip archive says its directory starts: zipfile looks elsewhere if other bytes precede, torch does not."""
+    """Offset of a zip archive's directory by its own record. zipfile corrects it for leading bytes; torch does not."""
     file.seek(max(0, size - 98))
-    tail = file.read()[-98:]  # the end record of 22 bytes, in large files after one of 56 and its locator of 20
+    tail = file.read()[-98:]  # the end record, 22 bytes; in large files after another of 56 and its locator of 20
     if tail[-42:-38] == b"PK\x06\x07":
         (at,) = struct.unpack("<Q", tail[-34:-26])
         return int(struct.unpack("<Q", tail[48:56])[0]) if at == size - 98 else -1
@@ -80,10 +80,10 @@ def _directory_offset(file: IO[bytes], size: int) -> int:
 
 
 def _check_archive(archive: zipfile.ZipFile, size: int) -> None:
-    """Records are stored as they are, fit the file, and match their checksums, which torch does not look at."""
+    """Check that records are uncompressed, fit the file, and match their checksums; torch ignores the checksums."""
     records = archive.infolist()
     if len({record.filename for record in records}) < len(records):
-        raise unsafe("it has two records of one name")
+        raise unsafe("it has two records with the same name")
     if any(record.filename.endswith("constants.pkl") for record in records):
         raise unsafe("it is a TorchScript program; save the state_dict() of its module")
     if any(record.compress_type != zipfile.ZIP_STORED for record in records):
@@ -93,7 +93,7 @@ def _check_archive(archive: zipfile.ZipFile, size: int) -> None:
     for record in records:
         name = record.filename.partition("/")[2]  # without the name of the file
         if not record.CRC:
-            del record.CRC  # torch.save was told to leave checksums away
+            del record.CRC  # torch.save can omit checksums
         try:
             with archive.open(record) as stream:
                 if name.endswith(".pkl"):
@@ -103,21 +103,22 @@ def _check_archive(archive: zipfile.ZipFile, size: int) -> None:
         except (zipfile.BadZipFile, EOFError) as error:
             what = "checksum" if "CRC" in str(error) else "header"
             raise Refused(
-                f"damaged: its record {some([name])} does not match its {what}", "copy it again, or use another one"
+                f"damaged: its record {some([name])} does not match its {what}",
+                "copy it again, or use another checkpoint",
             ) from None
 
 
 def check_pickle(file: IO[bytes]) -> None:
-    """Raise a Refused at the first instruction that tensors and plain values do not need; leaves the rest unread.
+    """Raise a Refused at the first opcode that tensors and plain values do not need; the rest is not read.
 
-    It follows the stack, but builds nothing: a value is "atom", "flat" (a tuple of atoms and names), "other", or the
-    name itself ("module name").
+    It simulates the stack without building objects. A value is "atom", "empty" or "flat" (a tuple of atoms and names),
+    "other", or an imported name itself ("module name").
     """
     frames: list[list[str]] = [[]]  # a stack per open mark
     memo: dict[int, str] = {}
     for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
         if count == _LONGEST:
-            raise unsafe("its pickle has more instructions than a checkpoint needs")
+            raise unsafe("its pickle has more opcodes than a checkpoint needs")
         name, stack = opcode.name, frames[-1]
         if name in _ATOMS:
             stack.append("atom")
@@ -138,9 +139,9 @@ def check_pickle(file: IO[bytes]) -> None:
             start = len(stack) - _TO_MARK[name]
             stack[start:] = [_result(name, stack[start:] + above)]
         elif name == "PROTO" and argument != 2:
-            raise unsafe(f"it was saved with pickle_protocol={argument}, of which torch reads little; 2 is usual")
+            raise unsafe(f"it was saved with pickle_protocol={argument}; only 2, torch.save's default, is supported")
         elif name not in ("PROTO", "STOP"):
-            raise unsafe(f"it holds more than tensors and plain values: pickle's {name}")
+            raise unsafe(f"unexpected pickle opcode {name}")
 
 
 def _known_name(name: str) -> str:
@@ -149,12 +150,12 @@ def _known_name(name: str) -> str:
         attribute.endswith("Storage") or isinstance(getattr(torch, attribute, None), torch.dtype)
     )
     if name not in _CALLABLE and not data_type:
-        raise unsafe(f"it asks for {some([name.replace(' ', '.')])}")
+        raise unsafe(f"its pickle imports {some([name.replace(' ', '.')])}")
     return name
 
 
 def _result(name: str, taken: list[str]) -> str:
-    """What an instruction makes of what it takes; keys and callees are no structures, which could be endless."""
+    """The value that an opcode pushes for the popped ones. Nested keys and callees are refused: they may be endless."""
     right = True
     if name == "REDUCE":
         right = taken[0] in _CALLABLE and (taken[0] != "collections OrderedDict" or taken[1] == "empty")
@@ -163,14 +164,14 @@ def _result(name: str, taken: list[str]) -> str:
     elif name == "BINPERSID":
         right = taken == ["flat"]
     if not right:
-        raise unsafe(f"its pickle is none of torch.save's: {name}")
+        raise unsafe(f"unexpected operands of pickle opcode {name}")
     if name == "EMPTY_TUPLE":
         return "empty"
     return "flat" if name.startswith("TUPLE") and all(kind == "atom" or " " in kind for kind in taken) else "other"
 
 
 def check_content(content: Any, size: int) -> None:
-    """Raise a Refused if what a file of `size` bytes held is more than tensors, backed by its bytes, and values."""
+    """Raise a Refused unless a file of `size` bytes holds plain values, and tensors with no more bytes than that."""
     storages: dict[int, int] = {}
     seen: set[int] = set()
     layer = [content]
@@ -182,16 +183,16 @@ def check_content(content: Any, size: int) -> None:
                 storage = value.untyped_storage()
                 storages[storage.data_ptr()] = storage.nbytes()
                 if value.numel() * value.element_size() > storage.nbytes():
-                    raise unsafe(f"a tensor claims {list(value.shape)} numbers and holds {storage.nbytes()} bytes")
+                    raise unsafe(f"a tensor claims the shape {list(value.shape)}, but has {storage.nbytes()} bytes")
             elif isinstance(value, dict):
-                attributes = getattr(value, "__dict__", {})  # of an OrderedDict; they could hide its methods
+                attributes = getattr(value, "__dict__", {})  # an OrderedDict's could hide its methods
                 if attributes.keys() - {"_metadata"}:
                     raise unsafe("a dictionary has attributes")
                 layer += [*value.values(), *attributes.values()]
             elif isinstance(value, (list, tuple)):
                 layer += value
             elif not isinstance(value, _PLAIN):
-                raise unsafe(f"it holds more than tensors and plain values: {type(value).__name__}")
+                raise unsafe(f"it holds a {type(value).__name__}, which is neither a tensor nor a plain value")
     if layer:
         raise unsafe("its values are nested too deeply")
     if sum(storages.values()) > size:

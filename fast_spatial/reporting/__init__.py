@@ -1,1 +1,1 @@
-"""The report of runs: from what they left in their folders to a page of tables and figures."""
+"""The report of runs: from the files in their folders to a page of tables and figures."""

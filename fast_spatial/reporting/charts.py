@@ -1,7 +1,7 @@
-"""Charts as SVG, made of text: lines, heat maps. No scripts, no files beside; colours follow the page (`STYLE`).
+"""Charts as SVG text: lines and heat maps, without scripts or other files. Colours follow the page (`STYLE`).
 
-A chart is 400 units wide, which is what a telephone shows; pages put several side by side. Lines differ in colour (of
-Okabe and Ito's palette for the colour-blind, brighter on a dark page), dashes and marks; heat maps use cividis.
+A chart is 400 units wide, the width of a phone; pages show several side by side. Lines differ in colour (Okabe and
+Ito's palette for the colour-blind, brighter on a dark page), dashes and marks. Heat maps use cividis.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ WIDTH = 400
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 14, 24, 40
 _PLOT_HEIGHT = 190
 _LEGEND_LINE = 17.0
-# Of letters at the charts' size, in units: as wide as they come, so that nothing is clipped.
+# Width of a letter at the charts' font size, in units. It is an upper bound, so that no text is clipped.
 _LETTER = 6.2
 
 _DASHES = ("", "7 3", "2 3", "9 3 2 3", "12 4", "4 2")
@@ -53,7 +53,7 @@ svg .wrong { fill: #000; }
 
 @dataclass(frozen=True)
 class Series:
-    """One line: its points (x, y), by rising x, and the limits (low, high) of each, if it has a band.
+    """One line: its points (x, y), by rising x, and optionally a band: the limits (low, high) of each point.
 
     Series of the same style share one entry of the legend.
     """
@@ -76,12 +76,12 @@ def line_chart(
     """Lines over one pair of axes; labels hold the units.
 
     Args:
-        title: for those who hear the page; those who see it read the caption beside the chart.
+        title: text for screen readers; the page shows the caption beside the chart.
         x_label: below the axis.
         y_label: above the axis.
         series: at least one, with at least one point.
         x_ticks: by default round numbers.
-        y_range: of the axis; by default that of the values.
+        y_range: range of the y axis; by default that of the values.
 
     """
     xs = [x for one in series for x, _ in one.points]
@@ -106,7 +106,7 @@ def line_chart(
 
 @dataclass(frozen=True)
 class Scale:
-    """What colours mean: from `low` to `high`, in `LEVELS` steps; what lies outside takes the last colour."""
+    """The colour scale, from `low` to `high` in `LEVELS` steps. Values outside get the nearest end's colour."""
 
     low: float
     high: float
@@ -135,16 +135,16 @@ def heat_map(
     """Cells coloured by value, the first row on top.
 
     Args:
-        title: for those who hear the page.
+        title: text for screen readers.
         x_label: below the axis.
         y_label: above the axis.
         values: rows of cells.
-        scale: of the colours; drawn below as a bar.
+        scale: the colour scale; drawn below as a bar.
         x_ticks: (column, text); column 0 is the middle of the first cell.
         y_ticks: (row, text), likewise.
-        row_height: in units.
+        row_height: height of a row in units.
         marked: (row, column) of cells that get a dot.
-        rows_per_group: a line after every so many rows; 0: none.
+        rows_per_group: number of rows between separating lines; 0: no lines.
 
     """
     rows, columns = len(values), len(values[0])
@@ -152,7 +152,7 @@ def heat_map(
     cells: dict[int, list[str]] = {}
     for r, row in enumerate(values):
         top, below = _n(_TOP + r * row_height), _n(_TOP + (r + 1) * row_height)
-        # Neighbours of one colour are one rectangle, which is smaller; edges are absolute, so that none leaves a gap.
+        # Neighbours of one colour share a rectangle, which saves space. Edges are absolute, so that no gaps remain.
         levels = [scale.level(value) for value in row]
         for level, neighbours in itertools.groupby(range(columns), key=levels.__getitem__):
             run = list(neighbours)
@@ -199,7 +199,7 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
 
 @dataclass(frozen=True)
 class _Axis:
-    """From values to places on the page."""
+    """Maps values to coordinates on the page."""
 
     low: float
     high: float
@@ -212,7 +212,7 @@ class _Axis:
 
 
 def _around(low: float, high: float) -> tuple[float, float]:
-    """A range with room above and below, that starts at 0 where the values come near it."""
+    """The range of the values with a margin above and below; it starts at 0 if the values come near 0."""
     room = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
     return (0.0 if 0 <= low < (high - low) else low - room), high + room
 
@@ -234,7 +234,7 @@ def _axes(x: _Axis, y: _Axis, x_label: str, y_label: str, x_ticks: Sequence[floa
 
 
 def _legend(series: Sequence[Series], top: float) -> tuple[str, float]:
-    """Entries one after the other, as many in a line as fit; and their height."""
+    """The legend's entries, wrapped into lines; and their height."""
     names = {one.style: one.name for one in reversed(series)}
     parts, x, y = [], float(_LEFT), top + 12
     for style, name in sorted(names.items()):
@@ -274,7 +274,7 @@ def _mark(style: int, x: float, y: float) -> str:
 
 
 def _path(points: Sequence[tuple[float, float]], x: _Axis, y: _Axis) -> str:
-    """A line through the points, with a gap where a value is no number."""
+    """A line through the points, with a gap at every NaN."""
     found, pen = [], "M"
     for px, py in points:
         if not math.isfinite(py):

@@ -1,4 +1,4 @@
-"""Where runs differ from the recipe of the published table: by options, and in ways that are built in."""
+"""Deviations from the recipe of the published table: by options, and built in."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ BUILT_IN = (
     ),
     ("the worst view is judged by the folded twin", "by the model itself", "folding is exact up to rounding"),
 )
-# What a row of the table is, not how it deviates.
+# Options that define a row of the table; they are not deviations.
 _OF_ROWS = ("mode", "degrees", "translate_px", "seed")
 _IN_WORDS: dict[str, dict[Any, str]] = {
     "max_classes": {0: "all"},
@@ -56,11 +56,11 @@ _IN_WORDS: dict[str, dict[Any, str]] = {
 def options(
     configs: Mapping[str, TrainConfig], epochs: Mapping[str, float] | None = None
 ) -> list[tuple[str, str, str]]:
-    """(flag, the reference's value, each other value and whose it is) of the options that decide numbers.
+    """(flag, the reference's value, other values with their rows) of the options that change a run's numbers.
 
     Args:
-        configs: by the name of the row.
-        epochs: that were trained for, by the name of the row; default the recipes'.
+        configs: configurations by the name of the row.
+        epochs: trained epochs by the name of the row; by default the recipe's.
 
     """
     reference = {**identity(TrainConfig(data="-", out="-", mode="standard")), "dtype": "float32"}

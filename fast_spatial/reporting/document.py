@@ -1,6 +1,6 @@
-"""A document of sections, written once and shown twice: as a page of its own, and as Markdown.
+"""A document of sections, with two outputs: a self-contained HTML page, and Markdown.
 
-Texts may hold `code`, and the limits of intervals in [brackets], which are not broken over lines.
+Texts may contain `code`, and limits of intervals in [brackets], which are kept on one line.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fast_spatial.reporting.charts import STYLE as CHART_STYLE
 from fast_spatial.reporting.statistics import Interval
 from fast_spatial.runtime.text import aligned
 
-# What stands where there is no number.
+# The placeholder of a missing number.
 DASH = "–"
 
 
@@ -29,7 +29,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under a head; the first `text_columns` are text, the others numbers.
+    """Rows under a head. The first `text_columns` columns are text, the others numbers.
 
     Rows whose first cell begins with a space belong to the row above.
     """
@@ -63,7 +63,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class Card:
-    """Pictures of one thing, side by side, and what is to be said about them."""
+    """Pictures of one subject, side by side, and their description."""
 
     pictures: Sequence[tuple[Path, str]]
     caption: str
@@ -82,14 +82,14 @@ Block = Text | Table | Code | Figures | Pictures
 
 @dataclass(frozen=True)
 class Section:
-    """A headline and what stands below it."""
+    """A headline and its blocks."""
 
     title: str
     blocks: Sequence[Block]
 
 
 def to_html(title: str, sections: Sequence[Section]) -> str:
-    """One page that needs nothing but itself."""
+    """One self-contained HTML page."""
     contents = "".join(f'<a href="#{_anchor(s.title)}">{_inline(s.title)}</a>' for s in sections)
     body = "".join(
         f'<section id="{_anchor(s.title)}"><h2>{_inline(s.title)}</h2>{"".join(map(_block_html, s.blocks))}</section>\n'
@@ -105,7 +105,7 @@ def to_html(title: str, sections: Sequence[Section]) -> str:
 
 
 def to_markdown(title: str, sections: Sequence[Section]) -> str:
-    """The same without its pictures, which are named."""
+    """The same document as Markdown, which names the pictures instead of showing them."""
     lines = [f"# {title}"]
     for section in sections:
         lines += ["", f"## {section.title}"]
@@ -115,7 +115,7 @@ def to_markdown(title: str, sections: Sequence[Section]) -> str:
 
 
 def percent(interval: Interval | None) -> str:
-    """A share in percent, and its limits: "71.3 [70.9, 71.7]"."""
+    """A share in percent with its limits: "71.3 [70.9, 71.7]"."""
     if interval is None:
         return DASH
     value, low, high = (f"{100 * v:.1f}" for v in interval)
@@ -123,7 +123,7 @@ def percent(interval: Interval | None) -> str:
 
 
 def points(interval: Interval | None) -> str:
-    """A difference of shares in percentage points, and its limits, with their signs."""
+    """A difference of shares in percentage points, with its limits, all with signs."""
     if interval is None:
         return DASH
     value, low, high = (signed(100 * v, ".1f", plus=True) for v in interval)
@@ -131,7 +131,7 @@ def points(interval: Interval | None) -> str:
 
 
 def signed(value: float, layout: str = ".3g", *, plus: bool = False) -> str:
-    """A number with a minus sign that is one; what is shown as zero has no sign."""
+    """A number with a typographic minus sign; a number that is shown as zero has no sign."""
     text = format(abs(value), layout)
     if float(text) == 0:
         return text

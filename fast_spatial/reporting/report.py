@@ -17,12 +17,13 @@ def write_report(folders: Sequence[Path], out: Path, price: float = 0.0) -> None
     """Write report.html and report.md of the runs in these folders.
 
     Args:
-        folders: of `train` or `reproduce`.
-        out: where to; created.
-        price: of a GPU-hour; 0: not told.
+        folders: output folders of `train` or `reproduce`.
+        out: the folder for the report; created.
+        price: price of a GPU-hour; 0: unknown.
 
     Raises:
-        ValueError: if a folder holds no run, or the report cannot be written.
+        UserError: if a folder contains no run.
+        OSError: if the report cannot be written.
 
     """
     rows = rows_of(find_runs(folders))

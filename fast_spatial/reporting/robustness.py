@@ -1,6 +1,6 @@
-"""What a report says about robustness: curves over the limits, maps over angle and translation, the worst views.
+"""The report's sections on robustness: curves over the limits, maps over angle and translation, the worst views.
 
-All of it comes from the landscapes that `launch.py landscape` left beside the runs.
+The data are the landscapes that `launch.py landscape` wrote into the folders of the runs.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from fast_spatial.reporting.document import Block, Card, Figure, Figures, Pictur
 from fast_spatial.reporting.runs import Row
 from fast_spatial.reporting.statistics import Interval, mean, wilson
 
-# From the untouched image to the limit: of angles, of translations.
+# Grid steps from the untouched image to the limit: of angles, of translations.
 _STEPS = (GRID_ANGLES // 2, GRID_SHIFTS // 2)
-# (caption, whether the limit is the angles', whether all of the other kind are judged too, right on every view or mean)
+# (caption, whether the limit varies over angles, whether all views of the other kind are included, every view or mean)
 _CURVES = (
     ("Right on every view: rotations alone", True, False, True),
     ("Right on every view: rotations, all translations", True, True, True),
@@ -49,7 +49,7 @@ def curves(rows: Sequence[Row]) -> list[Block]:
             points = [(limit, 100 * one.value) for limit, one in zip(limits, curve)]
             series.append(Series(name, points, style, [(100 * one.low, 100 * one.high) for one in curve]))
         x_label = "angle limit, degrees" if of_angles else "translation limit, px at side 224"
-        marks = None if of_angles else limits  # of which there are but three
+        marks = None if of_angles else limits  # translations have only three limits
         chart = line_chart(caption, x_label, "top-1 accuracy, %", series, x_ticks=marks, y_range=(0.0, 100.0))
         figures.append(Figure(caption, chart))
     columns = [(0, 0), (5, 0), (10, 0), (15, 0), (0, 1), (0, 2), (15, 2)]
@@ -95,7 +95,7 @@ class _Mapped(NamedTuple):
 
 
 def _mapped(rows: Sequence[Row]) -> tuple[list[_Mapped], str]:
-    """The landscapes of the first one's limits, and a sentence on those left out."""
+    """The landscapes with the same limits as the first, and a sentence on the others."""
     found = [
         _Mapped(row.name, run.landscape, style)
         for style, row in enumerate(rows)
@@ -125,7 +125,7 @@ def _subset(found: Sequence[_Mapped]) -> str:
 
 
 def no_landscape() -> str:
-    """What to say, and do, where no run has a landscape."""
+    """The text for runs without any landscape."""
     return (
         "No run here has a landscape: `launch.py landscape --checkpoint RUN/best.pt --data DATA --out RUN` makes one, "
         "and `launch.py report` shows it."
@@ -182,7 +182,7 @@ def _spread(samples: Sequence[dict[str, Any]], count: int) -> Sequence[dict[str,
 
 
 def _scale_of(losses: Sequence[NDArray[np.float32]], label: str) -> Scale:
-    """One scale for maps that are compared: up to the 98th percentile, made round."""
+    """One scale for maps that are compared: up to the 98th percentile, rounded."""
     values = np.concatenate([loss.ravel() for loss in losses])
     highest = max(float(np.percentile(values, 98)), 0.01)
     power = 10.0 ** math.floor(math.log10(highest))

@@ -1,4 +1,4 @@
-"""What runs left in their folders, read for a report; what is missing or damaged is said, not fatal."""
+"""Reads the folders of runs for a report. Missing or damaged files are reported, and not fatal."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class Run:
     """One training's folder.
 
     Attributes:
-        folder: where it is.
-        config: what was asked for.
-        starts: a record of every time that it was started (`environment.jsonl`).
+        folder: the run's folder.
+        config: the options of the training.
+        starts: a record of every start (`environment.jsonl`).
         log: a record per epoch and evaluation (`log.jsonl`).
-        evaluation: what `evaluate` wrote (`evaluation.json`), or None.
-        result: what `reproduce` wrote (`result.json`), or None.
-        landscape: what `launch.py landscape` wrote, or None.
-        problems: a sentence on everything that could not be read.
+        evaluation: the output of `evaluate` (`evaluation.json`), or None.
+        result: the output of `reproduce` (`result.json`), or None.
+        landscape: the output of `launch.py landscape`, or None.
+        problems: a sentence on every unreadable file.
 
     """
 
@@ -46,12 +46,12 @@ class Run:
 
     @property
     def epochs_done(self) -> float:
-        """Epochs that were trained for, as far as the log tells."""
+        """Trained epochs, according to the log."""
         return max((record["epoch"] for record in self.records("train")), default=0)
 
     @property
     def epochs(self) -> float:
-        """The recipe's epochs; those that were trained for, where a budget decided."""
+        """The recipe's epochs; with a budget, the trained epochs."""
         return self.epochs_done if self.records("segment") else self.config.epochs
 
     def records(self, event: str) -> list[dict[str, Any]]:
@@ -61,7 +61,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Row:
-    """Runs that differ in their seeds alone: one row of a table."""
+    """Runs that differ only in their seeds: one row of a table."""
 
     name: str
     runs: list[Run] = field(default_factory=list)
@@ -86,7 +86,7 @@ def find_runs(folders: Sequence[Path]) -> list[Run]:
     """The runs in folders of `train` and `reproduce`.
 
     Raises:
-        UserError: if one of them holds no run.
+        UserError: if one of them contains no run.
 
     """
     found: dict[Path, Run] = {}
@@ -94,14 +94,14 @@ def find_runs(folders: Sequence[Path]) -> list[Run]:
         files = [folder / CONFIG, *sorted(folder.glob(f"*/{CONFIG}")), *sorted(folder.glob(f"*/*/{CONFIG}"))]
         runs = {file.parent.resolve(): _read(file.parent) for file in files if file.is_file()}
         if not runs:
-            raise UserError(f"{folder}: it holds no run", "name the --out folder of train or reproduce")
+            raise UserError(f"{folder}: contains no run", "name the --out folder of train or reproduce")
         found.update(runs)
     return list(found.values())
 
 
 @dataclass(frozen=True)
 class Spent:
-    """A budget: what was asked for and planned (`plan.json`), and the seconds in use so far."""
+    """A budget: the request and its plan (`plan.json`), and the running time so far in seconds."""
 
     folder: Path
     plan: dict[str, Any]
@@ -109,7 +109,7 @@ class Spent:
 
 
 def find_budgets(folders: Sequence[Path]) -> list[Spent]:
-    """The budgets of folders of `train` and `reproduce`; those that cannot be read are left away."""
+    """The budgets of folders of `train` and `reproduce`, without unreadable ones."""
     found = []
     for folder in folders:
         try:
@@ -122,7 +122,7 @@ def find_budgets(folders: Sequence[Path]) -> list[Spent]:
 
 
 def rows_of(runs: Sequence[Run]) -> list[Row]:
-    """Runs sorted by mode and degrees, those of the same recipe together; rows of one name also name their folders."""
+    """Runs sorted by mode and degrees, grouped by recipe. Rows with the same name also name their folders."""
     order = list(MODES)
     rows: dict[str, Row] = {}
     for run in sorted(runs, key=lambda r: (order.index(r.config.mode), r.config.degrees, r.config.seed)):
@@ -158,7 +158,7 @@ def _read(folder: Path) -> Run:
     try:
         config = from_json(TrainConfig, content(CONFIG) or {})
     except (OSError, UserError, UnicodeDecodeError, TypeError) as error:
-        raise UserError(f"{folder / CONFIG}: it is no run's ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{folder / CONFIG}: not the file of a run ({str(error).splitlines()[0]})") from None
     return Run(
         folder,
         config,
@@ -172,7 +172,7 @@ def _read(folder: Path) -> Run:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a file; its last line may be half written, if the run goes on."""
+    """The records of a file. Its last line may be incomplete while the run continues."""
     if not path.is_file():
         return []
     whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")

@@ -1,4 +1,4 @@
-"""What a report says, section by section, in the order of a reader's questions; every number is of the runs' files."""
+"""The sections of a report, in the order of a reader's questions. All numbers come from the files of the runs."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ from fast_spatial.reporting.runs import Row, Run, Spent
 from fast_spatial.reporting.statistics import Interval, difference, mean, paired_difference, wilson
 from fast_spatial.reporting.tables import ATTACKS, HEADS, grid_images, grid_note
 
-# ImageNet's validation images: as many as the published percentages are of.
+# ImageNet's validation images, the basis of the published percentages.
 PUBLISHED_IMAGES = 50_000
 _MANY_CLASSES = 20
 
 
 def sections(rows: Sequence[Row], budgets: Sequence[Spent], price: float) -> list[Section]:
-    """All of them; `price` is that of a GPU-hour, 0 if it was not told."""
+    """All sections; `price` is the price of a GPU-hour, 0 if unknown."""
     return [
         Section("Results", results(rows)),
         Section("Cost", cost(rows, price)),
@@ -54,7 +54,7 @@ def sections(rows: Sequence[Row], budgets: Sequence[Spent], price: float) -> lis
 
 
 def title(rows: Sequence[Row]) -> str:
-    """What the report is about."""
+    """The title: number of models, and their data."""
     data = ", ".join(sorted({_data(run) for row in rows for run in row.runs}))
     models = sum(len(row.runs) for row in rows)
     return f"Rotations and translations: {models} {'model' if models == 1 else 'models'} on {data}"
@@ -132,7 +132,7 @@ def _with_seeds(row: Row) -> str:
 
 
 def _right(run: Run, attack: str) -> tuple[int, int] | None:
-    """(right, judged) images of an evaluated run; None if the attack was left away."""
+    """(right, judged) images of an evaluated run; None without this attack."""
     assert run.evaluation is not None
     summary = run.evaluation["summary"]
     pct = summary.get(f"{attack}_top1_pct")
@@ -160,7 +160,7 @@ def _published(row: Row) -> tuple[float, ...] | None:
 
 
 def _comparable(row: Row) -> bool:
-    """Whether a row was judged as the published one was."""
+    """Whether a row was evaluated under the published protocol."""
     summaries = [run.evaluation["summary"] for run in row.judged if run.evaluation]
     return _published(row) is not None and all(
         s["num_images"] == PUBLISHED_IMAGES
@@ -179,7 +179,7 @@ def _against_published(row: Row, attack: str) -> str:
 
 
 def _against_each_other(judged: Sequence[Row]) -> list[Block]:
-    """Every row less the standard one (or the first), on the same images."""
+    """Every row minus the standard one (or the first), on the same images."""
     if len(judged) < 2:
         return []
     base = next((row for row in judged if row.first.config.mode == "standard"), judged[0])
@@ -294,7 +294,7 @@ def _duration(seconds: float) -> str:
 
 
 def spent(rows: Sequence[Row], budgets: Sequence[Spent]) -> list[Block]:
-    """What was planned for a budget, and what came of it."""
+    """The plans of budgets, and their results."""
     runs = {run.folder.resolve(): run for row in rows for run in row.runs}
     blocks: list[Block] = []
     for budget in budgets:
@@ -465,7 +465,7 @@ def _some(by_hardness: Sequence[str], by_name: Sequence[str]) -> list[str]:
 
 
 def deviating(rows: Sequence[Row]) -> list[Block]:
-    """What the recipe changed, and what is built in."""
+    """Deviations by options, and built-in deviations."""
     blocks: list[Block] = []
     changed = deviations.options(
         {row.name: row.first.config for row in rows}, {row.name: row.first.epochs for row in rows}
@@ -489,7 +489,7 @@ def deviating(rows: Sequence[Row]) -> list[Block]:
 
 
 def repeating(rows: Sequence[Row]) -> list[Block]:
-    """The command, and what it ran on."""
+    """The commands, and the machines that ran them."""
     runs = [run for row in rows for run in row.runs]
     starts = [start for run in runs for start in run.starts]
     commands = _distinct(start["command"] for start in starts if start.get("command"))

@@ -1,7 +1,7 @@
 """95 % intervals of the numbers in a report.
 
-Accuracies are proportions of images. All sampling that is meant here is of images, unless runs of several seeds are
-given: then it is of seeds. Values are fractions, not percent.
+Accuracies are proportions of images. Intervals describe the sampling of images, or of seeds for runs of several seeds.
+Values are fractions, not percent.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ def wilson(right: int, count: int) -> Interval:
 
 
 def difference(first: Interval, second: Interval) -> Interval:
-    """The first less the second, independent of each other, by squaring and adding the distances to their limits.
+    """The first minus the second, if independent: the distances to their limits are squared and added.
 
-    Of two Wilson intervals it is Newcombe's hybrid score interval, method 10 of Statistics in Medicine 17:873 (1998);
-    of others, what Zou and Donner call MOVER (Statistics in Medicine 27:1693, 2008).
+    For two Wilson intervals this is Newcombe's hybrid score interval, method 10 of Statistics in Medicine 17:873
+    (1998). For others it is MOVER by Zou and Donner (Statistics in Medicine 27:1693, 2008).
     """
     return _combined(first, second, correlation=0.0)
 
 
 def paired_difference(both: int, first_only: int, second_only: int, neither: int) -> Interval:
-    """The first proportion less the second, on the same images, of which so many are right for both, one or neither.
+    """The first proportion minus the second on the same images, from the counts right for both, one or neither.
 
     Newcombe's hybrid score interval for paired proportions, method 10 of Statistics in Medicine 17:2635 (1998).
     """
@@ -67,7 +67,7 @@ def paired_difference(both: int, first_only: int, second_only: int, neither: int
 
 
 def mean(values: Sequence[float]) -> Interval:
-    """The mean of independent values, by Student's t; of a single one, nothing is known but itself (NaN limits)."""
+    """The mean of independent values, by Student's t. A single value has NaN limits."""
     count = len(values)
     value = math.fsum(values) / count
     if count < 2:
@@ -78,7 +78,7 @@ def mean(values: Sequence[float]) -> Interval:
 
 
 def t_quantile(degrees_of_freedom: int) -> float:
-    """The 97.5 % quantile of Student's t, to four digits; beyond the table by Cornish and Fisher's expansion."""
+    """The 97.5 % quantile of Student's t, to four digits; beyond the table by the Cornish-Fisher expansion."""
     if degrees_of_freedom <= len(_T):
         return _T[degrees_of_freedom - 1]
     nu = degrees_of_freedom

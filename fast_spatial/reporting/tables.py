@@ -1,4 +1,4 @@
-"""The two small tables, ours and the published one, in Markdown."""
+"""Two small Markdown tables: our results, and the published ones."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ def results_table(results: Sequence[dict[str, Any]], title: str) -> str:
 
 
 def grid_images(judged: dict[str, Any]) -> int:
-    """How many images met the grid: of an evaluation's summary, or a reproduction's result; all, unless it says so."""
+    """The number of images that met the grid, from an evaluation's summary or a reproduction's result; default all."""
     return int(judged.get("grid_num_images", judged["num_images"]))
 
 
 def grid_note(judged: Iterable[tuple[str, dict[str, Any]]]) -> str:
-    """A sentence on rows whose grid met fewer images than the other attacks; "" if there are none.
+    """A sentence on rows whose grid met fewer images than the other attacks; "" without such rows.
 
     Args:
-        judged: the name of the row and the summary, or result, of every run.
+        judged: name of the row, and summary or result, of every run.
 
     """
     few = dict.fromkeys(

@@ -1,1 +1,1 @@
-"""What every process stands on: devices, the process group, logs, files. Knows no options."""
+"""Basics of every process: devices, process group, logs and files. Independent of the options."""

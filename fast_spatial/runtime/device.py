@@ -1,4 +1,4 @@
-"""How a device computes: its arithmetic, its random state, how much of it a judging pass may take."""
+"""Settings of a device: precision and random seeds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fast_spatial.kernels.sampling import NETWORK, TRAINING, draw_bits, pack_key
 
 
 def dtype_of(name: str, device: torch.device) -> torch.dtype:
-    """The arithmetic that an option means on a device; also sets whether float32 products may use TF32."""
+    """The dtype of a --dtype value on a device. Also enables or disables TF32 for float32 products."""
     tf32 = "tf32" if name in ("auto", "tf32", "bfloat16", "float16") else "ieee"
     torch.backends.cuda.matmul.fp32_precision = tf32
     torch.backends.cudnn.conv.fp32_precision = tf32  # type: ignore[attr-defined]
@@ -28,16 +28,16 @@ def dtype_of(name: str, device: torch.device) -> torch.dtype:
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether a device computes in bfloat16 by itself, without emulation."""
+    """Whether a device supports bfloat16 without emulation."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # an old torch may not tell
+    able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # missing in old versions of torch
     return any(bool(able.get(name)) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 @contextlib.contextmanager
 def exact_float32(exact: bool) -> Iterator[None]:
-    """Keep float32 convolutions and products out of TF32 for a while, if asked to."""
+    """Disable TF32 for float32 convolutions and products within the context, if `exact`."""
     owners = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
     before = [owner.fp32_precision for owner in owners]
     try:
@@ -51,7 +51,7 @@ def exact_float32(exact: bool) -> Iterator[None]:
 
 
 def seed_everything(seed: int, *, deterministic: bool) -> None:
-    """Seed the weights (the stream needs none) and choose between repeatable and fast kernels."""
+    """Seed weight initialization (the data stream has its own keys) and choose deterministic or fast kernels."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -63,5 +63,5 @@ def seed_everything(seed: int, *, deterministic: bool) -> None:
 
 
 def seed_step(seed: int, epoch: int, step: int, rank: int) -> None:
-    """Make what a network draws in a step (dropout) a function of the position, as all draws of the stream are."""
+    """Make the network's own random draws (dropout) a function of the position, like all draws of the stream."""
     torch.manual_seed(int(draw_bits(pack_key(TRAINING, seed), epoch, step, NETWORK, rank)) >> 1)

@@ -1,4 +1,4 @@
-"""Processes: who this one is, what they share, and what happens when one stops moving."""
+"""Process group: rank and device, collectives, and a watchdog."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from fast_spatial.pipelines.inspection.probe import Choice
 
 @dataclass(frozen=True)
 class World:
-    """This process among all.
+    """This process and its group.
 
     Attributes:
         rank: the GLOBAL rank.
         local_rank: the rank on its node.
         world_size: the number of processes.
-        device: where it computes.
-        decoding: how all processes decode where nothing else is asked for, and why; None: nobody looked.
-        exact_decoding: the same where pixels may not depend on load and chance: without the GPU's JPEG engine.
-        probe_sec: that this process looked, or waited for another one that did.
+        device: the device that it computes on.
+        decoding: the decoding of all processes unless an option sets it, and the reason; None: not probed.
+        exact_decoding: the same where pixels must not depend on load or chance: without the GPU's JPEG engine.
+        probe_sec: seconds of probing, or of waiting for another process that probes.
 
     """
 
@@ -42,9 +42,9 @@ class World:
 
 
 def start(stall_minutes: float) -> World:
-    """Join the processes that torchrun started (or be the only one).
+    """Join torchrun's process group; without torchrun, this process is alone.
 
-    The collectives' own time-out is longer than the watchdog's, so that stacks are printed before all is torn down.
+    The collectives' timeout is longer than the watchdog's, so stacks are printed before the group is torn down.
     """
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -63,44 +63,44 @@ def start(stall_minutes: float) -> World:
 
 
 def stop() -> None:
-    """Leave the group and stand the watchdog down; nobody may hold on to a DDP module any more."""
+    """Leave the group and cancel the watchdog. No reference to a DDP module may remain."""
     faulthandler.cancel_dump_traceback_later()
     if dist.is_initialized():
-        # A DDP module that is the last to go waits for gloo's threads, and holds the interpreter, which one of them may
-        # be waiting for: so torch 2.11 hung now and then.
+        # If a DDP module drops the last reference to the group, it waits for gloo's threads while it holds the GIL, and
+        # one of them may wait for the GIL: torch 2.11 deadlocked occasionally.
         gc.collect()
         dist.destroy_process_group()
 
 
 def is_initialized() -> bool:
-    """Whether there are other processes."""
+    """Whether this process belongs to a group."""
     return dist.is_initialized()
 
 
 def reset_watchdog(minutes: float) -> None:
-    """Say that this process moves; if it does not say so again in time, it prints all its stacks and exits.
+    """Reset the watchdog: unless called again within `minutes`, dump all stacks and exit.
 
-    Processes that wait for one that hangs stop moving too, so every rank shows where it was.
+    Processes that wait for a hanging one time out as well, so every rank shows its position.
     """
     faulthandler.dump_traceback_later(minutes * 60, exit=True, file=sys.stderr)
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:
-    """The sum of a tensor over all processes, in place."""
+    """Sum a tensor over all processes, in place."""
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
 
 
 def all_reduce_min(value: Tensor) -> Tensor:
-    """The smallest of all processes' values of a tensor, element by element, in place."""
+    """The element-wise minimum of a tensor over all processes, in place."""
     if dist.is_initialized():
         dist.all_reduce(value, op=dist.ReduceOp.MIN)
     return value
 
 
 def broadcast(value: int, device: torch.device) -> int:
-    """The first process's number."""
+    """The number of rank 0, on all processes."""
     if not dist.is_initialized():
         return value
     shared = torch.tensor(value, device=device)
@@ -109,7 +109,7 @@ def broadcast(value: int, device: torch.device) -> int:
 
 
 def all_equal(value: int, device: torch.device) -> bool:
-    """Whether all processes hold the same number."""
+    """Whether all processes have the same number."""
     if not dist.is_initialized():
         return True
     extremes = torch.tensor([value, -value], device=device)
@@ -118,23 +118,23 @@ def all_equal(value: int, device: torch.device) -> bool:
 
 
 class Ballot:
-    """What any process wishes for, known to all of them at the same step, without waiting for anybody.
+    """A non-blocking all-reduce (maximum) of a few integers per step, so that all processes decide alike.
 
-    Every process casts its wishes once a step, and is told what was wished for at the step before.
+    Every process submits its values once per step, and gets the maxima of the previous step.
 
     Args:
-        wishes: how many things may be wished for.
+        wishes: number of values.
 
     """
 
     def __init__(self, wishes: int) -> None:
         self._nothing = [0] * wishes
-        # A group of its own, so that its order among gradients does not matter; on CPUs, so that no device is read.
+        # A separate group, so that its order relative to gradients does not matter; on the CPU, to avoid device syncs.
         self._group: Any = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self._counting: tuple[Tensor, Any] | None = None
 
     def __call__(self, *wishes: int) -> list[int]:
-        """Cast wishes (0: none); returns the largest one of all processes for each, of the call before."""
+        """Submit values (0: none); returns the maxima of the previous call. A process alone gets its own at once."""
         cast = torch.tensor(wishes, dtype=torch.int64)
         if self._group is None:
             return list(wishes)
@@ -143,7 +143,7 @@ class Ballot:
         return counted
 
     def outstanding(self) -> list[int]:
-        """What was wished for at the last call, if nobody was told yet, or zeros; all processes have to ask."""
+        """The maxima of the last call if not yet returned, else zeros; a collective call."""
         if self._counting is None:
             return self._nothing
         (values, work), self._counting = self._counting, None
@@ -152,7 +152,7 @@ class Ballot:
 
 
 def gather(value: Any) -> list[Any]:
-    """Every process's object, in the order of ranks, on rank 0; an empty list elsewhere."""
+    """The objects of all processes in rank order, on rank 0; an empty list on other ranks."""
     if not dist.is_initialized():
         return [value]
     gathered: list[Any] = [None] * dist.get_world_size() if dist.get_rank() == 0 else []

@@ -1,4 +1,4 @@
-"""What GPUs use, read from the counters that NVIDIA's driver keeps (NVML)."""
+"""Energy use of GPUs, from the counters of NVIDIA's driver (NVML)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ _JOULES_PER_KWH = 3.6e6
 
 
 class EnergyMeter:
-    """Energy of some of this machine's GPUs, from one reading to the next.
+    """Energy used by this machine's GPUs between two readings.
 
     Args:
-        uuids: of the GPUs, as torch names them; none for no GPUs.
+        uuids: UUIDs of the GPUs, as in torch; empty without GPUs.
 
     """
 
@@ -21,14 +21,14 @@ class EnergyMeter:
         self._before = gpu_energy_joules(uuids)
 
     def take_kwh(self) -> float | None:
-        """What was used since the last call; None where it cannot be told."""
+        """Energy used since the last call, in kWh; None if unknown."""
         now = gpu_energy_joules(self._uuids)
         before, self._before = self._before, now
         return None if now is None or before is None else (now - before) / _JOULES_PER_KWH
 
 
 def local_gpus(count: int) -> list[str]:
-    """The UUIDs of `count` GPUs, if all of them are of this machine; else none."""
+    """The UUIDs of `count` GPUs; empty if this machine has fewer."""
     if not count:
         return []
     import torch
@@ -39,7 +39,7 @@ def local_gpus(count: int) -> list[str]:
 
 
 def gpu_energy_joules(uuids: Sequence[str]) -> float | None:
-    """Energy that GPUs have used since their driver was loaded; None without NVML, or from GPUs that do not count."""
+    """Energy used since the driver was loaded, in joules; None without NVML or if a GPU has no counter."""
     if not uuids:
         return None
     try:

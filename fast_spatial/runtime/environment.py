@@ -1,6 +1,6 @@
-"""What a result depends on besides its configuration: hardware, system, versions, and the commit of the code.
+"""Provenance of a result besides its configuration: hardware, system, versions, and the commit of the code.
 
-Imports nothing that can be missing or broken: what cannot be told is None.
+Importing this module cannot fail for a missing or broken package. Unknown values are None.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from typing import Any
 from fast_spatial.kernels.host import usable_cpus
 
 ROOT = Path(__file__).resolve().parents[2]
-# Names the commit where the code is no git checkout, as in an image built without .git.
+# Holds the commit of code without a git checkout, as in an image built without .git.
 COMMIT_VARIABLE = "FAST_SPATIAL_COMMIT"
-# The command line that processes were started by.
+# Holds the command line of the launcher.
 COMMAND_VARIABLE = "FAST_SPATIAL_COMMAND"
 DALI_PACKAGES = ("nvidia-dali-cuda130", "nvidia-dali-cuda120", "nvidia-dali-cuda110")
 PACKAGES = (
@@ -37,7 +37,7 @@ _TIMEOUT_SEC = 5
 
 
 def environment() -> dict[str, Any]:
-    """All of it as JSON values, in a fraction of a second (and the import of torch, where that has not happened)."""
+    """All of it as JSON values; takes a fraction of a second, plus the import of torch if needed."""
     cpu, flags = _cpu()
     cuda = _cuda()
     gpus = cuda["gpus"]
@@ -60,7 +60,7 @@ def environment() -> dict[str, Any]:
 
 
 def package_version(name: str) -> str | None:
-    """An installed package's version."""
+    """The version of an installed package, or None."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -68,10 +68,10 @@ def package_version(name: str) -> str | None:
 
 
 def driver_version() -> str | None:
-    """The version of NVIDIA's driver, as "580.65.06"."""
+    """The version of NVIDIA's driver, such as "580.65.06", or None."""
     try:
         found = re.search(r"Kernel Module(?: for \S+)?\s+(\d+(?:\.\d+)+)", DRIVER_INFO.read_text(encoding="utf-8"))
-    except OSError:  # none, or it runs outside this (virtual) machine
+    except OSError:  # no driver, or it runs outside this virtual machine
         found = None
     if found:
         return found[1]
@@ -80,7 +80,7 @@ def driver_version() -> str | None:
 
 
 def driver_cuda_version() -> tuple[int, int] | None:
-    """The newest CUDA that NVIDIA's driver runs: (13, 0)."""
+    """The newest CUDA version that NVIDIA's driver supports, such as (13, 0), or None."""
     number = ctypes.c_int()
     try:
         if ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number)) != 0:
@@ -91,15 +91,15 @@ def driver_cuda_version() -> tuple[int, int] | None:
 
 
 def in_container() -> bool:
-    """Whether this runs in a container, as far as marks of the usual ones tell."""
+    """Whether this process runs in a container, judged by files and variables of the common runtimes."""
     return any(mark.exists() for mark in CONTAINER_MARKS) or any(name in os.environ for name in CONTAINER_VARIABLES)
 
 
 def apex_kind() -> str | None:
-    """Which package of the name apex is installed, told without importing it: only NVIDIA's has optimizers."""
+    """Which package named apex is installed, found without importing it: only NVIDIA's has optimizers."""
     try:
         spec = importlib.util.find_spec("apex")
-    except ValueError:  # a module without a specification took its name
+    except ValueError:  # a loaded module of this name has no spec
         return "another package"
     if spec is None:
         return None
@@ -110,7 +110,7 @@ def apex_kind() -> str | None:
 
 
 def _cpu() -> tuple[str, list[str]]:
-    """(model, the flags that matter here)."""
+    """(model, supported flags of `CPU_FLAGS`)."""
     name, flags = platform.processor() or platform.machine(), set()
     try:
         lines = CPU_INFO.read_text(encoding="utf-8").splitlines()
@@ -126,11 +126,11 @@ def _cpu() -> tuple[str, list[str]]:
 
 
 def _cuda() -> dict[str, Any]:
-    """The GPUs that torch sees, and what it was built with."""
+    """The GPUs visible to torch, and the versions of its CUDA libraries."""
     found: dict[str, Any] = {"gpus": [], "cuda": None, "cudnn": None, "nccl": None}
     try:
         import torch
-    except (ImportError, OSError):  # missing, or its libraries are
+    except (ImportError, OSError):  # torch or one of its libraries is missing
         return found
     found["cuda"] = torch.version.cuda
     found["cudnn"] = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
@@ -142,22 +142,22 @@ def _cuda() -> dict[str, Any]:
 
 
 def code_version() -> dict[str, Any]:
-    """The commit, and whether files that it holds were changed since; the variable's where this is no checkout."""
+    """The commit, and whether its files were changed; without a checkout, the commit from `COMMIT_VARIABLE`."""
     said = _git("rev-parse", "--show-toplevel", "HEAD") or ""
     folder, _, commit = said.partition("\n")
-    if not commit or Path(folder) != ROOT:  # none, or that of a project which this is installed in
+    if not commit or Path(folder) != ROOT:  # no checkout, or that of a project with this package installed in it
         return {"commit": os.environ.get(COMMIT_VARIABLE) or None, "dirty": None}
     changes = _git("status", "--porcelain", "--untracked-files=no")
     return {"commit": commit, "dirty": None if changes is None else bool(changes)}
 
 
 def _git(*words: str) -> str | None:
-    # A checkout that is mounted into a container belongs to somebody else, which git distrusts.
+    # A checkout mounted into a container has another owner; git refuses it unless it is declared safe.
     return _output("git", "--no-optional-locks", "-c", f"safe.directory={ROOT}", "-C", str(ROOT), *words)
 
 
 def _output(*command: str) -> str | None:
-    """What a command says, without the end of its last line; None if it is missing, fails or hangs."""
+    """The stripped output of a command; None if it is missing, fails or times out."""
     if not shutil.which(command[0]):
         return None
     try:

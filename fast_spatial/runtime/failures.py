@@ -1,4 +1,4 @@
-"""Why a process ended: left by it in torchrun's error file, read by the launcher."""
+"""Errors of worker processes: written to torchrun's error file and read by the launcher."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from fast_spatial.errors import UserError
 
 
 def leave_failure(error: Exception) -> None:
-    """Write an exception to the file that torchrun reads when the process has ended.
+    """Write an exception to torchrun's error file.
 
-    torchrun takes the message and the time, and hands on all else.
+    torchrun reads the message and the time, and passes on all other fields.
     """
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file:
@@ -25,6 +25,6 @@ def leave_failure(error: Exception) -> None:
 
 
 def user_error_of(failure: Any) -> UserError | None:
-    """The user's error that a process left (its `ProcessFailure`), or None if it ended for another reason."""
+    """The UserError in a process's `ProcessFailure`, or None for any other failure."""
     left = failure.error_file_data.get("user_error")
     return UserError(**left) if left else None

@@ -1,4 +1,4 @@
-"""Writing files whole: a reader, or a run that was killed, never meets half of one."""
+"""Atomic file writes: a file is never incomplete, even if the writing process is killed."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _TEMPORARY = ".writing-"
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object], *, keep: Path | None = None) -> None:
-    """Let `write` fill a temporary file beside `path`, flush it to the disk, and rename it into place.
+    """Let `write` fill a temporary file beside `path`, flush it to disk, and rename it to `path`.
 
-    What was at `path` before is kept as `keep`, if that is given.
+    An existing file is renamed to `keep`, if given.
     """
     # Several nodes may write the same file on a shared disk.
     temporary = path.with_name(f"{_TEMPORARY}{path.name}.{socket.gethostname()}.{os.getpid()}")
@@ -36,7 +36,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object], *, keep: 
 
 
 def _flush_folder(folder: Path) -> None:
-    """Make renames last through a power failure; a file system that cannot do so is left to itself."""
+    """Make renames survive a power failure, where the file system supports this."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):
@@ -46,13 +46,13 @@ def _flush_folder(folder: Path) -> None:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove what processes that were killed had written of a file; nobody may be writing it now."""
+    """Remove the temporary files of killed writers of `path`. No process may be writing it."""
     for temporary in path.parent.glob(f"{_TEMPORARY}{path.name}.*"):
         temporary.unlink(missing_ok=True)
 
 
 def check_writable(flag: str, file: str) -> None:
-    """Raise a UserError unless an option names no file, or one that can be written; its folder is made when it is."""
+    """Raise a UserError if an option names a file that cannot be written. Missing folders are created with the file."""
     if not file:
         return
     if Path(file).is_dir():
@@ -65,7 +65,7 @@ def check_writable(flag: str, file: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON, atomically; the folder is created."""
+    """Write JSON atomically; creates the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(content, indent=1) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))

@@ -1,4 +1,4 @@
-"""What a run says: a progress bar, one JSON record per epoch and evaluation, TensorBoard scalars; on rank 0 alone."""
+"""Output of a run on rank 0: progress bar, one JSON record per epoch and evaluation, TensorBoard scalars."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fast_spatial.runtime.energy import EnergyMeter, local_gpus
 from fast_spatial.runtime.run_files import LOG, TENSORBOARD
 from fast_spatial.runtime.waiting import Clock, HostClock
 
-# A process that was told to stop may be writing its last checkpoint.
+# A stopping process may still be writing its last checkpoint.
 _LOCK_PATIENCE_SEC = 30.0
 
 
@@ -26,13 +26,13 @@ class Bar:
     """Iterates over batches with a progress bar (on rank 0, on a terminal) and measures the wait for data.
 
     Args:
-        batches: what it iterates over.
-        total: how many there are.
-        images_per_batch: of all processes.
-        title: what stands before the bar.
-        show: whether there is one.
-        initial: batches that were done before.
-        wait: the clock of the wait for data.
+        batches: the batches to iterate over.
+        total: number of batches, earlier ones included.
+        images_per_batch: images per batch, over all processes.
+        title: text in front of the bar.
+        show: whether to show the bar.
+        initial: number of batches done earlier.
+        wait: clock of the data wait.
 
     """
 
@@ -71,17 +71,17 @@ class Bar:
         self.close()
 
     def close(self) -> None:
-        """Take the bar away; for those who stop before its end."""
+        """Remove the bar; for loops that end early."""
         self._bar.close()
 
     @property
     def images_per_sec(self) -> float:
-        """Images of all processes per second since the start."""
+        """Images per second over all processes, since the start."""
         return self.steps * self._images_per_batch / max(time.perf_counter() - self._start, 1e-9)
 
     @property
     def data_wait_pct(self) -> float:
-        """Share of the time that the device spent waiting for the loader."""
+        """Percentage of the time that the device waited for the loader."""
         return 100 * self._wait.seconds / max(time.perf_counter() - self._start, 1e-9)
 
     def show(self, **values: float) -> None:
@@ -93,12 +93,12 @@ class Bar:
 
 
 class RunLog:
-    """`log.jsonl` and TensorBoard scalars of a run's folder; silent on other ranks than 0.
+    """`log.jsonl` and TensorBoard scalars of a run's folder; ranks other than 0 write nothing.
 
-    Opening it claims the folder: two processes that write one run would ruin it.
+    Opening it locks the folder: two processes that write the same run would corrupt it.
 
     Raises:
-        UserError: if another process has the folder, or it cannot be written.
+        UserError: if another process has locked the folder, or it cannot be written.
 
     """
 
@@ -112,18 +112,16 @@ class RunLog:
                 out.mkdir(parents=True, exist_ok=True)
                 self._file = open(out / LOG, "a", encoding="utf-8")  # noqa: SIM115  (closed by `close`)
             except OSError as error:
-                raise UserError(
-                    f"--out {out}: it cannot be written ({error.strerror})", "name another folder"
-                ) from None
+                raise UserError(f"--out {out}: cannot be written ({error.strerror})", "choose another folder") from None
             _lock(self._file, out)
 
     def begin(self, *, elapsed_sec: float = 0.0, size: int = 0, step: int = 0) -> None:
-        """Go on from where a checkpoint was saved: what was written after it, by a run that was killed, goes.
+        """Continue the log from a checkpoint. Records that a killed run wrote after it are removed.
 
         Args:
-            elapsed_sec: seconds in use until then.
-            size: bytes of `log.jsonl` then.
-            step: steps done then.
+            elapsed_sec: seconds of use at the checkpoint.
+            size: size of `log.jsonl` at the checkpoint, bytes.
+            step: steps done at the checkpoint.
 
         """
         self._start = time.time() - elapsed_sec
@@ -132,13 +130,13 @@ class RunLog:
 
             before = os.fstat(self._file.fileno()).st_size
             if before and not size:
-                say(f"{self._out} holds a log, but no checkpoint to continue from: this run starts anew")
+                say(f"found a log without a checkpoint in {self._out}; starting from scratch")
             self._file.truncate(min(size, before))
-            self._board = SummaryWriter(str(self._out / TENSORBOARD), purge_step=step + 1)  # of what comes again
+            self._board = SummaryWriter(str(self._out / TENSORBOARD), purge_step=step + 1)  # drops later steps
 
     @property
     def size(self) -> int:
-        """Bytes of `log.jsonl`, all of them on the disk, as TensorBoard's are."""
+        """Size of `log.jsonl` in bytes, after flushing it and TensorBoard's files."""
         if not self._active:
             return 0
         self._board.flush()
@@ -148,16 +146,16 @@ class RunLog:
 
     @property
     def elapsed_sec(self) -> float:
-        """Seconds in use, earlier parts of the run included."""
+        """Seconds of use, earlier parts of the run included."""
         return time.time() - self._start
 
     @property
     def gpu_hours(self) -> float:
-        """GPUs times hours in use."""
+        """GPUs times hours of use."""
         return self.elapsed_sec / 3600 * self._gpus
 
     def record(self, event: str, step: int, **values: Any) -> None:
-        """Write one record, its numbers as scalars, and a line for people."""
+        """Write one record and its numbers as scalars, and print a line."""
         self.note(event, step, **values)
         if self._active:
             shown = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items() if v is not None)
@@ -166,8 +164,8 @@ class RunLog:
     def note(self, event: str, step: int, **values: Any) -> None:
         """Write one record, and its numbers as scalars.
 
-        Where it can be told, `energy_kwh` is what this machine's GPUs used since the record before, or since this
-        process began; what a run that was killed used after its last record is not in the log.
+        `energy_kwh`, where available, is the energy of this machine's GPUs since the previous record or the start of
+        this process. Energy that a killed run used after its last record is not logged.
         """
         if not self._active:
             return
@@ -184,14 +182,14 @@ class RunLog:
         self.scalars(event, step, **values)
 
     def scalars(self, group: str, step: int, **values: Any) -> None:
-        """TensorBoard scalars alone."""
+        """Write TensorBoard scalars only."""
         if self._active:
             for name, value in values.items():
                 if isinstance(value, (int, float)) and not isinstance(value, bool):
                     self._board.add_scalar(f"{group}/{name}", value, step)
 
     def close(self) -> None:
-        """Flush and close the files; the folder is free then."""
+        """Flush and close the files; unlocks the folder."""
         if self._board is not None:
             self._board.close()
         if self._active:
@@ -199,7 +197,7 @@ class RunLog:
 
 
 def _lock(file: IO[str], out: Path) -> None:
-    """Keep other processes out of a run's folder for as long as the file is open."""
+    """Lock a run's folder for as long as the file is open."""
     deadline = time.monotonic() + _LOCK_PATIENCE_SEC
     while True:
         try:
@@ -207,16 +205,16 @@ def _lock(file: IO[str], out: Path) -> None:
         except BlockingIOError:
             if time.monotonic() > deadline:
                 raise UserError(
-                    f"--out {out}: another process is writing this run", "stop that one, or name a new folder"
+                    f"--out {out}: another process is writing this run", "stop that process, or choose another folder"
                 ) from None
             time.sleep(0.2)
             continue
         except OSError:  # a file system without locks
-            say(f"{out} cannot be locked: make sure that no other process writes this run")
+            say(f"cannot lock {out}: make sure that no other process writes this run")
         return
 
 
 def say(text: str) -> None:
-    """A line for people, above any progress bar."""
+    """Print a line, above any progress bar."""
     tqdm.write(text, file=sys.stdout)
     sys.stdout.flush()

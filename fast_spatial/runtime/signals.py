@@ -1,4 +1,4 @@
-"""Signals that ask a process to stop: remembered, and acted on where nothing is lost."""
+"""Stop signals: recorded, then acted on at a point where nothing is lost."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-# What schedulers, terminals and torchrun send; SIGUSR1 is Slurm's customary warning before the time is up.
+# Sent by schedulers, terminals and torchrun. SIGUSR1 is the customary warning of Slurm before the time limit.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1
 
 
 class Stopped(SystemExit):
-    """The end of a process that was asked to stop, with the exit status that shells give it: 128 + the signal."""
+    """Exit of a process after a stop signal, with the exit status of shells: 128 + signal number."""
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(128 + signal_number)
@@ -27,24 +27,24 @@ class Stopped(SystemExit):
 
 
 class StopRequest:
-    """Whether this process was asked to stop: the first signal's number, or 0."""
+    """The number of the first stop signal that this process received, or 0."""
 
     def __init__(self) -> None:
         self.signal_number = 0
 
     def receive(self, signal_number: int, _: FrameType | None) -> None:
-        """Remember a signal."""
+        """Record a signal."""
         self.signal_number = self.signal_number or signal_number
 
     def obey(self) -> None:
-        """Raise `Stopped` if there was a signal."""
+        """Raise `Stopped` if a signal was received."""
         if self.signal_number:
             raise Stopped(self.signal_number)
 
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Collect the signals that ask to stop, instead of dying of them; only in a process's main thread."""
+    """Record stop signals instead of ending the process; only in its main thread."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
@@ -52,7 +52,7 @@ def stop_requests() -> Iterator[StopRequest]:
     before = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         for number, handler in before.items():
-            if handler is not signal.SIG_IGN:  # as under nohup
+            if handler is not signal.SIG_IGN:  # such as SIGHUP under nohup
                 signal.signal(number, request.receive)
         yield request
     finally:
@@ -61,6 +61,6 @@ def stop_requests() -> Iterator[StopRequest]:
 
 
 def stop_with_parent() -> None:
-    """Ask this process to stop when its parent dies, even of SIGKILL, so that no run goes on unseen."""
+    """Send this process SIGTERM when its parent dies, even of SIGKILL, so that no run is orphaned."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""How long a device waits for data: what is left of a run's time when nothing but loading is made faster."""
+"""Data wait: the time that a device waits for the loader, and so the most that faster loading can save."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ if TYPE_CHECKING:
 
 
 class Clock(Protocol):
-    """Adds up the times from `start` to `stop`."""
+    """Sums the intervals from `start` to `stop`."""
 
     def start(self) -> None:
-        """All work so far has been given to the device."""
+        """Begin an interval, when all earlier work has been given to the device."""
 
     def stop(self) -> None:
-        """The next batch has been, too."""
+        """End the interval, when the next batch has been given to the device."""
 
     @property
     def seconds(self) -> float:
-        """The sum of all that ended."""
+        """The sum of all finished intervals."""
 
 
 class HostClock:
-    """Of a device that has done all work when it was given."""
+    """The clock of a device that works synchronously, such as the CPU."""
 
     def __init__(self) -> None:
         self._sum, self._started = 0.0, 0.0
@@ -43,9 +43,10 @@ class HostClock:
 
 
 class StreamClock:
-    """Of a GPU: from when it has done all earlier work to when the next batch is in its memory, on its stream.
+    """The clock of a GPU: from the end of all earlier work to the arrival of the next batch, on its stream.
 
-    The host runs ahead and then waits for a batch that the GPU does not need yet; that is no loss. Nothing here waits.
+    The host runs ahead, so it may wait for a batch that the GPU does not need yet; this wait does not count. No method
+    synchronizes the device.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -78,5 +79,5 @@ class StreamClock:
 
 
 def clock_of(device: torch.device) -> Clock:
-    """The clock of a device's waits."""
+    """The clock of a device's data wait."""
     return StreamClock(device) if device.type == "cuda" else HostClock()

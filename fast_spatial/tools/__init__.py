@@ -1,1 +1,1 @@
-"""Commands that look at the machine or the data: doctor, check, recipes."""
+"""Commands that check the machine or the data: doctor and check-data."""

@@ -1,4 +1,4 @@
-"""Checking a data folder: every file is decoded as training decodes it; what would end a run or change its result."""
+"""`launch.py check-data`: decode every file as training does, and list what would end a run or change its result."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from fast_spatial.runtime.files import write_atomically, write_json
 from fast_spatial.runtime.runlog import Bar, say
 
 _HEADINGS = {KILLS: "Ends a run", CHANGES: "Changes a result", NOTE: "Harmless"}
-# A part of the memory's name, as the decoder is: what other rules found is not remembered.
+# Part of the cache's file name, as the decoder is: a change of the rules invalidates cached findings.
 _RULES = 1
 _SHOWN = 3
 _WRITE_EVERY_SEC = 1.0
@@ -45,7 +45,7 @@ _WRITE_EVERY_SEC = 1.0
 
 @dataclass
 class Findings:
-    """What was found so far, by path relative to the data folder, and what val/ holds, by its content's hash."""
+    """Findings so far, by path relative to the data folder, and the images of val/ by the hash of their content."""
 
     data: Path
     found: list[tuple[str, Finding]] = field(default_factory=list)
@@ -53,11 +53,11 @@ class Findings:
     val_images: dict[str, str] = field(default_factory=dict)
 
     def add(self, path: str, *findings: Finding) -> None:
-        """Take what was found about a path."""
+        """Add the findings of a path."""
         self.found += [(path.removeprefix(f"{self.data}/"), finding) for finding in findings]
 
     def add_report(self, report: Report) -> None:
-        """Take a file's report; those of val/ come before those of train/, where duplicates are looked for."""
+        """Add a file's report. Reports of val/ must come before those of train/, to find duplicates."""
         self.remembered += report.remembered
         self.add(report.path, *report.findings)
         if report.problem or not report.digest:
@@ -65,13 +65,13 @@ class Findings:
         if report.path.startswith(f"{self.data}/val/"):
             self.val_images.setdefault(report.digest, report.path.removeprefix(f"{self.data}/"))
         elif report.digest in self.val_images:
-            self.add(report.path, Finding("duplicate", f"it is {printable(self.val_images[report.digest])}"))
+            self.add(report.path, Finding("duplicate", f"identical to {printable(self.val_images[report.digest])}"))
 
 
 class FindingsCache:
-    """What was found about files whose size and time of change are still the same, in a database in the cache folder.
+    """Cached reports of files, in a SQLite database; valid while a file's size and modification time are unchanged.
 
-    What does not lie in the content alone (crashes, unreadable files) is not remembered.
+    Findings that depend on more than the content (crashes, unreadable files) are not cached.
     """
 
     def __init__(self, file: Path) -> None:
@@ -84,7 +84,7 @@ class FindingsCache:
         self._written = time.monotonic()
 
     def find(self, path: str) -> Report | None:
-        """The report of an earlier check, if the file has not changed since."""
+        """The cached report of a path; None if there is none, or the file has changed since."""
         row = self._database.execute(
             "SELECT size, mtime_ns, digest, findings FROM files WHERE path = ?", (os.fsencode(path),)
         ).fetchone()
@@ -100,7 +100,7 @@ class FindingsCache:
         return Report(path, [Finding(*pair) for pair in json.loads(findings)], digest, size, mtime_ns, remembered=True)
 
     def add(self, report: Report) -> None:
-        """Remember a report, written within a second or so."""
+        """Cache a report; it is written to disk within about a second."""
         if report.digest and not report.remembered:
             row = (report.size, report.mtime_ns, report.digest, json.dumps(report.findings))
             self._new.append((os.fsencode(report.path), *row))
@@ -108,7 +108,7 @@ class FindingsCache:
             self._write()
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write pending reports and close the database."""
         self._write()
         self._database.close()
 
@@ -120,7 +120,7 @@ class FindingsCache:
 
 
 def check_data(config: CheckConfig) -> int:
-    """Check a folder, print and write what was found; returns the exit status: 1, or 0 if all is harmless."""
+    """Check a folder, print and write the findings. Returns the exit status: 0 if all are harmless, else 1."""
     start = time.monotonic()
     data = data_folder(config.data).absolute()
     processes = config.workers or usable_cpus()
@@ -133,7 +133,7 @@ def check_data(config: CheckConfig) -> int:
     for path, finding in about_folders:
         findings.add(path, finding)
     images = sum(split.images for split in splits.values())
-    say(f"{data}: {images} images to decode, in {processes} processes")
+    say(f"{data}: decoding {images} images in {processes} processes")
 
     memory_file = cache_folder() / f"check-{_RULES}-{decoder}.sqlite"
     try:
@@ -144,42 +144,42 @@ def check_data(config: CheckConfig) -> int:
                     memory.add(report)
                     findings.add_report(report)
     except KeyboardInterrupt:
-        say("stopped: the same command continues where this one was")
+        say("stopped: run the same command again to continue")
         raise
     except sqlite3.Error as error:
-        raise UserError(f"{memory_file}, where verdicts are kept, cannot be used: {error}", "remove it") from None
+        raise UserError(f"the cache of findings {memory_file} cannot be used: {error}", "remove the file") from None
 
     findings.found.sort()
     say(summary_text(findings.found))
     seconds = time.monotonic() - start
-    say(f"{images} images in {seconds:.0f} s, {findings.remembered} of them remembered from an earlier check")
+    say(f"{images} images in {seconds:.0f} s; {findings.remembered} reused from an earlier check")
     if config.json:
         write_json(Path(config.json), report_of(config, decoder, splits, findings.found))
-        say(f"the report is in {config.json}")
+        say(f"report: {config.json}")
     _exclude(config.write_exclusions, exclusions(findings.found))
     return int(any(KINDS[finding.kind].severity != NOTE for _, finding in findings.found))
 
 
 def _exclude(listing: str, out: dict[str, Finding]) -> None:
-    """Write the images to leave out, if there is a file for that, or tell that it can be done."""
+    """Write the exclusion file if one was requested; otherwise log that it can be written."""
     for path in [path for path in out if "\n" in path or "\r" in path]:
-        say(f"{printable(path)} cannot be excluded: its name has a line break; rename or remove it")
+        say(f"{printable(path)} cannot be excluded: its name contains a line break. Rename or remove it")
         del out[path]
     if listing:
         write_exclusions(Path(listing), out)
-        say(f"{len(out)} images are listed in {listing}: give it to train and evaluate as --exclude")
+        say(f"{len(out)} images listed in {listing}: use train and evaluate with --exclude {listing}")
     elif out:
-        say(f"--write-exclusions FILE lists {len(out)} images here that train and evaluate can --exclude")
+        say(f"{len(out)} images can be excluded: write a list with --write-exclusions FILE, use it as --exclude FILE")
 
 
 def _reports(data: Path, splits: dict[str, Survey], **options: Any) -> Generator[Report, None, None]:
-    """The files' reports, all of a split's before the next's."""
+    """The files' reports, split by split."""
     for split, found in splits.items():
         yield from inspect_files(images_of(data, split, found.classes), **options)
 
 
 def summary_text(found: list[tuple[str, Finding]]) -> str:
-    """What was found, for people: by severity and kind, the first few of each."""
+    """The findings as text, by severity and kind, with the first few paths of each."""
     by_kind: dict[str, list[tuple[str, Finding]]] = defaultdict(list)
     for path, finding in found:
         by_kind[finding.kind].append((path, finding))
@@ -192,13 +192,13 @@ def summary_text(found: list[tuple[str, Finding]]) -> str:
             lines.append(f"  {len(these)} {kind.replace('_', ' ')}: {KINDS[kind].advice}")
             lines += [f"    {printable(path)}: {finding.detail}" for path, finding in these[:_SHOWN]]
             lines += [f"    and {len(these) - _SHOWN} more"] if len(these) > _SHOWN else []
-    return "\n".join(lines or ["nothing was found: every image decodes"])
+    return "\n".join(lines or ["no findings: every image decodes"])
 
 
 def report_of(
     config: CheckConfig, decoder: str, splits: dict[str, Survey], found: list[tuple[str, Finding]]
 ) -> dict[str, Any]:
-    """What `--json` writes."""
+    """The content of the `--json` file."""
     counts: dict[str, int] = defaultdict(int)
     for _, finding in found:
         counts[finding.kind] += 1
@@ -215,13 +215,13 @@ def report_of(
 
 
 def exclusions(found: list[tuple[str, Finding]]) -> dict[str, Finding]:
-    """The images to leave out, with the reason: those that end a run, and the copies in train/ of what is in val/."""
+    """Images to exclude, by path: those that end a run, and images of train/ that are also in val/."""
     return {path: finding for path, finding in found if KINDS[finding.kind].exclude}
 
 
 def write_exclusions(listing: Path, out: dict[str, Finding]) -> None:
-    """Write an exclusion file: a comment with the reason, and the path, for every image."""
-    lines = ["# Images to leave out, relative to the data folder: train and evaluate take this file as --exclude."]
+    """Write an exclusion file: for every image, a comment with the reason and a line with the path."""
+    lines = ["# Images to exclude, relative to the data folder. Use: train or evaluate with --exclude and this file."]
     for path, finding in out.items():
         lines += [f"# {finding.kind}: {finding.detail}", path]
     text = "\n".join(lines) + "\n"

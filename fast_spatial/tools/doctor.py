@@ -1,6 +1,6 @@
-"""`launch.py doctor`: what this machine can do, what is missing, and the line that fixes it.
+"""`launch.py doctor`: what works on this machine, what is missing, and the command that fixes it.
 
-Needs Python alone, as its checks do: `python -m fast_spatial.tools.doctor` works even where launch.py cannot start.
+Needs no third-party package: `python -m fast_spatial.tools.doctor` runs even where launch.py cannot start.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from fast_spatial.tools import doctor_checks as checks
 from fast_spatial.tools.doctor_checks import Finding, first_line
 
 NAME_WIDTH, STATE_WIDTH = 14, 9
-# Checks whose packages the later ones need.
+# Packages that later checks import.
 IMPORTED = ("torch", "torchvision", "numba", "DALI")
 
 
 class Check(NamedTuple):
-    """A check, and whether training needs what it looks at: only then is its own failure a "missing"."""
+    """A check, and whether training needs its subject: only then does an exception in it mean "missing"."""
 
     look: Callable[[], Finding]
     needed: bool
@@ -58,7 +58,7 @@ CHECKS = {
 
 
 def run(data: str = "", out: str = "", json: str = "") -> int:
-    """Print the report, a line as soon as its check has an answer; 0 if training can run here, 1 if not."""
+    """Print the report line by line as checks finish. Returns 0 if training can run on this machine, else 1."""
     asked = dict(CHECKS)
     if data:
         asked["--data"] = Check(partial(checks.check_data, data), needed=True)
@@ -67,7 +67,7 @@ def run(data: str = "", out: str = "", json: str = "") -> int:
     width = min(max(shutil.get_terminal_size((100, 24)).columns, 60), 120)
     findings: dict[str, Finding] = {}
     for name, check in asked.items():
-        # Before it looks: a check that takes long, or brings Python down, has its name on the screen.
+        # Printed first, so that a check that hangs or crashes Python is named on the screen.
         print(f"{name:<{NAME_WIDTH}}", end="", flush=True)
         broken = [package for package in IMPORTED if package in findings and findings[package].state == "missing"]
         findings[name] = examine(check, broken)
@@ -83,30 +83,30 @@ def run(data: str = "", out: str = "", json: str = "") -> int:
 
 
 def examine(check: Check, broken: Sequence[str] = ()) -> Finding:
-    """What a check finds; its own failure is a finding, too, unless it follows from broken packages."""
+    """Run a check. An exception in it becomes a finding, or "not checked" if a package it needs is broken."""
     try:
         return check.look()
-    except Exception as error:  # whatever is broken here is what was asked for
+    except Exception as error:  # a broken machine may raise anything
         if broken:
-            return Finding("warning", f"not looked at: {' and '.join(broken)} cannot be imported")
+            return Finding("warning", f"not checked: {' and '.join(broken)} cannot be imported")
         return Finding("missing" if check.needed else "warning", f"the check failed: {first_line(error)}")
 
 
 def shown(finding: Finding, width: int) -> str:
-    """A finding as it stands behind its name."""
+    """A finding as printed behind its check's name, wrapped to `width` characters."""
     indent = " " * (NAME_WIDTH + STATE_WIDTH)
     about = textwrap.wrap(finding.found, width - len(indent), break_on_hyphens=False, break_long_words=False)
-    # Lines to copy are never broken.
+    # Commands to copy are never wrapped.
     lines = [*about, *([f"-> {finding.fix}"] if finding.fix else [])]
     return f"{finding.state:<{STATE_WIDTH}}" + f"\n{indent}".join(lines)
 
 
 def summary(count: Counter[str]) -> str:
-    """The last line."""
+    """The last line of the report."""
     warnings = f"{count['warning'] or 'no'} warning{'s' * (count['warning'] != 1)}"
     if count["missing"]:
-        return f"training cannot run here: {count['missing']} missing, {warnings}"
-    return f"training can run here ({warnings})"
+        return f"training cannot run on this machine: {count['missing']} missing, {warnings}"
+    return f"training can run on this machine ({warnings})"
 
 
 def _environment() -> dict[str, Any]:

@@ -1,6 +1,7 @@
-"""The checks of `launch.py doctor`: each looks at one thing that training needs, or is faster with.
+"""The checks of `launch.py doctor`: each tests one thing that training needs or that makes it faster.
 
-A broken installation is when people ask, so this module needs Python alone; every check imports what it looks at.
+This module must import on a broken installation, so it needs no third-party package. Each check imports the package
+that it tests.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ PYTHON = (3, 11)
 # The oldest driver for each CUDA.
 DRIVERS = {12: "525", 13: "580"}
 CAPABILITY = (7, 5)
-# NVIDIA's data-center GPUs with an engine for JPEG, by compute capability; other GPUs have to be asked.
+# Compute capabilities of NVIDIA's data-center GPUs with a JPEG engine. Other GPUs are queried through nvJPEG.
 JPEG_CAPABILITIES = ((8, 0), (9, 0), (10, 0), (10, 3))
 CGROUP_MEMORY = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 SHARED_MEMORY = Path("/dev/shm")
@@ -57,12 +58,12 @@ SAMPLE_FILES, SAMPLE_SEC = 256, 2.0
 
 
 class Finding(NamedTuple):
-    """What a check found.
+    """Result of a check.
 
     Attributes:
-        state: "ok", "warning" (training can run, but not as it could) or "missing" (it cannot).
-        found: what there is.
-        fix: what to do, best a line to copy.
+        state: "ok", "warning" (training runs, but slower or with limits) or "missing" (training cannot run).
+        found: the state in words.
+        fix: what to do, preferably a command to copy.
 
     """
 
@@ -75,19 +76,19 @@ class Finding(NamedTuple):
 
 
 def check_code() -> Finding:
-    """Which code this is."""
+    """The version of the code."""
     code = code_version()
     version = package_version("fast_spatial")
-    commit = f"commit {code['commit'][:10]}" if code["commit"] else "no commit known"
-    changed = ", changed since" if code["dirty"] else ""
+    commit = f"commit {code['commit'][:10]}" if code["commit"] else "unknown commit"
+    changed = ", modified" if code["dirty"] else ""
     return Finding("ok", f"{commit}{changed}; {f'package {version}' if version else 'not installed as a package'}")
 
 
 def check_system() -> Finding:
     """The operating system."""
-    where = "in a container" if in_container() else "in no container"
+    where = "in a container" if in_container() else "not in a container"
     if sys.platform != "linux":
-        return Finding("missing", platform.platform(), "use Linux: DALI has no other build")
+        return Finding("missing", platform.platform(), "use Linux: DALI supports no other system")
     return Finding("ok", f"{platform.platform()}, {where}, host {platform.node()}")
 
 
@@ -95,17 +96,17 @@ def check_python() -> Finding:
     """Python's version."""
     if sys.version_info[:2] < PYTHON:
         needed = ".".join(map(str, PYTHON))
-        found = f"{platform.python_version()}: {needed} or newer is needed"
+        found = f"{platform.python_version()}: needs {needed} or newer"
         return Finding("missing", found, f"make install PYTHON=python{needed}")
     return Finding("ok", f"{platform.python_version()}, {sys.executable}")
 
 
 def check_packages() -> Finding:
-    """The versions of the packages that the project names."""
+    """The versions of the required packages."""
     wrong, install = [], []
     requirements = project_requirements()
     if not requirements:
-        found = "unknown what is needed: no pyproject.toml here, and fast_spatial is not installed"
+        found = "requirements unknown: no pyproject.toml, and fast_spatial is not installed"
         return Finding("warning", found, f"{_pip()} install -e . (in the project's folder)")
     for requirement in requirements:
         name, ranges = re.fullmatch(r"([\w.-]+)(.*)", requirement.replace(" ", "")).groups()  # type: ignore[union-attr]
@@ -116,11 +117,11 @@ def check_packages() -> Finding:
             install.append(requirement)
     if wrong:
         return Finding("missing", "; ".join(wrong), f"{_pip()} install {' '.join(map(shlex.quote, install))}")
-    return Finding("ok", f"all {len(requirements)} are there, in versions that fit")
+    return Finding("ok", f"all {len(requirements)} required packages are installed in supported versions")
 
 
 def project_requirements() -> list[str]:
-    """What the project needs, as "torch>=2.11", of pyproject.toml or of the installed package."""
+    """Requirements such as "torch>=2.11", from pyproject.toml or the installed package's metadata."""
     file = ROOT / "pyproject.toml"
     if file.is_file():
         import tomllib
@@ -134,7 +135,7 @@ def project_requirements() -> list[str]:
 
 
 def in_range(version: str, ranges: str) -> bool:
-    """Whether a version lies in ">=2.4,<3"."""
+    """Whether a version satisfies ranges such as ">=2.4,<3"."""
     operators = {">=": operator.ge, "<": operator.lt}
     for part in filter(None, ranges.split(",")):
         sign, bound = re.fullmatch(r"(>=|<)([\d.]+)", part).groups()  # type: ignore[union-attr]
@@ -155,13 +156,13 @@ def _pip() -> str:
 
 
 def check_import(module: str, package: str) -> Finding:
-    """Whether a module can be imported: its package may be there, and broken."""
+    """Whether a module can be imported: an installed package may be broken."""
     try:
         found = importlib.import_module(module)
     except Exception as error:  # a broken installation raises anything
         again = "install" if isinstance(error, ModuleNotFoundError) else "install --force-reinstall --no-cache-dir"
-        return Finding("missing", f"it cannot be imported: {first_line(error)}", f"{_pip()} {again} {package}")
-    about = str(getattr(found, "__version__", "of an unknown version"))
+        return Finding("missing", f"import failed: {first_line(error)}", f"{_pip()} {again} {package}")
+    about = str(getattr(found, "__version__", "unknown version"))
     if module == "torch":
         about += f", built for CUDA {found.version.cuda}" if found.version.cuda else ", built without CUDA"
     return Finding("ok", about)
@@ -180,24 +181,24 @@ def _capabilities() -> list[tuple[int, int]]:
 
 
 def _gpu_count() -> int:
-    """GPUs that torch can use; none where it could not be imported before."""
+    """Number of GPUs that torch can use; 0 if torch has not been imported."""
     return len(_capabilities()) if "torch" in sys.modules else 0
 
 
 def check_driver() -> Finding:
-    """NVIDIA's driver, against the CUDA that torch was built for."""
+    """NVIDIA's driver, compared with the CUDA version torch was built for."""
     driver, runs = driver_version(), driver_cuda_version()
     if runs is None:
         if driver is None:
             return Finding("ok", "none")
         return Finding(
             "warning",
-            f"{driver} runs this machine, but its libraries are not to be seen here (libcuda.so.1)",
+            f"{driver} is loaded, but its library libcuda.so.1 is not visible",
             "docker run --gpus all ... (needs the NVIDIA Container Toolkit)",
         )
     import torch
 
-    about = f"{driver or 'of an unknown version'}, for CUDA up to {runs[0]}.{runs[1]}"
+    about = f"{driver or 'unknown version'}, for CUDA up to {runs[0]}.{runs[1]}"
     if torch.version.cuda is None:
         return Finding(
             "warning",
@@ -205,31 +206,31 @@ def check_driver() -> Finding:
             f"{_pip()} install --force-reinstall torch torchvision",
         )
     built = int(torch.version.cuda.split(".", maxsplit=1)[0])
-    if runs[0] < built:  # within one major version, an older driver does
+    if runs[0] < built:  # within one major version, CUDA works with older drivers
         return Finding(
             "missing",
-            f"{about}: too old for torch, which is built for CUDA {torch.version.cuda}",
-            f"update the driver to {DRIVERS.get(built, 'the newest')} or newer (on data-center GPUs, or install "
-            f"cuda-compat-{torch.version.cuda.replace('.', '-')})",
+            f"{about}: too old; torch is built for CUDA {torch.version.cuda}",
+            f"update the driver to {DRIVERS.get(built, 'the newest')} or newer, or (data-center GPUs only) install "
+            f"cuda-compat-{torch.version.cuda.replace('.', '-')}",
         )
     return Finding("ok", about)
 
 
 def check_gpus() -> Finding:
-    """The GPUs: what they are, whether they are free, and whether they compute."""
+    """The GPUs: models, free memory, and a test computation on each."""
     import torch
 
     if not torch.cuda.is_available():
         if driver_cuda_version() is None:
             return Finding(
                 "warning",
-                "none to be seen: training runs on CPUs",
+                "no GPU found: training runs on CPUs",
                 f"docker run --gpus all ... (needs driver {DRIVERS[13]} or newer)",
             )
         return Finding(
             "missing",
-            "there is a driver, but torch can use no GPU",
-            f"look at CUDA_VISIBLE_DEVICES (it is {os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}) and nvidia-smi",
+            "a driver is installed, but torch cannot use any GPU",
+            f"check CUDA_VISIBLE_DEVICES (now: {os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}) and nvidia-smi",
         )
     kinds: Counter[str] = Counter()
     crowded = []
@@ -239,18 +240,19 @@ def check_gpus() -> Finding:
             return Finding(
                 "missing",
                 f"GPU {index} ({name}) has compute capability {capability[0]}.{capability[1]}: "
-                f"{CAPABILITY[0]}.{CAPABILITY[1]} is needed",
-                "leave it out: CUDA_VISIBLE_DEVICES=... names the others",
+                f"needs {CAPABILITY[0]}.{CAPABILITY[1]} or newer",
+                "exclude it: set CUDA_VISIBLE_DEVICES to the other GPUs",
             )
         if not _computes(index):
-            return Finding("missing", f"GPU {index} ({name}) computes wrongly", "nvidia-smi -q -d ECC shows its errors")
+            found = f"GPU {index} ({name}) computes wrong results"
+            return Finding("missing", found, "check its errors: nvidia-smi -q -d ECC")
         free, total = torch.cuda.mem_get_info(index)
         kinds[f"{name}, {total / GIB:.0f} GiB, compute capability {capability[0]}.{capability[1]}"] += 1
         if free < total / 2:
             crowded.append(f"GPU {index} has {free / GIB:.0f} GiB free")
     about = "; ".join(f"{count} x {kind}" for kind, count in kinds.items())
     if crowded:
-        return Finding("warning", f"{about}; {', '.join(crowded)}", "nvidia-smi lists the processes that hold the rest")
+        return Finding("warning", f"{about}; {', '.join(crowded)}", "nvidia-smi lists the processes that use the rest")
     return Finding("ok", about)
 
 
@@ -261,7 +263,7 @@ def _computes(index: int) -> bool:
 
 
 def check_bfloat16() -> Finding:
-    """Whether the hardware that would train computes in bfloat16."""
+    """Whether the training device supports bfloat16."""
     import torch
 
     from fast_spatial.runtime.device import has_bfloat16
@@ -269,57 +271,57 @@ def check_bfloat16() -> Finding:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     where = "the GPU" if device.type == "cuda" else "this CPU"
     if has_bfloat16(device):
-        return Finding("ok", f"{where} has it")
+        return Finding("ok", f"supported by {where}")
     instead = "float16" if device.type == "cuda" else "float32"
-    return Finding("warning", f"{where} lacks it: slower", f"nothing to do: --dtype auto takes {instead} instead")
+    return Finding("warning", f"not supported by {where}: slower", f"no action needed: --dtype auto uses {instead}")
 
 
 def check_nccl() -> Finding:
-    """What GPUs talk to each other with."""
+    """NCCL, the library for communication between GPUs."""
     import torch
 
     gpus = len(_capabilities())
     if torch.distributed.is_available() and torch.distributed.is_nccl_available():
         version = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
-        return Finding("ok", version + ("" if gpus > 1 else " (only several GPUs need it)"))
+        return Finding("ok", version + ("" if gpus > 1 else " (needed only with several GPUs)"))
     if gpus > 1:
-        return Finding("missing", f"torch is built without it, which {gpus} GPUs need", f"{_pip()} install torch")
-    return Finding("ok", "none; only several GPUs need it")
+        return Finding("missing", f"torch is built without NCCL, required for {gpus} GPUs", f"{_pip()} install torch")
+    return Finding("ok", "not available; needed only with several GPUs")
 
 
 def check_jpeg_decoder() -> Finding:
-    """The engine for JPEG files that some GPUs have, asked of NVIDIA's nvJPEG."""
+    """The GPU's JPEG engine, as reported by NVIDIA's nvJPEG."""
     capabilities = _capabilities()
     if not capabilities:
-        return Finding("ok", "none without a GPU: CPUs decode")
+        return Finding("ok", "no GPU: CPUs decode")
     expected = capabilities[0] in JPEG_CAPABILITIES
     engines = jpeg_engines()
     if engines:
-        return Finding("ok", f"{engines} engine{'s' * (engines > 1)} in GPU 0 (says nvJPEG)")
+        return Finding("ok", f"{engines} engine{'s' * (engines > 1)} in GPU 0 (reported by nvJPEG)")
     if engines is None:
-        guess = "there should be one" if expected else "unknown"
-        return Finding("ok", f"{guess}: nvJPEG could not be asked, this is inferred from the compute capability")
+        guess = "expected from the compute capability" if expected else "unknown"
+        return Finding("ok", f"{guess}; nvJPEG gave no answer")
     if expected and in_container():
         return Finding(
             "warning",
-            "closed to this container, though such GPUs have one",
+            "not accessible in this container, though this GPU model has one",
             "docker run --gpus all -e NVIDIA_DRIVER_CAPABILITIES=compute,utility,video ...",
         )
     if expected:
         return Finding(
             "warning",
-            "closed, though such GPUs have one",
-            "nvidia-smi -q shows driver and MIG mode",
+            "not accessible, though this GPU model has one",
+            "check the driver and MIG mode: nvidia-smi -q",
         )
-    return Finding("ok", "none in this GPU: its cores decode")
+    return Finding("ok", "none in this GPU: its CUDA cores decode")
 
 
 def jpeg_engines() -> int | None:
-    """Engines for JPEG in GPU 0; 0 where there are none for this process; None where nvJPEG cannot tell."""
+    """Number of JPEG engines in GPU 0; 0 if this process can use none; None if nvJPEG gives no answer."""
     library = _nvjpeg()
     if library is None:
         return None
-    _computes(0)  # nvJPEG answers for the GPU of the current context
+    _computes(0)  # creates the CUDA context of GPU 0, which nvJPEG queries
     hardware, no_such_hardware = 3, 7  # NVJPEG_BACKEND_HARDWARE, NVJPEG_STATUS_ARCH_MISMATCH
     handle = ctypes.c_void_p()
     status = library.nvjpegCreateEx(hardware, None, None, 0, ctypes.byref(handle))
@@ -341,7 +343,7 @@ def _nvjpeg() -> Any:
 
 
 def check_decoding() -> Finding:
-    """Which decoding gives right pixels here; what was found before is remembered, as for trainings."""
+    """The fastest decoding with correct pixels on this machine; results are cached and shared with training."""
     from fast_spatial.pipelines.inspection.probe import choose
     from fast_spatial.pipelines.placement import HW_DECODER_LOAD
 
@@ -349,12 +351,12 @@ def check_decoding() -> Finding:
     about = f"{choice.decoding} ({choice.why})"
     if not any(trial.fault for trial in choice.trials):
         return Finding("ok", about)
-    again = "nothing to do: --decode auto takes it; another version of DALI, nvImageCodec or the driver is tried anew"
+    again = "no action needed: --decode auto uses it, and probes again when DALI, nvImageCodec or the driver changes"
     return Finding("warning", about, again)
 
 
 def check_compiler() -> Finding:
-    """What Triton compiles its launchers with on GPUs: a C compiler and Python's headers."""
+    """The C compiler and Python headers, with which Triton compiles its launchers on GPUs."""
     from fast_spatial.preflight import has_compiler
 
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
@@ -365,12 +367,12 @@ def check_compiler() -> Finding:
     version = f"{sys.version_info[0]}.{sys.version_info[1]}"
     fix = f"apt-get install gcc python{version}-dev"
     if _capabilities():
-        return Finding("missing", f"no {' and no '.join(lacking)}, which Triton needs on GPUs", fix)
-    return Finding("ok", f"no {' and no '.join(lacking)}; only GPUs need them: {fix}")
+        return Finding("missing", f"no {' and no '.join(lacking)}: Triton needs them on GPUs", fix)
+    return Finding("ok", f"no {' and no '.join(lacking)}; needed only on GPUs: {fix}")
 
 
 def check_apex() -> Finding:
-    """NVIDIA's apex, or the other package of that name."""
+    """Apex: NVIDIA's, or the unrelated package of the same name."""
     kind = apex_kind()
     if kind is None:
         return Finding("ok", "not installed; only --optimizer apex needs it")
@@ -383,7 +385,7 @@ def check_apex() -> Finding:
             return Finding("warning", f"{kind}, but {first_line(error)}", "use --optimizer sgd")
         return Finding("ok", f"{kind}, with FusedSGD")
     if kind == "another package":
-        return Finding("warning", "another package of that name, not NVIDIA's", f"{_pip()} uninstall apex")
+        return Finding("warning", "an unrelated package of the same name, not NVIDIA's", f"{_pip()} uninstall apex")
     return Finding("warning", kind, "use --optimizer sgd, or build apex with its CUDA extensions")
 
 
@@ -391,7 +393,7 @@ def check_apex() -> Finding:
 
 
 def check_loader() -> Finding:
-    """A few JPEG files through the whole loader, on CPUs and on the GPU: decoded, cropped, warped."""
+    """The whole loader on a few JPEG files, on CPUs and on the GPU: decode, crop, warp."""
     import torch
     from PIL import Image
 
@@ -408,7 +410,7 @@ def check_loader() -> Finding:
             if error > 8:
                 return Finding(
                     "missing",
-                    f"colours come out {error:.0f}/255 off on {device}",
+                    f"colours differ by {error:.0f}/255 on {device}",
                     f"{_pip()} install --force-reinstall {DALI_PACKAGES[0]}",
                 )
     where = " and on the GPU" if len(devices) > 1 else ""
@@ -437,7 +439,7 @@ def _colours_seen(folder: Path, device: Any) -> Any:
 
 
 def check_cache() -> Finding:
-    """Where compiled kernels and the digits are kept."""
+    """The cache folder of compiled kernels and the digits."""
     folder = cache_folder()
     free = shutil.disk_usage(folder).free / GIB
     about = f"{folder}, {free:.1f} GiB free"
@@ -451,26 +453,26 @@ def check_cache() -> Finding:
 
 
 def check_cpus() -> Finding:
-    """The CPUs that this process may use, of those that there are."""
+    """The CPUs this process may use, out of all CPUs of the machine."""
     present, usable = os.cpu_count() or 1, usable_cpus()
     if usable < present:
         return Finding(
             "warning",
-            f"{usable} of {present}: an affinity mask or a container's quota withholds the others",
+            f"{usable} of {present}: an affinity mask or a container's quota excludes the others",
             "docker run --cpus N ..., or the scheduler's CPUs per task (the loader decodes on CPUs)",
         )
     return Finding("ok", f"{usable}, all usable")
 
 
 def check_memory() -> Finding:
-    """The machine's memory, or the container's limit: a process takes about 4 GiB."""
+    """The machine's memory, or the container's limit; a process needs about 4 GiB."""
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limit = min([total, *_memory_limits()])
-    about = f"{limit / GIB:.1f} GiB" + (f", the limit of a container on {total / GIB:.0f}" if limit < total else "")
+    about = f"{limit / GIB:.1f} GiB" + (f", limit of a container ({total / GIB:.0f} in all)" if limit < total else "")
     processes = max(1, _gpu_count())
     if limit < 4 * processes * GIB:
         fix = f"docker run --memory {8 * processes}g ..." if limit < total else "a smaller --global-batch-size"
-        return Finding("warning", f"{about}; a process takes about 4", fix)
+        return Finding("warning", f"{about}; a process needs about 4 GiB", fix)
     return Finding("ok", about)
 
 
@@ -478,39 +480,39 @@ def _memory_limits() -> Iterator[int]:
     for path in CGROUP_MEMORY:
         try:
             yield int(path.read_text())
-        except (OSError, ValueError):  # not there, or "max"
+        except (OSError, ValueError):  # no such file, or "max"
             continue
 
 
 def check_descriptors() -> Finding:
-    """How many files and sockets a process may have open."""
+    """The limit of open files and sockets per process."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if 0 <= soft < DESCRIPTORS:
         fix = f"ulimit -n {DESCRIPTORS}" if hard < 0 or hard >= DESCRIPTORS else "docker run --ulimit nofile=65536 ..."
-        return Finding("warning", f"{soft} a process: NCCL may need more with many GPUs", fix)
-    return Finding("ok", f"{'unlimited' if soft < 0 else soft} a process")
+        return Finding("warning", f"{soft} per process: NCCL may need more with many GPUs", fix)
+    return Finding("ok", f"{'unlimited' if soft < 0 else soft} per process")
 
 
 def check_shared_memory() -> Finding:
-    """/dev/shm, which NCCL takes for GPUs of one machine; the loader does not."""
+    """The size of /dev/shm. NCCL uses it between GPUs of one machine; the loader does not."""
     if not SHARED_MEMORY.is_dir():
-        return Finding("warning", f"there is no {SHARED_MEMORY}, which several GPUs need", "docker run --ipc=host ...")
+        return Finding("warning", f"{SHARED_MEMORY} does not exist; several GPUs need it", "docker run --ipc=host ...")
     size = shutil.disk_usage(SHARED_MEMORY).total
     about = f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 2**20:.0f} MiB"
     if size >= GIB:
         return Finding("ok", f"{about} at {SHARED_MEMORY}")
     gpus = _gpu_count()
     if gpus > 1:
-        found = f"{about}: NCCL may run out of it on {gpus} GPUs"
+        found = f"{about}: may be too small for NCCL with {gpus} GPUs"
         return Finding("warning", found, "docker run --ipc=host ... (or --shm-size 8g)")
-    return Finding("ok", f"{about}; several GPUs would need more: docker run --ipc=host ...")
+    return Finding("ok", f"{about}; several GPUs need more: docker run --ipc=host ...")
 
 
-# --- folders that were named
+# --- the folders given as --data and --out
 
 
 def check_data(data: str) -> Finding:
-    """The folder of images: its layout, and how fast a sample of its files is read from the disk."""
+    """The data folder: its layout, and the read rate of a sample of its files from disk."""
     from fast_spatial.data.images import data_folder
     from fast_spatial.pipelines.dataset import check_classes_agree
 
@@ -527,14 +529,14 @@ def check_data(data: str) -> Finding:
             sizes += [size] if size else []
         spent = time.perf_counter() - start
     if not sizes:
-        return Finding("missing", f"{root} has {len(classes)} classes, but no file of it could be read")
+        return Finding("missing", f"{root} has {len(classes)} classes, but none of its files could be read")
     rates = f"{len(sizes) / spent:,.0f} files/s, {sum(sizes) / spent / 1e6:,.0f} MB/s"
     mean = f"{statistics.mean(sizes) / 1e3:.0f} kB"
-    return Finding("ok", f"{len(classes)} classes; {len(sizes)} files of {mean} on average read from disk at {rates}")
+    return Finding("ok", f"{len(classes)} classes; {len(sizes)} files (mean {mean}) read from disk at {rates}")
 
 
 def _sample(folders: list[Path]) -> Iterator[Path]:
-    """Some files of some folders."""
+    """A sample of files from a sample of folders."""
     some = folders[:: max(1, len(folders) // 64)]
     for folder in some:
         with os.scandir(folder) as entries:
@@ -544,7 +546,7 @@ def _sample(folders: list[Path]) -> Iterator[Path]:
 
 
 def _read_from_disk(until: float, path: Path) -> int:
-    """The size of a file that was read, and not from memory; 0 if time was up, or it could not be read."""
+    """The size in bytes of a file, read from disk past the page cache; 0 after `until`, or if it is unreadable."""
     if time.perf_counter() > until:
         return 0
     try:
@@ -556,22 +558,22 @@ def _read_from_disk(until: float, path: Path) -> int:
 
 
 def check_out(out: str) -> Finding:
-    """The folder for results: whether it can be written, and the space on its disk."""
+    """The output folder: whether it is writable, and the free space on its disk."""
     folder = next(path for path in (Path(out).absolute(), *Path(out).absolute().parents) if path.exists())
     if not folder.is_dir():
-        return Finding("missing", f"{folder} is a file", "name a folder")
+        return Finding("missing", f"{folder} is a file", "choose a folder")
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        found = f"{folder} cannot be written: {error.strerror}"
-        return Finding("missing", found, "name another folder, or mount it writable")
+        found = f"{folder} is not writable: {error.strerror}"
+        return Finding("missing", found, "choose another folder, or mount it writable")
     free = shutil.disk_usage(folder).free / GIB
     state = "ok" if free >= 1 else "warning"
     return Finding(state, f"{folder} is writable, {free:.1f} GiB free", "" if free >= 1 else "free some space")
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error, or its kind where it says nothing."""
+    """The first line of an error's message, or its type if the message is empty."""
     said = str(error).strip().splitlines()
     return (said[0] if said else type(error).__name__)[:200]

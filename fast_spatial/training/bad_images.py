@@ -1,4 +1,4 @@
-"""Training images that cannot be decoded: replaced where that was asked for, counted, and remembered by the run."""
+"""Undecodable training images: replaced if --on-bad-image allows it, counted, and listed in the run's folder."""
 
 from __future__ import annotations
 
@@ -14,21 +14,19 @@ from fast_spatial.runtime.files import write_atomically
 from fast_spatial.runtime.run_files import BAD_IMAGES, DAMAGED_IMAGES
 from fast_spatial.runtime.runlog import say
 
-# Images of which no part can be decoded, and those of which some part cannot.
-
 
 class BadImages:
-    """The images of a run that cannot be decoded, as all its processes have met them.
+    """The bad images of a run: those that cannot be decoded, in whole or in part.
 
-    Every process keeps lists of its own, which --exclude reads, too. None has to know what the others met: whether an
-    image is replaced, and by which, does not depend on when that was found.
+    Each process writes lists of its own, in the format of --exclude. Processes do not exchange them: whether an image
+    is replaced, and by which one, does not depend on when it was found.
 
     Args:
         out: the run's folder.
         rank: the GLOBAL rank.
-        images: the split that is trained on.
-        skip: whether they are replaced; otherwise the first ones end the run.
-        at_most: more than so many end the run in any case.
+        images: the training split.
+        skip: replace bad images; otherwise the first one ends the run.
+        at_most: maximum number of bad images; more end the run in any case.
 
     """
 
@@ -37,35 +35,38 @@ class BadImages:
         self._skip, self._at_most = skip, at_most
 
     def positions(self) -> list[int]:
-        """The positions of images of which no part can be decoded, as far as they were met.
+        """Positions in the split of the images found so far that have no decodable part.
 
         Raises:
-            UserError: if there are some, and they are not to be skipped, or are too many.
+            UserError: if bad images were found and `skip` is off, or if there are too many.
 
         """
         paths = self.paths()
         if paths and not self._skip:
             raise UserError(
-                f"--on-bad-image stop: so far, this run has replaced {len(paths)} images that cannot be decoded "
-                f"({some(paths)})",
-                "add --on-bad-image skip, or name a new folder",
+                f"--on-bad-image stop: this run has already replaced {len(paths)} undecodable images ({some(paths)})",
+                "add --on-bad-image skip, or choose a new --out",
             )
         self._check_number(paths)
         return self._images.positions_of(self._listed(BAD_IMAGES)).tolist()  # type: ignore[no-any-return]
 
     def paths(self) -> list[str]:
-        """The paths of all that were met so far, relative to the data folder, sorted."""
+        """Paths of all bad images found so far, relative to the data folder, sorted."""
         return sorted(self._listed(BAD_IMAGES) | self._listed(DAMAGED_IMAGES))
 
     def met(self, reasons: dict[int, str], hopeless: Collection[int]) -> None:
-        """Remember images, by position in the split, that cannot be decoded, and why; `hopeless`: no part of them.
+        """Record bad images.
+
+        Args:
+            reasons: why each cannot be decoded, by position in the split.
+            hopeless: positions of those that have no decodable part.
 
         Raises:
-            UserError: if they are not to be skipped, or are too many.
+            UserError: if `skip` is off, or if there are too many.
 
         """
         if not self._skip:
-            raise undecodable(self._images, reasons, "; or give the same command with --on-bad-image skip")
+            raise undecodable(self._images, reasons, "; or add --on-bad-image skip")
         found = {self._images.relative_path(position): (position, reason) for position, reason in reasons.items()}
         known = self.paths()
         self._check_number({*known, *found})
@@ -76,7 +77,7 @@ class BadImages:
             before = (self._out / name).read_bytes() if (self._out / name).is_file() else b""
             line = os.fsencode(f"# {reason}\n{path}\n")
             write_atomically(self._out / name, lambda file, text=before + line: file.write(text))  # type: ignore[misc]
-            say(f"{printable(path)} is replaced by another image: {reason}")
+            say(f"replaced {printable(path)} with another image: {reason}")
 
     def _listed(self, pattern: str) -> set[str]:
         lists = [os.fsdecode(path.read_bytes()) for path in self._out.glob(pattern.format("*"))]
@@ -86,5 +87,5 @@ class BadImages:
         if len(paths) > self._at_most:
             raise UserError(
                 f"--max-bad-images {self._at_most}: {len(paths)} images cannot be decoded: {some(sorted(paths))}",
-                f"look at the disk and the folder with launch.py check-data --data {self._images.root.parent}",
+                f"inspect the data: launch.py check-data --data {self._images.root.parent}",
             )

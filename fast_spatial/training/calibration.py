@@ -1,4 +1,4 @@
-"""How fast this machine trains and judges: a task of all processes, which load images, train on them, and judge."""
+"""Calibration: measures the throughput of training and evaluation on this machine, with all processes."""
 
 from __future__ import annotations
 
@@ -34,17 +34,20 @@ from fast_spatial.runtime.files import write_json
 from fast_spatial.training.optim import set_lr
 from fast_spatial.training.step import make_step
 
-# Of the images trained on in a measured step: a step of more is hardly faster for each of them.
+# Pixels per process in a measured step: larger batches hardly raise the throughput.
 MOST_PIXELS = {"cpu": 1 << 19, "cuda": 1 << 24}
 
 
 def calibrate(config: CalibrateConfig, world: World, until: float) -> None:
-    """Measure trainings and their judging with all processes; rank 0 writes what they found.
+    """Measure training and evaluation with all processes; rank 0 writes the results as JSON.
 
-    Written are, as JSON: `trainings`, a record for each (`images_per_sec` by side, `validation_images_per_sec`), the
-    `views_per_sec` of verdicts in float32, how many `images`, `val_images` and `classes` there are, the fewest
-    `val_images_of_a_class`, `gpus`, the seconds that measuring and trying decoders took (`busy_sec`), and those that
-    were left then until `until`, a `time.monotonic()` of rank 0's machine (`left_sec`).
+    Keys:
+        trainings: one record per training: `images_per_sec` by image size, and `validation_images_per_sec`.
+        views_per_sec: warped and classified in float32.
+        images, val_images, classes, gpus: counts.
+        val_images_of_a_class: validation images in the smallest class.
+        busy_sec: seconds of measuring and of probing decoders.
+        left_sec: seconds left until `until`, a `time.monotonic()` value of rank 0's machine.
     """
     trainings = [from_json(TrainConfig, values) for values in config.trainings]
     first = trainings[0]
@@ -62,7 +65,7 @@ def calibrate(config: CalibrateConfig, world: World, until: float) -> None:
         found[_kind(training)] = {"images_per_sec": rates, "validation_images_per_sec": validated}
         distributed.reset_watchdog(config.stall_minutes)
         if world.device.type == "cuda":
-            torch.cuda.empty_cache()  # the next training is another network, of other shapes
+            torch.cuda.empty_cache()  # the next network has other tensor shapes
     judged = measure_verdicts(first, len(images.classes), world, seconds=config.seconds)
     distributed.barrier()
     if world.rank == 0:
@@ -83,17 +86,17 @@ def calibrate(config: CalibrateConfig, world: World, until: float) -> None:
 def measure_training(
     config: TrainConfig, images: ImageIndex, world: World, sides: Collection[int], *, seconds: float
 ) -> dict[int, float]:
-    """Images per second, over all processes, of loading and training, at each side.
+    """Throughput of loading and training at each image size, in images per second over all processes.
 
-    On CPUs of smaller batches than the training's, and of weights that do not change. Some steps that are not timed
-    come first, until what was loaded ahead is used up.
+    Batches are capped by `MOST_PIXELS`. The learning rate is 0, so weights do not change. Untimed steps come first:
+    they use up the prefetched batches.
 
     Args:
-        config: the training.
-        images: its images.
-        world: the processes.
-        sides: of the views, pixels.
-        seconds: how long each side is timed, at the least, and for four steps.
+        config: the training to measure.
+        images: its training split.
+        world: this process and its group.
+        sides: image sizes, pixels.
+        seconds: minimum time measured per image size; at least four steps are timed.
 
     """
     seed_everything(config.seed, deterministic=config.deterministic)
@@ -119,7 +122,7 @@ def measure_training(
 
 
 def measure_validation(config: TrainConfig, images: ImageIndex, world: World) -> float:
-    """Images per second, over all processes, of a training's evaluations between epochs; on some of the images."""
+    """Throughput of the validation between epochs on a random subset, in images per second over all processes."""
     device = world.device
     dtype = dtype_of(config.dtype, device)
     count = min(
@@ -144,7 +147,7 @@ def measure_validation(config: TrainConfig, images: ImageIndex, world: World) ->
 
 
 def measure_verdicts(config: TrainConfig, num_classes: int, world: World, *, seconds: float) -> float:
-    """Views per second, over all processes, that are warped and judged in float32."""
+    """Throughput of warping and classifying in float32, in views per second over all processes."""
     device = world.device
     dtype = dtype_of("float32", device)
     side = config.eval_size or config.image_size
@@ -164,14 +167,14 @@ def measure_verdicts(config: TrainConfig, num_classes: int, world: World, *, sec
 
 
 def _images_per_process(config: TrainConfig, world: World, side: int) -> int:
-    """How many images a process is timed on at a time: its part of a batch, or what a CPU is about as fast with."""
+    """Images per process in a measured step: its share of the batch, capped by `MOST_PIXELS`."""
     of_training = config.global_batch_size // world.world_size
     unit = config.grad_accum_steps * max(1, config.bn_group_size)
     return min(of_training, max(unit, MOST_PIXELS[world.device.type] // side**2 // unit * unit))
 
 
 def _kind(config: TrainConfig) -> str:
-    """What decides how fast a training is: neither how far its views move, nor its seed."""
+    """A key of the options that affect the speed: the identity without warp limits and seed."""
     values = {**identity(config), "degrees": None, "translate_px": None, "seed": None}
     return json.dumps(values)
 

@@ -1,4 +1,4 @@
-"""What a training says about itself: before it starts, where it goes on, why it ended."""
+"""Messages of a training run: summary, resume, early stop and divergence."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def describe(
     classes: int,
     epochs: str,
 ) -> str:
-    """What is about to run, memory included."""
+    """The summary printed before training: model, data, batch and estimated memory."""
     batch = config.global_batch_size // world.world_size
     views = config.num_views
     need = estimate(
@@ -40,7 +40,7 @@ def describe(
         f"{need.activations_gib:.1f}, views {need.views_gib:.1f})",
     ]
     if config.blurpool:
-        lines.append("with BlurPool: a network that is blurred inside has another robustness than the published ones")
+        lines.append("--blurpool changes the network: its robustness is not comparable with the published models")
     if world.device.type == "cuda":
         free_gib = torch.cuda.mem_get_info(world.device)[0] / (1 << 30)
         if need.total_gib > free_gib:
@@ -52,31 +52,31 @@ def describe(
 
 
 def describe_resume(saved: dict[str, Any], config: TrainConfig, world: World, done: int, *, finished: bool) -> str:
-    """Where a run goes on, and what is different from there on."""
-    lines = [f"continued after {done} steps (in epoch {saved['epoch'] + 1})"]
+    """The message of a resumed run: its position, and what differs from the saved run."""
+    lines = [f"resumed after {done} steps (epoch {saved['epoch'] + 1})"]
     if finished:
         lines = ["this run is finished"]
     elif saved["world_size"] != world.world_size:
-        same = "the images and their draws stay the same"
+        same = "images and augmentations are unchanged"
         lines.append(f"on {world.world_size} processes instead of {saved['world_size']}: {same}")
         if not config.bn_group_size:
-            lines.append("BatchNorm normalizes over batches of another size (--bn-group-size fixes their size)")
+            lines.append("BatchNorm now normalizes over batches of another size (--bn-group-size fixes the size)")
     return "\n".join(lines)
 
 
 def time_was_up(segment: Segment) -> str:
-    """What to say about a training that was stopped before its learning rate was down."""
+    """The message of a training stopped by its deadline before its schedule ended."""
     return (
-        f"the time was up: the training is stopped after {segment.start} steps, "
-        f"{100 * segment.progress:.0f} % of its schedule, and judged as it is"
+        f"out of time after {segment.start} steps ({100 * segment.progress:.0f} % of the schedule); "
+        f"evaluating the model as it is"
     )
 
 
 def diverged(step: int, steps_per_epoch: int, out: Path) -> UserError:
-    """What to say about a loss that is no number any more."""
-    kept = next((f"; {out / name} was saved before" for name in (LAST, PREVIOUS) if (out / name).is_file()), "")
+    """The error for a loss or weights that became NaN or inf."""
+    kept = next((f"; last good checkpoint: {out / name}" for name in (LAST, PREVIOUS) if (out / name).is_file()), "")
     return UserError(
-        f"the loss is no finite number since step {step} (epoch {(step - 1) // steps_per_epoch + 1}): training "
-        f"diverged{kept}",
-        "try a smaller --lr, or --dtype float32, in a new folder",
+        f"training diverged: loss or weights became NaN or inf at step {step} "
+        f"(epoch {(step - 1) // steps_per_epoch + 1}){kept}",
+        "lower --lr or use --dtype float32, in a new --out",
     )

@@ -13,16 +13,15 @@ from fast_spatial.errors import UserError
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the learning rate of every group."""
+    """Set the learning rate of all parameter groups."""
     for group in optimizer.param_groups:
         group["lr"] = lr
 
 
 def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """SGD over every parameter, fused into one kernel.
+    """Fused SGD over all parameters.
 
-    Without `bn_weight_decay`, parameters of one dimension are a group of their own that does not decay: those of
-    BatchNorm (and of its kin), and biases.
+    Without `bn_weight_decay`, one-dimensional parameters (normalization layers and biases) have no weight decay.
     """
     settings: dict[str, Any] = {"lr": config.lr, "momentum": config.momentum, "weight_decay": config.weight_decay}
     groups: list[dict[str, Any]] = [{"params": list(model.parameters())}]
@@ -41,7 +40,7 @@ def find_apex_sgd() -> type[torch.optim.Optimizer]:
     """NVIDIA apex's FusedSGD.
 
     Raises:
-        UserError: if apex is missing, or is another package of that name (the one that `pip install apex` brings).
+        UserError: if NVIDIA's apex is missing (`pip install apex` installs an unrelated package), or no GPU is visible.
 
     """
     try:
@@ -49,10 +48,10 @@ def find_apex_sgd() -> type[torch.optim.Optimizer]:
         found = importlib.import_module("apex.optimizers").FusedSGD
     except (ImportError, AttributeError):
         raise UserError(
-            "--optimizer apex: NVIDIA's apex with its CUDA kernels is not installed (`pip install apex` is another "
-            "package)",
-            "use --optimizer sgd, or an environment that has it (NVIDIA's PyTorch images)",
+            "--optimizer apex: NVIDIA's apex with its CUDA kernels is not installed (`pip install apex` installs an "
+            "unrelated package)",
+            "use --optimizer sgd, or an environment with NVIDIA's apex, such as NVIDIA's PyTorch images",
         ) from None
     if not torch.cuda.is_available():
-        raise UserError("--optimizer apex: apex's FusedSGD needs a GPU, and none is visible", "use --optimizer sgd")
+        raise UserError("--optimizer apex: FusedSGD needs a GPU, and none is visible", "use --optimizer sgd")
     return found  # type: ignore[no-any-return]

@@ -1,8 +1,8 @@
-"""Keeping a training to its time: how fast its steps are, and how many of them are left.
+"""Training to a deadline: measures the step time and plans the number of remaining steps.
 
-Every so often, rank 0 looks at the clock and decides how many steps are left, all processes learn of it
-(`distributed.Ballot`), and a new segment of the training's timeline begins. Learning rate and side follow the timeline,
-so they end where they should whatever the speed turns out to be.
+At intervals, rank 0 plans a new last step from the measured step time and the time left. All processes learn of it
+through `distributed.Ballot`, and a new segment of the training's timeline begins. Learning rate and image size follow
+the timeline, so both reach their final values at any speed.
 """
 
 from __future__ import annotations
@@ -15,35 +15,35 @@ from typing import Any, NamedTuple
 from fast_spatial.config.train import TrainConfig
 from fast_spatial.training.schedule import Timeline, mean_over_rest, side_at, side_starts
 
-# A segment begins so many steps after it was decided on: all processes know of it one step later, and while the side of
-# the views still changes, the loader has been told that of so many batches ahead.
+# Steps between a decision and its segment. All processes learn of a decision one step later. While the image size still
+# changes, the loader has already been given the sizes of the batches that it prefetches.
 _LEAD_STEPS, _LEAD_STEPS_OF_SIDES = 2, 10
-# A process's first steps at a side, which compile and allocate, say nothing about the others.
+# Untimed steps at each new image size: they compile kernels and allocate memory.
 _SETTLING_STEPS = 2
-# What steps took counts half after so many intervals between decisions.
+# Half-life of measured step times, in decision intervals, and its minimum.
 _HALF_LIFE_INTERVALS = 3
 _SHORTEST_HALF_LIFE_SEC = 3.0
-# How much what was expected counts against what was measured: as if so many intervals had passed as expected.
+# Prior weight of the calibrated step time, in decision intervals.
 _TRUST_RECENT, _TRUST_OVERALL = 1, 3
-# What comes after the last step is expected to be as much slower than measured as the steps were, but for outliers;
-# where steps are faster, because of what is about them alone, it may not be.
+# The work after the last step is expected to slow down as much as the steps did, up to this factor. It is never
+# expected to speed up: the cause may lie in the steps alone.
 _LARGEST_SLOWDOWN = 2.0
-# A decision shortens what is left to this share at most: the next one knows better whether it was a hiccup.
+# A decision keeps at least this share of the remaining steps, since a slow interval may be a hiccup.
 _MOST_SHORTENED = 0.5
-# With less time left than so much of what comes after it, a training stops at once, whatever its learning rate.
+# Training stops at once, at any learning rate, if less than this share of the time of the final work is left.
 _LEAST_AFTER = 0.75
 
 
 @dataclass(frozen=True)
 class Pace:
-    """When a training has to be done, and what it was measured to take.
+    """A training's deadline and its calibrated times.
 
     Attributes:
-        until: `time.monotonic()` of this machine, until when all that belongs to the training is to be done.
-        after_sec: what follows the last step: the last evaluation, and whatever else has to be done until then.
-        step_sec: seconds per step, by side.
-        evaluation_sec: of an evaluation between epochs.
-        interval_sec: between two decisions.
+        until: the deadline of the training and its final work, as `time.monotonic()` of this machine.
+        after_sec: seconds of the work after the last step: the final evaluation, and all else before the deadline.
+        step_sec: seconds per step, by image size.
+        evaluation_sec: seconds of an evaluation between epochs.
+        interval_sec: seconds between two decisions.
 
     """
 
@@ -60,21 +60,21 @@ class Pace:
 
 
 class Decision(NamedTuple):
-    """From step `start` on, the training ends at step `end`; both 0: no decision; equal: stop there."""
+    """From step `start` on, training ends at step `end`. Both 0: no change. Equal: stop at that step."""
 
     start: int = 0
     end: int = 0
 
 
 class Pacemaker:
-    """Decides how many steps are left.
+    """Plans the number of remaining steps.
 
     Args:
-        pace: when to be done.
+        pace: the deadline and the calibrated times.
         config: the training.
-        timeline: how far it is; the caller adds the segments that are decided on.
-        steps_per_epoch: of the training.
-        clock: seconds.
+        timeline: its planned progress; the caller adds the decided segments.
+        steps_per_epoch: optimizer steps per epoch.
+        clock: returns the time in seconds.
 
     """
 
@@ -89,7 +89,7 @@ class Pacemaker:
         self._pace, self._config, self._timeline, self._clock = pace, config, timeline, clock
         self._steps_per_epoch = steps_per_epoch
         self._half_life_sec = max(_SHORTEST_HALF_LIFE_SEC, _HALF_LIFE_INTERVALS * pace.interval_sec)
-        # Seconds that steps took, and were expected to take.
+        # (measured, expected) seconds of past steps.
         self._recent, self._overall = (
             (trust * pace.interval_sec, trust * pace.interval_sec) for trust in (_TRUST_RECENT, _TRUST_OVERALL)
         )
@@ -98,22 +98,22 @@ class Pacemaker:
         self._step_ended = self._decided = clock()
 
     def evaluated(self, seconds: float) -> None:
-        """An evaluation between epochs took so long, which is no time of steps; all else between epochs is."""
+        """Record an evaluation's duration and exclude it from step timing. Other work between epochs stays included."""
         self._evaluation_sec = seconds
         self._step_ended += seconds
 
     @property
     def _slowdown_after(self) -> float:
-        """How many times as long as expected what follows the last step is expected to take."""
+        """Expected slowdown factor of the work after the last step."""
         took, expected = self._overall
         return max(1.0, min(took / expected, _LARGEST_SLOWDOWN))
 
     def first_end(self, done: int) -> int:
-        """The end to begin with: steps of the whole training, of which some are done."""
+        """The initial plan: the last step, counted from the start of the training, after `done` steps."""
         return done + max(1, self._affordable(done, self._left_sec()))
 
     def after_step(self, done: int, side: int) -> Decision:
-        """Note that another step is done, of views of this side; what is decided now."""
+        """Record the end of a step at an image size; returns what is decided now."""
         now = self._clock()
         took, self._step_ended = now - self._step_ended, now
         if side != self._side:
@@ -144,7 +144,7 @@ class Pacemaker:
         return self._pace.until - self._slowdown_after * self._pace.after_sec - self._clock()
 
     def _affordable(self, done: int, left_sec: float) -> int:
-        """How many steps fit into so many seconds, with the evaluations between them."""
+        """Number of steps that fit into `left_sec`, with the evaluations between epochs."""
         took, expected = self._recent
         progress = self._timeline.progress(done)
         step_sec = took / expected * mean_over_rest(self._config, progress, self._pace.step_sec)
@@ -156,14 +156,14 @@ class Pacemaker:
             evaluations += 1
 
     def _evaluations_within(self, done: int, steps: int) -> int:
-        """Evaluations between epochs within so many steps; the last one is not between them."""
+        """Number of evaluations between epochs in the next `steps` steps, without the final one."""
         if not steps or not self._config.eval_every:
             return 0
         between = self._config.eval_every * self._steps_per_epoch
         return (done + steps - 1) // between - done // between
 
     def _side_is_final(self, done: int) -> bool:
-        """Whether all batches that the loader was told of have the training's last side."""
+        """Whether training, and so every prefetched batch, has reached the final image size."""
         return len(side_starts(self._config)) == 1 or (
             side_at(self._config, self._timeline.progress(done)) == self._config.image_size
         )

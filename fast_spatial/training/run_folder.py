@@ -1,4 +1,4 @@
-"""A training run on disk: written whole, in the background, the checkpoint before kept; found again after a crash."""
+"""A training run's folder: checkpoints written atomically in the background, and found again after a crash."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from fast_spatial.training.schedule import Segment
 
 
 class Saver:
-    """Writes a run's checkpoints: `last.pt`, the one before it as `previous.pt`, and `best.pt`.
+    """Writes a run's checkpoints: `last.pt`, its predecessor as `previous.pt`, and `best.pt`.
 
-    A state is copied to host memory when it is handed over; a thread writes it while training goes on. Whatever goes
-    wrong there is raised by the next call.
+    `save` copies a state to host memory; a thread writes it while training continues. The next call raises the
+    thread's error, if any.
     """
 
     def __init__(self, out: Path) -> None:
@@ -42,22 +42,22 @@ class Saver:
             remove_leftovers(out / name)
 
     def save(self, state: dict[str, Any], *, best: bool = False) -> None:
-        """Save a state of tensors and plain values; `best` also as the best so far.
+        """Save a state of tensors and plain values; with `best`, also as `best.pt`.
 
         Raises:
-            UserError: if the state before it could not be written.
+            UserError: if the previous state could not be written.
 
         """
         self.wait()
         self._writing = self._thread.submit(self._write, _snapshot(state), best)
 
     def set_aside(self, damaged: list[Path]) -> None:
-        """Rename damaged checkpoints, so that none takes the place of a good one; nobody may be reading them now."""
+        """Rename damaged checkpoints, so that none replaces a good one. No process may be reading them."""
         for path in damaged:
             path.replace(path.with_name(f"{path.name}.damaged"))
 
     def wait(self) -> None:
-        """Return once all is on the disk.
+        """Wait until the last state is on disk.
 
         Raises:
             UserError: if it could not be written.
@@ -70,34 +70,34 @@ class Saver:
             writing.result()
         except OSError as error:
             kept = [name for name in (LAST, PREVIOUS) if (self._out / name).is_file()]
-            whole = f"; {kept[0]}, saved before, is whole" if kept else ""
+            whole = f"; the earlier {kept[0]} is intact" if kept else ""
             raise UserError(
-                f"--out {self._out}: a checkpoint cannot be written ({error.strerror or error}){whole}",
-                "make room, or make the folder writable; then the same command continues from there",
+                f"--out {self._out}: cannot write a checkpoint ({error.strerror or error}){whole}",
+                "free disk space or make the folder writable, then run the same command to resume",
             ) from error
 
     def close(self) -> None:
-        """Let the writing come to its end, well or not."""
+        """Wait for the writing thread to end; its error, if any, is dropped."""
         self._thread.shutdown()
 
     def _write(self, state: dict[str, Any], best: bool) -> None:
-        buffer = io.BytesIO()  # torch's own writer turns an error of the file into one that does not name it
+        buffer = io.BytesIO()  # torch.save to a file would hide the file's error
         torch.save(state, buffer)
         content = buffer.getbuffer()
-        if best:  # first: a run continues from last.pt, and would not judge this epoch again
+        if best:  # before last.pt: a run that resumes from last.pt does not evaluate this epoch again
             write_atomically(self._out / BEST, lambda file: file.write(content))
         last = self._out / LAST
         write_atomically(last, lambda file: file.write(content), keep=self._out / PREVIOUS)
 
 
 class CheckpointTimer:
-    """Says once when so many steps, or seconds, have passed since it said so last; 0: never."""
+    """Tells when a checkpoint is due: every `steps` steps, else every `seconds` seconds; 0: never."""
 
     def __init__(self, steps: int, seconds: float) -> None:
         self._steps, self._seconds, self._since = steps, seconds, time.monotonic()
 
     def __call__(self, step: int) -> bool:
-        """Whether it is time after a step, counted from the start of the run."""
+        """Whether a checkpoint is due after a step, counted from the start of the run."""
         if self._steps:
             return step % self._steps == 0
         if not self._seconds or time.monotonic() - self._since < self._seconds:
@@ -107,17 +107,17 @@ class CheckpointTimer:
 
 
 class Found(NamedTuple):
-    """A run's newest whole checkpoint (None: none was saved), and newer ones that are damaged."""
+    """A run's newest intact checkpoint (None: none was saved), and newer ones that are damaged."""
 
     state: dict[str, Any] | None
     damaged: list[Path]
 
 
 def find_latest(out: Path) -> Found:
-    """The newest whole checkpoint of a run's folder.
+    """The newest intact checkpoint of a run's folder.
 
     Raises:
-        UserError: if there are checkpoints, but none that can be read.
+        UserError: if the folder has checkpoints, but none to resume from.
 
     """
     damaged: list[Path] = []
@@ -126,7 +126,7 @@ def find_latest(out: Path) -> Found:
             continue
         if not os.access(path, os.R_OK):
             raise UserError(
-                f"--out {out}: {path.name} cannot be read by this user", "change that, or name a new folder"
+                f"--out {out}: permission denied for {path.name}", "make it readable, or choose another folder"
             )
         try:
             return Found(checkpoint.load(path), damaged)
@@ -134,57 +134,59 @@ def find_latest(out: Path) -> Found:
             damaged.append(path)
     if damaged:
         names = ", ".join(path.name for path in damaged)
-        raise checkpoint.DamagedCheckpoint(f"--out {out}: its checkpoints ({names}) are damaged", "name a new folder")
+        raise checkpoint.DamagedCheckpoint(
+            f"--out {out}: its checkpoints ({names}) are damaged", "choose another folder"
+        )
     if (out / BEST).is_file():
         raise UserError(
-            f"--out {out}: it holds {BEST}, but no {LAST} to continue from", f"name a new folder, or move {BEST} away"
+            f"--out {out}: contains {BEST}, but no {LAST} to resume from", f"choose another folder, or move {BEST} away"
         )
     return Found(None, [])
 
 
 def read_segments(run: str) -> list[Segment]:
-    """The segments of a training that kept to a budget, from its log.
+    """The timeline's segments of a training with a budget, from its log.
 
     Raises:
-        UserError: if there are none.
+        UserError: if the log cannot be read, or has no segments.
 
     """
     try:
         records = [json.loads(line) for line in (Path(run) / LOG).read_text(encoding="utf-8").splitlines()]
         found = [Segment(r["start"], r["progress"], r["end"]) for r in records if r["event"] == "segment"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--replay {run}: its {LOG} cannot be read ({error})", "name a folder of train") from None
+        raise UserError(f"--replay {run}: cannot read {LOG} ({error})", "give the folder of a training run") from None
     if not found:
         raise UserError(
-            f"--replay {run}: that training kept to no budget, so there is nothing to repeat",
-            "without --replay, the same flags and seed train the same model",
+            f"--replay {run}: that training had no budget, so there is no plan to replay",
+            "remove --replay: the same flags and seed train the same model",
         )
     return found
 
 
 def check_same_run(there: dict[str, Any], here: dict[str, Any], config: TrainConfig) -> None:
-    """Raise a UserError if a checkpoint is of another run than what would go on here."""
+    """Raise a UserError if the saved identity `there` differs from `here`, the identity of this command."""
     given, saved = ({**todays_names(about["recipe"]), **about} for about in (here, there))
     del given["recipe"]
     if changed := differences(saved, given):
         advice = "choose another folder"
         if config.dtype == "auto" and saved["dtype"] != given["dtype"]:
-            advice = f"add --dtype {saved['dtype']}, which is not what this machine is best at, or {advice}"
+            advice = f"add --dtype {saved['dtype']}, (not this machine's default), or {advice}"
         raise UserError(f"--out {config.out}: contains a run with different settings ({changed})", advice)
 
 
 def check_processes_agree(world: World, about: dict[str, Any]) -> None:
-    """Raise a UserError if this process would not do the same as the others."""
+    """Raise a UserError if the processes differ in a value of `about`."""
     for name, value in about.items():
         if not distributed.all_equal(zlib.crc32(json.dumps(value).encode()), world.device):
             raise UserError(
-                f"the processes differ in their {name}: {value} here",
-                "give the same command on all nodes, with the same images, and --out on a disk that they share",
+                f"the processes differ in {name}: this process has {value}",
+                "run the same command on all nodes, with the same images, and --out on a shared disk",
             )
 
 
 def record_environment(out: Path, config: TrainConfig, world: World, done: int, warp: str) -> None:
-    """Add a line to OUT/environment.jsonl: what this part of the run was started with, on, and after which step."""
+    """Append a line to OUT/environment.jsonl: command, options, hardware and first step of this part of the run."""
     about = {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "steps_before": done,

@@ -1,9 +1,9 @@
-"""The learning rate and the side of a training, as pure functions of how far it is.
+"""Learning rate and image size, as pure functions of training progress.
 
-Progress is the fraction of the training that is done, in [0, 1]; without a budget, steps done / all steps. With one,
-a `Timeline` of segments says how far a step is. Everything else here depends on progress alone, so a training that is
-cut to a deadline still ends its decay at the deadline. Milestones are the exception: they are epochs, as published, and
-are never rescaled.
+Progress is the completed fraction of the training, in [0, 1]. Without a budget it is steps done / all steps. With a
+budget, a `Timeline` of segments maps steps to progress. All else here depends on progress alone, so a training that is
+cut to a deadline still completes its learning-rate decay. Milestones are the exception: they are epochs, as published,
+and are never rescaled.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import NamedTuple
 
 from fast_spatial.config.train import SIZE_STEP, TrainConfig
 
-# From here on, training is at the full side: the progress of the recipes that this style comes from.
+# Progress at which training reaches the full image size, as in the recipes that this schedule comes from.
 FULL_SIDE_FROM = 0.75
 
 
 class Segment(NamedTuple):
-    """From step `start` on, where `progress` of the training is done, it goes evenly to 1 at step `end`.
+    """Progress grows linearly from `progress` at step `start` to 1 at step `end`.
 
-    With `end` at `start`, the training is stopped there.
+    If `end` equals `start`, training stops there.
     """
 
     start: int
@@ -30,9 +30,9 @@ class Segment(NamedTuple):
 
 
 class Timeline:
-    """How far a training is before every step: segments, continuous where one follows another.
+    """Progress before each step of a training: continuous, linear in each segment.
 
-    A step belongs to the last segment that begins at it or before, so what is added later changes no step before.
+    A step belongs to the last segment that begins at or before it, so a new segment does not change earlier steps.
     """
 
     def __init__(self, segments: Sequence[Segment]) -> None:
@@ -40,29 +40,29 @@ class Timeline:
 
     @classmethod
     def of_steps(cls, steps: int) -> Timeline:
-        """The timeline of a training of so many steps."""
+        """The timeline of a training of `steps` steps."""
         return cls([Segment(0, 0.0, steps)])
 
     @property
     def end(self) -> int:
-        """Steps of the whole training, as it is planned now."""
+        """Total steps of the training, as currently planned."""
         return self.segments[-1].end
 
     def progress(self, step: int) -> float:
-        """The share of the training that is done before a step, in [0, 1]."""
+        """Completed fraction of the training before a step, in [0, 1]."""
         start, progress, end = next(s for s in reversed(self.segments) if s.start <= step)
         return progress + (1 - progress) * (step - start) / (end - start) if step < end else 1.0
 
     def replan(self, start: int, end: int) -> Segment:
-        """From step `start` on, go to the end at step `end` instead; returns the new segment."""
+        """From step `start` on, end at step `end` instead; returns the new segment."""
         self.segments.append(Segment(start, self.progress(start), end))
         return self.segments[-1]
 
 
 def lr_at(config: TrainConfig, progress: float, epoch: int) -> float:
-    """The learning rate of the step after `progress`, in an epoch; only milestones look at the epoch.
+    """The learning rate at `progress`, in an epoch; only milestones use the epoch.
 
-    Linear: from 0 at the start to `lr` after `warmup_epochs`, and on to 0 at progress 1.
+    The linear schedule rises from 0 to `lr` over `warmup_epochs`, then falls to 0 at progress 1.
     """
     if config.schedule == "milestones":
         return config.lr * config.gamma ** sum(epoch >= milestone for milestone in config.milestones)
@@ -73,10 +73,10 @@ def lr_at(config: TrainConfig, progress: float, epoch: int) -> float:
 
 
 def side_starts(config: TrainConfig) -> list[tuple[float, int]]:
-    """(progress, side): the sides of a training, and from where on each is used.
+    """(progress, image size): the image sizes of a training, and the progress at which each begins.
 
-    They are 32 pixels apart where `start_side` and `side` are a multiple of 32 apart, else 16. All but the last, which
-    begins at three quarters, are used for equally long.
+    Sizes are 32 pixels apart if `start_size` and `image_size` differ by a multiple of 32, else 16. The full size begins
+    at `FULL_SIDE_FROM`; the smaller ones share the progress before it equally.
     """
     if not config.start_size:
         return [(0.0, config.image_size)]
@@ -86,12 +86,12 @@ def side_starts(config: TrainConfig) -> list[tuple[float, int]]:
 
 
 def side_at(config: TrainConfig, progress: float) -> int:
-    """The side of the views of the step after `progress`, pixels."""
+    """The image size at `progress`, pixels."""
     return max(side for start, side in side_starts(config) if start <= progress)
 
 
 def mean_over_rest(config: TrainConfig, progress: float, at_side: Mapping[int, float]) -> float:
-    """The mean over the rest of a training of what depends on the side: of seconds per step, say."""
+    """Mean over the rest of a training of a quantity that depends on the image size, such as seconds per step."""
     if progress >= 1:
         return at_side[config.image_size]
     starts = [*side_starts(config), (1.0, 0)]

@@ -1,4 +1,4 @@
-"""One training step: from a batch of views to new weights."""
+"""One training step: from a batch of views to updated weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fast_spatial.training.optim import make_optimizer
 
 
 class StepResult(NamedTuple):
-    """Of one process's images [B]: plain cross-entropy of the view trained on, whether it was correct, which it was."""
+    """Per image of this process, [B]: cross-entropy of the trained view, whether it was correct, and its index."""
 
     loss: Tensor
     correct: Tensor
@@ -34,7 +34,7 @@ class StepResult(NamedTuple):
 
 
 def make_step(config: TrainConfig, num_classes: int, device: torch.device, dtype: torch.dtype) -> TrainStep:
-    """The steps of a training, on a network of fresh weights."""
+    """A `TrainStep` on a freshly initialized network."""
     net = classifier.build(config.arch, num_classes)
     if config.bn_group_size:
         surgery.group_batch_norm(net, config.bn_group_size)
@@ -57,19 +57,19 @@ def make_step(config: TrainConfig, num_classes: int, device: torch.device, dtype
 
 
 class TrainStep:
-    """One step: judge the views, train on the worst, keep every process's BatchNorm and the scorer's weights in line.
+    """One step: score the views, train on the worst, average BatchNorm's buffers over processes, refresh the scorer.
 
     Args:
         model: the classifier, on its device.
-        optimizer: over its parameters.
-        dtype: float32 or a half precision for autocast; float16 brings a gradient scaler.
-        scored: whether batches have several views to choose from.
-        grad_accum_steps: parts of a batch trained on one after the other, as one step.
-        views_per_forward: views in one judging pass; 0: as many as are best at their side (`default_pass_size`).
-        score_size: judge the views at this smaller side, and train at the full one; 0: judge them as they are.
-        label_smoothing: share of the training target spread over all classes. It changes the gradient alone: views are
-            chosen, and losses returned, by plain cross-entropy.
-        compiled: let torch.compile fuse the network, and the scorer's as `Scorer` takes it.
+        optimizer: the optimizer of its parameters.
+        dtype: float32, or a half precision for autocast; float16 adds a gradient scaler.
+        scored: whether batches have several views per image to choose from.
+        grad_accum_steps: number of micro-batches per step.
+        views_per_forward: views per scoring forward pass; 0: `default_pass_size` at the image size.
+        score_size: image size for scoring; training uses the full size; 0: score at the full size.
+        label_smoothing: share of the training target spread over all classes. It changes only the gradient: plain
+            cross-entropy selects the views and is the returned loss.
+        compiled: compile the network with torch.compile, and the scorer as in `Scorer`.
 
     """
 
@@ -92,13 +92,13 @@ class TrainStep:
         self.scaler = torch.amp.GradScaler(self._device.type, enabled=dtype == torch.float16)
         self.scorer = Scorer(model, dtype, compiled=compiled) if scored else None
         self._views_per_forward, self._score_size = views_per_forward, score_size
-        self._passes: dict[int, Passes] = {}  # by the side of the views, which may grow
+        self._passes: dict[int, Passes] = {}  # by image size, which may grow during training
         if compiled:
             compile_network(model.net)
         self._parallel: nn.Module = model
         if torch.distributed.is_initialized():
             devices = [self._device.index] if self._device.type == "cuda" else None
-            # Buffers are averaged after each step, not taken from rank 0 before the next; the option was renamed.
+            # `average_buffers` averages BatchNorm's buffers, so DDP must not broadcast them. torch renamed this option.
             known = inspect.signature(DistributedDataParallel).parameters
             name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
             keep_buffers: dict[str, Any] = {name: False}
@@ -134,9 +134,9 @@ class TrainStep:
         return StepResult(torch.cat(losses), torch.cat(corrects), choice)
 
     def _choose(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The view of each image to train on, uint8 [B, S, S, 3] or normalized [B, 3, S, S], and which it is, [B].
+        """The view of each image to train on, uint8 [B, S, S, 3] or normalized [B, 3, S, S], and its index, [B].
 
-        Of crops, all views are made once and normalized, for the judge as for the training.
+        Views of crops are warped and normalized once; scoring and training share them.
         """
         if isinstance(batch.made, Crops) and not self._score_size:
             B, V = batch.made.matrices.shape[:2]

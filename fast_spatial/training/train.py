@@ -1,4 +1,4 @@
-"""Training one model: read `train` from top to bottom; `step.py` takes a batch from there to the gradient."""
+"""Training one model: read `_train` from top to bottom; `step.py` takes each batch from views to new weights."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ PROFILE_AFTER_STEPS = 10
 
 
 def train(config: TrainConfig, world: World, pace: Pace | None = None) -> None:
-    """Train a model as `config` says: `best.pt`, `last.pt`, `log.jsonl` and TensorBoard scalars in its folder.
+    """Train a model; write `best.pt`, `last.pt`, `log.jsonl` and TensorBoard scalars into its folder.
 
-    With a pace, it takes as many steps as its time allows, instead of the recipe's epochs.
+    With a pace, the deadline sets the number of steps instead of the recipe's epochs.
 
     Raises:
-        Stopped: if the process was asked to by a signal; the run is saved, and can be continued.
-        UserError: if the folder holds another run, cannot be written, or the loss stops being a number.
+        Stopped: if the process got a stop signal; the run is saved and can be resumed.
+        UserError: if the folder holds another run or cannot be written, or the loss becomes NaN or inf.
 
     """
     with stop_requests() as request, contextlib.ExitStack() as opened:
@@ -66,7 +66,7 @@ def train(config: TrainConfig, world: World, pace: Pace | None = None) -> None:
             _train(config, world, pace, request, opened)
         except UserError as error:
             if request.signal_number or os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
-                say(f"{error}")  # the launcher tells only of what ends it
+                say(f"{error}")  # the launcher reports only the error that ends it
             raise
 
 
@@ -96,7 +96,7 @@ def _train(
     def failed_on_gpu(what: str) -> None:
         say(what)
         runlog.note("decoding", done, steps_before=done, what=what)
-        if world.rank:  # whose log is silent
+        if world.rank:  # only rank 0 writes a log
             keep_failure(out, world.rank, what, done)
 
     loader = training_loader(
@@ -112,15 +112,16 @@ def _train(
 
     if 0 < steps_per_epoch < PROFILE_AFTER_STEPS + config.profile and config.profile:
         raise UserError(
-            f"--profile {config.profile}: it starts after {PROFILE_AFTER_STEPS} steps, and an epoch has only "
-            f"{steps_per_epoch}; lower --global-batch-size"
+            f"--profile {config.profile}: needs {PROFILE_AFTER_STEPS + config.profile} steps per epoch, but an epoch "
+            f"has {steps_per_epoch}",
+            "lower --profile or --global-batch-size",
         )
 
     # --- resume
     gpus = world.world_size if world.device.type == "cuda" else 0
     runlog = opened.enter_context(contextlib.closing(RunLog(out, rank=world.rank, gpus=gpus)))
     saver = opened.enter_context(contextlib.closing(Saver(out))) if world.rank == 0 else None
-    distributed.barrier()  # the folder is ours, and nobody writes there: now all may read
+    distributed.barrier()  # rank 0 has locked the folder, and no process writes to it: all may read
     saved, damaged = find_latest(out)
     same = {
         "recipe": identity(config),
@@ -143,12 +144,14 @@ def _train(
         optimizer.load_state_dict(saved["optimizer"])
         step.scaler.load_state_dict(saved["scaler"])
         first_epoch, first_step, best_pct = saved["epoch"], saved["step"], saved["best_pct"]
-        if "segments" in saved:  # not there in runs of earlier versions
+        if "segments" in saved:  # missing in runs of earlier versions
             timeline.segments[:] = [Segment(*segment) for segment in saved["segments"]]
         if step.scorer is not None:
             step.scorer.refresh()
     done = first_epoch * steps_per_epoch + first_step
-    check_processes_agree(world, {"position": done, **same, "rhythm": [config.log_every, config.eval_every]})
+    check_processes_agree(
+        world, {"position": done, **same, "--log-every and --eval-every": [config.log_every, config.eval_every]}
+    )
     if saved is None:
         runlog.begin()
     else:
@@ -158,17 +161,17 @@ def _train(
         placement = placement_of(config, world, exact=config.deterministic)
         decoded_by, warped_by = previous_placement(out / ENVIRONMENT) if saved is not None else (None, None)
         if world.decoding is not None and decoded_by not in (None, world.decoding.decoding):
-            say(f"decoding was: {decoded_by}, until step {done}; from there on it is: {world.decoding.decoding}")
+            say(f"decoding changed at step {done}: from {decoded_by} to {world.decoding.decoding}")
         if warped_by not in (None, placement.warp):
-            say(f"views were made by {warped_by} until step {done}; from there on by {placement.warp}")
+            say(f"warp changed at step {done}: from {warped_by} to {placement.warp}")
         record_environment(out, config, world, done, placement.warp)
         for path in damaged:
-            say(f"{path} is damaged: continuing from {PREVIOUS}, which was saved before")
+            say(f"{path} is damaged: resuming from the earlier {PREVIOUS}")
         for left_out in filter(None, (train_images.describe_left_out(), val_images.describe_left_out())):
             say(left_out)
         epochs = f"{timeline.end / steps_per_epoch:.4g} epochs"
         if pace is not None and config.schedule != "milestones":
-            epochs = "as many epochs as its time allows"
+            epochs = "as many epochs as the time allows"
         say(describe(config, world, dtype, len(train_images), len(val_images), len(train_images.classes), epochs))
         if saved is not None:
             say(describe_resume(saved, config, world, done, finished=first_epoch * steps_per_epoch >= timeline.end))
@@ -176,7 +179,7 @@ def _train(
         saver.set_aside(damaged)
 
     if saved is None:
-        for segment in timeline.segments[1:]:  # of a replay
+        for segment in timeline.segments[1:]:  # from --replay
             runlog.note("segment", done, **segment._asdict())
 
     # --- what happens between steps
@@ -187,7 +190,7 @@ def _train(
     )
 
     def follow(decision: Decision) -> None:
-        """Train on as was decided, unless what was decided before ends the training sooner."""
+        """Add a decision's segment to the timeline, unless the current plan ends before it starts."""
         if decision.end and decision.start < timeline.end:
             segment = timeline.replan(*decision)
             runlog.note("segment", done, **segment._asdict())
@@ -200,7 +203,7 @@ def _train(
             raise diverged(first, steps_per_epoch, out)
 
     def save(epoch: int, step_of_epoch: int, tally: Tally | None = None, *, best: bool = False) -> None:
-        """Save the position: so many steps of an epoch are done; all of them: but for its evaluation."""
+        """Save a checkpoint at (epoch, step). A full epoch is saved before its evaluation."""
         divergence.note(done, *net.parameters(), *(b for b in net.buffers() if b.is_floating_point()))
         check_finite()
         sums = None if tally is None else tally.state()
@@ -209,7 +212,7 @@ def _train(
         saver.save(
             {
                 "format": checkpoint.FORMAT,
-                # What is judged; where that is the average, training goes on from what it averages.
+                # The evaluated weights. With EMA, training resumes from `trained` instead.
                 "model": net.state_dict() if average is None else average.state_dict(),
                 "trained": None if average is None else net.state_dict(),
                 "arch": config.arch,
@@ -232,21 +235,21 @@ def _train(
         )
 
     def stop(signal_number: int) -> NoReturn:
-        """End this process; what was saved last is on the disk then."""
+        """End this process once the last checkpoint is on disk."""
         if saver is not None:
             saver.wait()
-            say(f"stopped by {signal.Signals(signal_number).name}; the same command continues")
+            say(f"stopped by {signal.Signals(signal_number).name}; run the same command to resume")
         raise Stopped(signal_number)
 
     def stop_together(signal_number: int) -> NoReturn:
-        """End all processes, none before the state is on the disk: torchrun ends the others after the first."""
+        """End all processes once the checkpoint is on disk: torchrun kills the others after the first exit."""
         if saver is not None:
             saver.wait()
         distributed.barrier()
         stop(signal_number)
 
     def moved() -> None:
-        """Called between the batches of an evaluation; the weights were saved before it."""
+        """Called between the batches of an evaluation; a checkpoint was saved before it."""
         distributed.reset_watchdog(config.stall_minutes)
         if request.signal_number:
             stop(request.signal_number)
@@ -353,12 +356,12 @@ def _train(
     if world.rank == 0:
         if skipped := bad_images.paths():
             say(f"{len(skipped)} training images could not be decoded and were replaced: {some(skipped)}")
-        say(f"the best model ({best_pct:.1f} % right, as it was evaluated) is {out / BEST}, the last one {out / LAST}")
+        say(f"best model: {out / BEST} ({best_pct:.1f} % accuracy in validation); last model: {out / LAST}")
 
 
 @contextlib.contextmanager
 def profile(steps: int, out: Path) -> Any:
-    """A trace of `steps` steps after the tenth, as OUT/profile.json; yields the profiler, or None for no steps."""
+    """Trace `steps` steps after the tenth into OUT/profile.json; yields the profiler, or None if `steps` is 0."""
     if not steps:
         yield None
         return

@@ -1,1 +1,1 @@
-"""What is wrong with files, and which decoding gives right pixels on this machine."""
+"""Find damaged files, and the decoding that gives correct pixels on this machine."""

@@ -1,11 +1,12 @@
-"""Decoding files on CPUs in child processes, so that a file that breaks the decoder is a verdict.
+"""Decode files on CPUs in child processes, so that a file that breaks the decoder becomes a finding.
 
-A GPU decoder may fail on a good file, so it has no say: training decodes on CPUs what a GPU fails on.
+Only the CPU decoder counts, because a GPU decoder may fail on a good file: training decodes on CPUs what a GPU fails
+on.
 
-A file that DALI cannot decode ends its pipeline for good, with an error that does not name it; a worse one may crash
-the process, or keep it busy for ever. Here, every child decodes batches; a batch that fails is taken apart, file by
-file, on a pipeline built anew, which takes 2 ms; a child that dies is replaced, and its batch asked for file by file.
-Children inherit nothing but the environment, and end with their parent.
+A file that DALI cannot decode ends its pipeline, with an error that does not name the file. It may also crash the
+process or keep it busy for ever. So child processes decode in batches. If a batch fails, the child decodes it file by
+file, on new pipelines (2 ms each). If a child dies, a new one decodes its batch file by file. Children inherit only the
+environment, and end with their parent.
 
     python -m fast_spatial.pipelines.inspection.decoding DESCRIPTOR THREADS TIMEOUT_SEC
 """
@@ -48,29 +49,29 @@ from fast_spatial.pipelines.placement import Decoding
 
 TIMEOUT_SEC = 60.0
 FILES_PER_BATCH = 32
-# A child's memory, on a CPU: what the largest image takes (`audit.MAX_PIXELS`), and some.
+# Memory limit of a child: the largest image (`findings.MAX_PIXELS`), with a margin.
 MEMORY_BYTES = 6 << 30
-# Files are decoded together up to so much of them.
+# Largest sum of files, and of decoded pixels, that is decoded as one batch.
 _BATCH_BYTES, _BATCH_PIXELS = 1 << 26, 1 << 24
-# A larger image has a process of its own, since DALI gives no memory back.
+# A larger image is decoded in its own process, since DALI does not return memory.
 _LARGE_PIXELS = 1 << 26
-_ALONE = Finding("alone", "")  # to the parent: ask again for this file alone
+_ALONE = Finding("alone", "")  # tells the parent to send this file alone
 _START_SEC = 600.0
-# Exit by the kernel's alarm clock, which no loop in the decoder can put off.
+# Death by the kernel's timer, which also ends an endless loop in the decoder.
 _HANG = -signal.SIGALRM
 _COMPLAINT = re.compile(r"corrupt|premature|extraneous|unsupported|invalid|error|bad", re.IGNORECASE)
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _PREFIX = re.compile(r"^(\[\w+\] )*(Could not [\w ]+ stream - )?")
 _STATUS = {
-    "nvImageCodec failure: '#3'": "its header is damaged",
-    "nvImageCodec failure: '#4'": "its format is unknown to the decoder",
+    "nvImageCodec failure: '#3'": "damaged header",
+    "nvImageCodec failure: '#4'": "format unknown to the decoder",
 }
 
 
 class Report(NamedTuple):
-    """What was found about a file, now or (`remembered`) earlier.
+    """Findings of a file; `remembered` if they come from an earlier check.
 
-    If its content decided, with the content's hash and size and the time of its last change (nanoseconds).
+    `digest` (hash of the content), `size` (bytes) and `mtime_ns` are set only if the findings follow from the content.
     """
 
     path: str
@@ -82,22 +83,22 @@ class Report(NamedTuple):
 
     @property
     def problem(self) -> str | None:
-        """Why a run would end on this file, or None."""
+        """Why this file would end a run, or None."""
         return next((found.detail for found in self.findings if KINDS[found.kind].severity == KILLS), None)
 
 
 def decode_files(
     paths: Iterable[str], *, processes: int = 1, timeout_sec: float = TIMEOUT_SEC
 ) -> Generator[tuple[str, str | None], None, None]:
-    """Whether files can be decoded: (path, None), or (path, in words why not), each path once, in any order.
+    """Whether files can be decoded: (path, None) or (path, reason), each path once, in any order.
 
     Args:
-        paths: the files; taken as they are needed.
-        processes: child processes; they end when the iterator does, or is closed.
-        timeout_sec: a file that takes longer counts as one that the decoder does not come to an end with.
+        paths: the files; consumed lazily.
+        processes: number of child processes; they end when the iterator ends or is closed.
+        timeout_sec: a file that takes longer counts as a hang of the decoder.
 
     Raises:
-        RuntimeError: if the decoder does not even start.
+        RuntimeError: if the decoder does not start.
 
     """
     for report in inspect_files(paths, processes=processes, timeout_sec=timeout_sec):
@@ -111,11 +112,11 @@ def inspect_files(
     timeout_sec: float = TIMEOUT_SEC,
     remembered: Callable[[str], Report | None] = lambda path: None,
 ) -> Generator[Report, None, None]:
-    """Everything there is to say about files, as `decode_files`; those that are `remembered` are not opened."""
+    """All findings of files, as `decode_files`. Files for which `remembered` returns a report are not opened."""
     threads = max(1, usable_cpus() // processes)
     words = [str(threads), str(timeout_sec)]
     queue = iter(paths)
-    alone: list[str] = []  # large ones, and those of batches that a child died of
+    alone: list[str] = []  # large files, and files of batches in which a child died
     idle: list[_Child] = []
     busy: dict[Connection, _Child] = {}
     try:
@@ -163,9 +164,9 @@ def inspect_files(
 
 def _death(status: int) -> Finding:
     if status == _HANG:
-        return Finding("hang", "the decoder does not come to an end")
+        return Finding("hang", "the decoder does not finish")
     how = f"signal {-status}" if status < 0 else f"exit status {status}"
-    return Finding("crash", f"it crashes the decoder ({how})")
+    return Finding("crash", f"crashes the decoder ({how})")
 
 
 class _Child:
@@ -177,7 +178,7 @@ class _Child:
             [sys.executable, "-m", "fast_spatial.pipelines.inspection.decoding", str(theirs.fileno()), *words],
             stdin=subprocess.DEVNULL,
             pass_fds=[theirs.fileno()],
-            process_group=0,  # Ctrl-C is the parent's affair
+            process_group=0,  # Ctrl-C reaches the parent alone, which then ends its children
             env=environment_of_children(),
         )
         theirs.close()
@@ -187,14 +188,14 @@ class _Child:
 
     def ask(self, batch: list[str]) -> None:
         self.batch = batch
-        with suppress(ConnectionError):  # it died; asking for the answer tells
+        with suppress(ConnectionError):  # it died; `answer` reports that
             self.connection.send_bytes(json.dumps(batch).encode())
 
     def answer(self) -> list[Report] | None:
-        """The batch's reports; None for its first word, that it has started.
+        """The batch's reports; None for the first message, which says that the child has started.
 
         Raises:
-            RuntimeError: if it died before that.
+            RuntimeError: if the child died before it started.
 
         """
         try:
@@ -203,7 +204,7 @@ class _Child:
             self.spent = True
             status = self.end()
             if not self.started:
-                raise RuntimeError(f"the decoder does not start: its process ended with {status}") from None
+                raise RuntimeError(f"the decoder does not start: its process ended with exit status {status}") from None
             found = _death(status) if len(self.batch) == 1 else _ALONE
             return [Report(path, [found]) for path in self.batch]
         if not self.started:
@@ -213,7 +214,7 @@ class _Child:
         return [Report(path, [Finding(*pair) for pair in findings], *about) for path, findings, *about in reports]
 
     def end(self) -> int:
-        """Its exit status: its own if it had ended, else that of being killed."""
+        """Kill the child if it is alive; returns its exit status."""
         self.connection.close()
         self._process.kill()
         return self._process.wait()
@@ -229,13 +230,16 @@ def _shape_graph() -> Any:
 
 @pipeline_def
 def image_graph() -> Any:
-    """Whole images, by training's operator on CPUs: uint8 [H, W, 3], of `encoded` files and their `size`, int32 [2]."""
+    """Decode whole images with training's operator on CPUs: uint8 [H, W, 3].
+
+    Inputs: `encoded` files and their `size`, int32 [2] of height and width.
+    """
     encoded, size = fn.external_source(name="encoded"), fn.external_source(name="size")
     return decode_box(encoded, np.zeros(2, np.int32), size, Decoding("cpu"))
 
 
 class _Decoder:
-    """Decodes whole images with training's operator, and says what is wrong with those that it cannot."""
+    """Decodes whole images with training's operator, and reports why an image cannot be decoded."""
 
     def __init__(self, *, threads: int) -> None:
         self._threads = threads
@@ -249,9 +253,9 @@ class _Decoder:
         self._build()
 
     def inspect(self, contents: list[bytes], *, alone: bool) -> list[Finding | None]:
-        """What is wrong with each content: a reason not to decode it, a complaint of the decoder, or nothing.
+        """The finding of each content: why it cannot be decoded, a warning of the decoder, or None.
 
-        `alone`: the process was asked for nothing else; a large image spends it.
+        `alone`: the batch is a single file, so it may be large. A large image marks this process as spent.
         """
         if len(contents) > 1 and all(contents):
             try:
@@ -271,7 +275,7 @@ class _Decoder:
             sizes = self._peek([content])
             pixels = int(sizes.prod())
             if pixels > MAX_PIXELS:
-                return Finding("too_large", f"its header says {sizes[0, 1]} x {sizes[0, 0]} pixels")
+                return Finding("too_large", f"{sizes[0, 1]} x {sizes[0, 0]} pixels in its header")
             if pixels > _LARGE_PIXELS:
                 if not alone:
                     return _ALONE
@@ -285,7 +289,7 @@ class _Decoder:
         return Finding("damaged", complaint) if complaint else None
 
     def _build(self) -> None:
-        """New pipelines, proven on a sample."""
+        """Build new pipelines and test them on a sample."""
         options = {
             "batch_size": FILES_PER_BATCH,
             "num_threads": self._threads,
@@ -300,7 +304,7 @@ class _Decoder:
         self._complaint()
 
     def _peek(self, contents: list[bytes]) -> Any:
-        """(height, width) of each, int64 [N, 2], from the decoder's own reading of the header."""
+        """(height, width) of each content, int64 [N, 2], as the decoder reads them from the headers."""
         (shapes,) = self._shapes.run(encoded=[np.frombuffer(content, np.uint8) for content in contents])
         return np.stack([np.array(shapes[k])[:2] for k in range(len(contents))]).astype(np.int64)
 
@@ -309,7 +313,7 @@ class _Decoder:
         self._images.run(encoded=encoded, size=list(sizes.astype(np.int32)))
 
     def _complaint(self) -> str:
-        """What the decoder printed since it was last asked, in a line."""
+        """The first warning that the decoder printed since the last call; "" if none."""
         os.lseek(self._stderr, 0, os.SEEK_SET)
         with os.fdopen(os.dup(self._stderr), "rb") as file:
             lines = _COLOURS.sub("", file.read(1 << 16).decode(errors="replace")).splitlines()
@@ -319,7 +323,7 @@ class _Decoder:
 
 
 def reason_of(error: RuntimeError) -> str:
-    """What DALI says the matter was, in a line."""
+    """The cause in a DALI error, on one line."""
     found = re.search(r"encountered:\s*(.*?)\s*(Current pipeline|$)", str(error), re.DOTALL)
     reason = (found[1] if found else str(error)).strip().splitlines()[0]
     return _STATUS.get(reason, reason)
@@ -350,9 +354,9 @@ def _report(path: str, content: Content, decoded: Finding | None) -> Report:
 
 
 def _serve(descriptor: int, threads: int, timeout_sec: float) -> None:
-    """Answer batches of paths until the parent is gone."""
+    """Answer batches of paths until the parent closes the connection."""
     signal.setitimer(signal.ITIMER_REAL, _START_SEC)
-    with suppress(OSError):  # where memory runs out, the kernel is to end this process rather than any other
+    with suppress(OSError):  # if memory runs out, the kernel should kill this process first
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
     connection = Connection(descriptor)

@@ -1,4 +1,4 @@
-"""What can be wrong with a data set: the kinds of findings, and those that folders and files' headers show."""
+"""Problems of a data set: the kinds of findings, and the checks of folders and file headers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fast_spatial.errors import UserError
 from fast_spatial.pipelines.dataset import files_below, is_image, list_classes
 
 KILLS, CHANGES, NOTE = "kills", "changes", "note"
-# PIL, and so torchvision's loader, refuses images of more pixels; decoded, they take half a gigabyte.
+# PIL, and so torchvision's loader, refuses larger images. Decoded, this many pixels take half a gigabyte.
 MAX_PIXELS = 178_956_970
 MAX_BYTES = 1 << 30
 MAX_ASPECT = 100
@@ -43,9 +43,9 @@ class Kind:
     """A kind of finding.
 
     Attributes:
-        severity: what it does to a run: KILLS it, CHANGES its result, or only a NOTE.
-        advice: what it means and what to do, in a sentence.
-        exclude: whether leaving the file out mends it.
+        severity: its effect on a run: KILLS ends it, CHANGES alters its result, NOTE is harmless.
+        advice: meaning and fix, in one sentence.
+        exclude: whether excluding the file fixes it.
 
     """
 
@@ -56,43 +56,43 @@ class Kind:
 
 KINDS = {
     # of folders
-    "no_classes": Kind(KILLS, "a split is a folder of class folders"),
-    "classes_differ": Kind(KILLS, "train/ and val/ need the same class folders, or labels would not mean the same"),
-    "empty_class": Kind(KILLS, "the class folder holds no image; fill it, or remove it from both splits"),
-    "bad_folder": Kind(KILLS, "the folder cannot be walked; mend or remove it"),
-    "class_order": Kind(NOTE, "labels follow the names as text, as torchvision's; not every model counts like that"),
-    "ignored": Kind(NOTE, "files without an image's extension, or outside of class folders, are not used"),
+    "no_classes": Kind(KILLS, "a split must contain one folder per class"),
+    "classes_differ": Kind(KILLS, "train/ and val/ need the same class folders, or labels would not match"),
+    "empty_class": Kind(KILLS, "the class folder contains no images; add some, or remove it from both splits"),
+    "bad_folder": Kind(KILLS, "the folder cannot be read; fix or remove it"),
+    "class_order": Kind(NOTE, "labels follow the names sorted as text, as in torchvision; some models sort numbers"),
+    "ignored": Kind(NOTE, "files without an image extension, or outside class folders, are not used"),
     # of files
-    "unreadable": Kind(KILLS, "it cannot be read; mend its permissions, its link or the disk, or exclude it", True),
-    "special": Kind(KILLS, "a pipe, a socket or a device, from which reading may never end; remove it", True),
-    "empty": Kind(KILLS, "it has no content; fetch it again or exclude it", True),
-    "truncated": Kind(KILLS, "it ends before its image does; fetch it again or exclude it", True),
-    "gif": Kind(KILLS, "the decoder knows no GIF; convert it or exclude it", True),
-    "not_an_image": Kind(KILLS, "its content is no image; fetch it again or exclude it", True),
-    "undecodable": Kind(KILLS, "it is damaged, or of a variant that the decoder does not know; exclude it", True),
-    "too_large": Kind(KILLS, "decoding it takes more memory than there may be; shrink it or exclude it", True),
-    "crash": Kind(KILLS, "the decoder itself dies of it; exclude it", True),
-    "hang": Kind(KILLS, "the decoder does not come to an end with it; exclude it", True),
-    "duplicate": Kind(CHANGES, "a training image that is in val/ too, byte for byte; exclude it from training", True),
-    "rotated": Kind(CHANGES, "EXIF says to turn it, which training ignores, as torchvision does; turn its pixels"),
-    "damaged": Kind(NOTE, "it decodes, but the decoder complains: parts may be grey or garbled; look at it"),
-    "cmyk": Kind(NOTE, "its colours are CMYK, which are converted without a profile"),
-    "deep": Kind(NOTE, "more than 8 bits a channel: scaled to 8, where PIL, and so torchvision, may clip"),
-    "wrong_extension": Kind(NOTE, "its content is of another format than its name says; it decodes all the same"),
-    "several_frames": Kind(NOTE, "it holds several images; the first is used"),
-    "thin": Kind(NOTE, "long and thin: evaluating it on a GPU resizes all of it, which takes memory"),
+    "unreadable": Kind(KILLS, "the file cannot be read; fix its permissions, link or disk, or exclude it", True),
+    "special": Kind(KILLS, "a pipe, socket or device; reading it may never end; remove it", True),
+    "empty": Kind(KILLS, "the file is empty; download it again or exclude it", True),
+    "truncated": Kind(KILLS, "the file is truncated; download it again or exclude it", True),
+    "gif": Kind(KILLS, "the decoder does not support GIF; convert it or exclude it", True),
+    "not_an_image": Kind(KILLS, "the content is not an image; download it again or exclude it", True),
+    "undecodable": Kind(KILLS, "the file is damaged, or uses an unsupported variant of its format; exclude it", True),
+    "too_large": Kind(KILLS, "decoding it needs too much memory; shrink it or exclude it", True),
+    "crash": Kind(KILLS, "it crashes the decoder; exclude it", True),
+    "hang": Kind(KILLS, "the decoder does not finish; exclude it", True),
+    "duplicate": Kind(CHANGES, "a training image identical to one in val/; exclude it from training", True),
+    "rotated": Kind(CHANGES, "EXIF asks for a rotation; training ignores it, as torchvision does; rotate the pixels"),
+    "damaged": Kind(NOTE, "it decodes with a warning: parts may be grey or garbled; look at it"),
+    "cmyk": Kind(NOTE, "its colours are CMYK; they are converted without a color profile"),
+    "deep": Kind(NOTE, "more than 8 bits per channel; they are scaled to 8, where PIL, and so torchvision, may clip"),
+    "wrong_extension": Kind(NOTE, "its format differs from its extension; it decodes correctly"),
+    "several_frames": Kind(NOTE, "it contains several images; the first is used"),
+    "thin": Kind(NOTE, "long and thin: evaluation on a GPU resizes all of it and needs much memory"),
 }
 
 
 class Finding(NamedTuple):
-    """Something found: its kind, and in words what it is."""
+    """A finding: its kind (a key of `KINDS`), and details in words."""
 
     kind: str
     detail: str
 
 
 class Survey(NamedTuple):
-    """A split's folders: its classes, how many images they hold, and what was found (path, finding)."""
+    """A split's folders: its classes, their number of images, and (path, finding) pairs."""
 
     classes: list[str]
     images: int
@@ -100,7 +100,7 @@ class Survey(NamedTuple):
 
 
 def survey(data: Path, split: str) -> Survey:
-    """What there is to say about a split without opening a file."""
+    """Check a split's folders, without opening a file."""
     root = data / split
     try:
         classes = list_classes(data, split)
@@ -117,7 +117,7 @@ def survey(data: Path, split: str) -> Survey:
             else:
                 ignored[_extension(path)] += 1
         if images == before:
-            findings.append((str(root / name), Finding("empty_class", "it holds no image")))
+            findings.append((str(root / name), Finding("empty_class", "no images in it")))
     if ignored:
         most = sorted(ignored.items(), key=lambda item: (-item[1], item[0]))[:5]
         counts = ", ".join(f"{extension} {count}" for extension, count in most)
@@ -129,10 +129,10 @@ def survey(data: Path, split: str) -> Survey:
 
 
 def compare_classes(data: Path, train: list[str], val: list[str]) -> list[tuple[str, Finding]]:
-    """The class folders that only one split has."""
+    """Findings for class folders that exist in only one split."""
     pairs = (("train", "val", train, val), ("val", "train", val, train))
     return [
-        (str(data / here / name), Finding("classes_differ", f"{there}/ has no such class"))
+        (str(data / here / name), Finding("classes_differ", f"missing in {there}/"))
         for here, there, mine, others in pairs
         for name in sorted(set(mine) - set(others))
     ]
@@ -149,20 +149,20 @@ def _extension(path: str) -> str:
 
 
 class Content(NamedTuple):
-    """What a file held, and when it was last changed (nanoseconds)."""
+    """A file's content, and its modification time in nanoseconds."""
 
     data: bytes
     mtime_ns: int
 
 
 def read_regular(path: str) -> Content | Finding:
-    """A file's content, or why it cannot be had; a pipe, a socket or a device is never opened."""
+    """A file's content, or the reason why it cannot be read. Pipes, sockets and devices are never opened."""
     try:
         found = os.stat(path)
         if not stat.S_ISREG(found.st_mode):
-            return Finding("special", "it is no regular file")
+            return Finding("special", "not a regular file")
         if found.st_size > MAX_BYTES:
-            return Finding("too_large", f"it has {found.st_size / 1e9:.1f} GB")
+            return Finding("too_large", f"{found.st_size / 1e9:.1f} GB")
         with open(path, "rb") as file:
             return Content(file.read(), found.st_mtime_ns)
     except OSError as error:
@@ -170,26 +170,26 @@ def read_regular(path: str) -> Content | Finding:
 
 
 def explain_failure(content: bytes, reason: str) -> Finding:
-    """What is wrong with a content that the decoder refused for `reason`."""
-    detail = f"it cannot be decoded: {reason}"
+    """The finding for content that the decoder refused for `reason`."""
+    detail = f"cannot be decoded: {reason}"
     if not content:
-        return Finding("empty", "it cannot be decoded: it is empty")
+        return Finding("empty", "cannot be decoded: empty file")
     if content.startswith((b"GIF87a", b"GIF89a")):
-        return Finding("gif", "it cannot be decoded: it is a GIF")
+        return Finding("gif", "cannot be decoded: a GIF")
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(content)) as image:
             image.load()
     except UnidentifiedImageError:
         return Finding("not_an_image", detail)
-    except Exception as error:  # PIL raises whatever a broken content makes it run into
+    except Exception as error:  # PIL raises any exception on broken content
         return Finding("truncated" if "truncated" in str(error).lower() else "undecodable", detail)
     return Finding("undecodable", detail)
 
 
 def inspect_header(path: str, content: bytes) -> list[Finding]:
-    """What is odd about a file that decodes, from its header alone."""
+    """Findings from the header of a file that decodes."""
     found: list[Finding] = []
-    # PIL is stricter about headers than the decoder, whose verdict counts, and raises whatever it runs into.
+    # PIL is stricter about headers than the decoder and may raise any exception; the decoder's verdict counts.
     with suppress(Exception), warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(content)) as image:
         for oddity in _oddities(path, image):
             found.append(oddity)
@@ -200,18 +200,18 @@ def _oddities(path: str, image: Image.Image) -> Iterator[Finding]:
     expected = _FORMATS.get(os.path.splitext(path)[1].lower())
     actual = "JPEG" if image.format == "MPO" else image.format
     if expected and actual != expected:
-        yield Finding("wrong_extension", f"it is a {actual}")
+        yield Finding("wrong_extension", f"the content is {actual}")
     if image.mode == "CMYK":
-        yield Finding("cmyk", "it is CMYK")
+        yield Finding("cmyk", "CMYK")
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        yield Finding("deep", f"its mode is {image.mode}")
+        yield Finding("deep", f"mode {image.mode}")
     width, height = image.size
     if max(width, height) > MAX_ASPECT * min(width, height):
-        yield Finding("thin", f"it has {width} x {height} pixels")
+        yield Finding("thin", f"{width} x {height} pixels")
     frames = getattr(image, "n_frames", 1)
     if frames > 1:
-        yield Finding("several_frames", f"it holds {frames} images")
-    # To look for EXIF at its end, PIL would decode a PNG.
+        yield Finding("several_frames", f"{frames} images")
+    # PIL would decode a whole PNG to look for EXIF at its end.
     orientation = 1 if image.format == "PNG" and "exif" not in image.info else image.getexif().get(_ORIENTATION, 1)
     if orientation in range(2, 9):
-        yield Finding("rotated", f"its EXIF orientation is {orientation}")
+        yield Finding("rotated", f"EXIF orientation {orientation}")

@@ -1,15 +1,14 @@
-"""Which decoding gives right pixels on this machine: tried in child processes before it is relied on.
+"""Choose the decoding that gives correct pixels on this machine, by trials in child processes.
 
-Decoding on a GPU depends on a stack (card, driver, nvImageCodec, nvJPEG, the JPEG engine) of which some combinations
-fail with an error, crash, hang, or return wrong pixels. So each rung of `pipelines.placement.RUNGS`, from the fastest
-on, decodes specimens in a child process (`pipelines.inspection.probe_child`), which compares them with decoding on the
-CPU; the first that is right is taken, and the last, the CPU, needs no trial. What was found is remembered, by machine
-and versions.
+Decoding on a GPU depends on a stack: card, driver, nvImageCodec, nvJPEG, JPEG engine. Some combinations fail with an
+error, crash, hang, or return wrong pixels. So each rung of `pipelines.placement.RUNGS`, fastest first, decodes
+specimens in a child process (`pipelines.inspection.probe_child`), which compares them with decoding on the CPU. The
+first correct rung is chosen. The last one, the CPU, needs no trial. Results are cached by machine and versions.
 
     python -m fast_spatial.pipelines.inspection.probe [--all] [--hw-load SHARE] [--timeout SEC]
 
-prints a line of JSON for each rung that it tries; `--all` tries every rung, after one that is right and without a GPU,
-too. It remembers nothing.
+prints a line of JSON for each rung that it tries. `--all` tries every rung, even after a correct one and without a
+GPU. This command neither reads nor writes the cache.
 """
 
 from __future__ import annotations
@@ -40,38 +39,39 @@ from fast_spatial.pipelines.inspection.specimens import FAR, MOST_FAR_SHARE, MOS
 from fast_spatial.pipelines.placement import HW_DECODER_LOAD, RUNGS, Decoding
 
 TIMEOUT_SEC = 60.0
-# The child ends itself at its time-out; one that cannot is killed a little later.
+# The child ends itself at its time-out; if it hangs, it is killed this much later.
 _GRACE_SEC = 3.0
 _PACKAGES = ("torch", *(f"nvidia-{name}-cu{kind}" for name in ("dali", "nvimgcodec") for kind in ("12", "13")))
 _PACKAGES += ("nvidia-dali-cuda120", "nvidia-dali-cuda130", "nvidia-nvjpeg", "nvidia-nvjpeg-cu12")
-# What the specimens, and what they are compared with, are made with; torchvision brings an nvJPEG, too.
+# Packages that make the specimens and the reference; torchvision also ships an nvJPEG.
 _PACKAGES += ("torchvision", "numba", "numpy", "pillow")
 _SOURCES = ("decoding.py", "probe.py", "probe_child.py", "specimens.py", "../nvjpeg.py", "../ops.py", "../placement.py")
-# nvImageCodec says so of every image, and then has the CPU decode it.
+# nvImageCodec prints this for every image, and then decodes it on the CPU.
 _UNTRUSTED = "may produce wrong results"
 _IS_UNTRUSTED = "nvImageCodec warns of wrong regions with this nvJPEG (13.2 is needed)"
-# Faults of the stack itself. Any other may be another process's doing, and is not believed for longer than this.
-_LASTING = re.compile(rf"wrong pixels|{re.escape(_IS_UNTRUSTED)}|it crashed \((SIGSEGV|SIGABRT|SIGBUS|SIGILL|SIGFPE)\)")
+# Faults of the stack itself are cached for good. Any other may be caused by another process, and expires after
+# _PASSING_SEC.
+_LASTING = re.compile(rf"wrong pixels|{re.escape(_IS_UNTRUSTED)}|crashed \((SIGSEGV|SIGABRT|SIGBUS|SIGILL|SIGFPE)\)")
 _PASSING_SEC = 3600.0
 _STDERR_CHARS = 4000
 _REASON_CHARS = 240
 
-# The command of a child that tries a rung for so many seconds.
+# (rung, time-out in seconds) -> the command of a child that tries it.
 Command = Callable[[Decoding, float], Sequence[str]]
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What a child found about a rung.
+    """Result of trying a rung.
 
     Attributes:
         decoding: the rung.
-        fault: why it is not to be used, in words; "" if its pixels are right.
-        worst_mean: the largest mean difference of an image from decoding on the CPU, in 1/255; None if not measured.
-        worst_far_share: the largest share of an image's pixels beyond 16/255.
-        images: regions compared.
-        seconds: how long the child ran.
-        remembered: found earlier.
+        fault: why it must not be used; "" if its pixels are correct.
+        worst_mean: largest mean difference of an image from decoding on the CPU, in 1/255; None if not measured.
+        worst_far_share: largest share of an image's pixels that differ by more than 16/255; None if not measured.
+        images: number of regions compared.
+        seconds: run time of the child.
+        remembered: whether the result comes from the cache.
 
     """
 
@@ -86,7 +86,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Choice:
-    """The decoding to use, why, and what was tried before it was chosen."""
+    """The chosen decoding, the reason, and all trials."""
 
     decoding: Decoding
     why: str
@@ -98,7 +98,7 @@ class Choice:
         return f"decoding: {self.decoding} ({self.why})"
 
     def to_json(self) -> dict[str, Any]:
-        """For records: the choice, its reason, and every trial's values."""
+        """JSON for records: the choice, its reason, and every trial's values."""
         return {"decoding": asdict(self.decoding), "why": self.why, "trials": [asdict(trial) for trial in self.trials]}
 
 
@@ -113,21 +113,21 @@ def choose(
     """The decoding to use.
 
     Args:
-        wanted: "auto" takes the first rung that is right; the name of a decoder (`placement.DECODERS`) takes that one,
-            not probed: "gpu" with the JPEG engine's share as given.
-        on_gpu: whether views are wanted on a GPU.
-        hw_decoder_load: share of a batch for the JPEG engine; 0 leaves out its rung.
-        command: of the children; default this project's.
-        timeout_sec: for each child.
+        wanted: "auto" chooses the first correct rung. The name of a decoder (`placement.DECODERS`) chooses it without a
+            trial; "gpu" then uses `hw_decoder_load`.
+        on_gpu: whether views are needed on a GPU.
+        hw_decoder_load: share of a batch for the JPEG engine; 0 skips its rung.
+        command: command of the children; default `probe_child`.
+        timeout_sec: time-out of each child.
 
     Raises:
-        UserError: if a decoder is wanted that needs a GPU, where there is none.
+        UserError: if the decoder needs a GPU and there is none.
 
     """
     if wanted != "auto":
         if wanted != "cpu" and not on_gpu:
-            raise UserError(f"--decode {wanted} needs a GPU, and torch sees none", "leave it out, or say --decode cpu")
-        return Choice(Decoding(wanted, hw_decoder_load if wanted == "gpu" else 0.0), "as asked for, not probed")
+            raise UserError(f"--decode {wanted} needs a GPU, but torch finds none", "remove it, or use --decode cpu")
+        return Choice(Decoding(wanted, hw_decoder_load if wanted == "gpu" else 0.0), "as requested, not probed")
     if not on_gpu:
         return Choice(Decoding("cpu"), "no GPU in use")
     engine = [Decoding("gpu", hw_decoder_load)] if hw_decoder_load else []
@@ -142,7 +142,7 @@ def choose(
 
 
 def _why(trials: list[Trial]) -> str:
-    """What was measured of the rung that is right, and why those before it are not used."""
+    """The measurements of the correct rung, and the faults of the rungs before it."""
     said = [f"not {trial.decoding}: {trial.fault}" for trial in trials if trial.fault]
     if not trials[-1].fault:
         said.insert(0, f"{'probed earlier' if trials[-1].remembered else 'probed'}: {_values(trials[-1])}")
@@ -153,11 +153,11 @@ def _values(trial: Trial) -> str:
     return f"at most {trial.worst_mean:.2f}/255 from the CPU, {trial.worst_far_share:.2%} of pixels beyond {FAR}/255"
 
 
-# --- remembering
+# --- the cache
 
 
 def _about() -> dict[str, Any]:
-    """What a finding holds for: the machine's GPUs, those in use, driver, versions of packages and of our code."""
+    """The cache key: the machine's GPUs, those in use, driver, versions of packages and of our code."""
     digest = hashlib.sha256()
     for name in _SOURCES:
         digest.update((Path(__file__).parent / name).read_bytes())
@@ -170,7 +170,7 @@ def _about() -> dict[str, Any]:
 
 
 def _gpus() -> dict[str, Any]:
-    """The machine's GPUs and driver from NVML, which leaves CUDA alone; the host's name where that cannot be told."""
+    """The machine's GPUs and driver from NVML, which does not initialize CUDA; the host name if NVML fails."""
     unknown = {"gpus": [], "driver": f"of {platform.node()}"}
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
@@ -208,7 +208,7 @@ def _recalled(rung: Decoding, about: dict[str, Any]) -> Trial | None:
 
 
 def _lasts(fault: str) -> bool:
-    """Whether a finding is of the stack itself; libraries abort where memory is short, too."""
+    """Whether a fault is one of the stack itself; libraries also abort when memory is short."""
     return not fault or (bool(_LASTING.match(fault)) and "out of memory" not in fault)
 
 
@@ -229,16 +229,16 @@ def _command(rung: Decoding, timeout_sec: float) -> Sequence[str]:
 def try_rung(
     rung: Decoding, *, command: Command = _command, timeout_sec: float = TIMEOUT_SEC
 ) -> tuple[Trial, str, str]:
-    """Let a child try a rung, whatever becomes of the child; returns what was found, and the ends of its outputs."""
+    """Try a rung in a child; returns the trial and the ends of the child's stdout and stderr."""
     started = time.monotonic()
-    # Files, not pipes: what the child starts may hold a pipe open, and nobody would read it while it waits.
+    # Files, not pipes: a grandchild may hold a pipe open, and a full pipe would block the child.
     with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
         child = subprocess.Popen(
             command(rung, timeout_sec),
             stdin=subprocess.DEVNULL,
             stdout=stdout,
             stderr=stderr,
-            process_group=0,  # killed with all that it starts; Ctrl-C is the parent's affair
+            process_group=0,  # to kill it with its descendants; Ctrl-C reaches the parent alone
             env=environment_of_children(),
         )
         try:
@@ -248,7 +248,7 @@ def try_rung(
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
-            with suppress(subprocess.TimeoutExpired):  # a driver may hold it for ever
+            with suppress(subprocess.TimeoutExpired):  # a driver may block its end for ever
                 child.wait(_GRACE_SEC)
         said, complaints = _end_of(stdout), _end_of(stderr)
     trial = _judge(rung, status, said, complaints, timeout_sec)
@@ -270,16 +270,16 @@ def _judge(rung: Decoding, status: int, said: str, complaints: str, timeout_sec:
         return Trial(rung, f"no answer within {timeout_sec:g} s", None, None, 0, 0.0)
     if status < 0:
         name = signal.Signals(-status).name if -status in signal.valid_signals() else f"signal {-status}"
-        return Trial(rung, f"it crashed ({name}){hint}", None, None, 0, 0.0)
+        return Trial(rung, f"crashed ({name}){hint}", None, None, 0, 0.0)
     if status > 0:
-        return Trial(rung, f"it ended with exit status {status}{hint}", None, None, 0, 0.0)
+        return Trial(rung, f"ended with exit status {status}{hint}", None, None, 0, 0.0)
     if answer is None:
-        return Trial(rung, "its answer cannot be understood", None, None, 0, 0.0)
+        return Trial(rung, "invalid answer", None, None, 0, 0.0)
     fault, measured = _short(str(answer.get("fault", ""))), _measured(answer)
     if not fault:
         mean, share = measured["worst_mean"], measured["worst_far_share"]
         if mean is None or share is None or not measured["images"]:
-            fault = "its answer cannot be understood"
+            fault = "invalid answer"
         elif not Difference(mean, share).is_right:
             fault = f"wrong pixels: mean difference {mean:.2f}/255 (at most {MOST_MEAN:g}), {share:.2%} of pixels "
             fault += f"beyond {FAR}/255 (at most {MOST_FAR_SHARE:.0%})"
@@ -299,7 +299,7 @@ def _answer(said: str) -> dict[str, Any] | None:
 
 
 def _measured(answer: dict[str, Any]) -> dict[str, Any]:
-    """The numbers of an answer, those that are none left out."""
+    """The numbers of an answer; invalid ones become None, or 0 images."""
     mean, share, images = (answer.get(name) for name in ("worst_mean", "worst_far_share", "images"))
     return {
         "worst_mean": float(mean) if isinstance(mean, (int, float)) and math.isfinite(mean) else None,
@@ -312,9 +312,9 @@ def _main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m fast_spatial.pipelines.inspection.probe", description="Try the decoders of this machine."
     )
-    parser.add_argument("--all", action="store_true", help="every rung, after a right one and without a GPU, too")
+    parser.add_argument("--all", action="store_true", help="try every rung, even after a correct one and without a GPU")
     parser.add_argument("--hw-load", type=float, default=HW_DECODER_LOAD, help="share of a batch for the JPEG engine")
-    parser.add_argument("--timeout", type=float, default=TIMEOUT_SEC, help="seconds for each rung")
+    parser.add_argument("--timeout", type=float, default=TIMEOUT_SEC, help="time-out of each rung in seconds")
     options = parser.parse_args()
     about = _about()
     print(json.dumps({"about": about}), flush=True)
@@ -334,7 +334,7 @@ def _main() -> None:
             break
     right = next((trial for trial in trials if not trial.fault), None)
     print(json.dumps({"decoding": str(right.decoding) if right else None}), flush=True)
-    if right is None:  # not even the CPU
+    if right is None:  # even the CPU failed
         raise SystemExit(1)
 
 

@@ -1,7 +1,7 @@
-"""In a process of its own: decode specimens on a rung, and compare them with DALI's decoding on the CPU.
+"""The child process of a trial: decode specimens on a rung, and compare them with DALI's decoding on the CPU.
 
-What it found is the last line of its standard output, as JSON. A fault of the decoder may end this process in any way,
-or keep it busy; its parent (`pipelines.inspection.probe`) understands all of them.
+The result is the last line of its standard output, as JSON. A faulty decoder may end this process in any way, or make
+it hang; the parent (`pipelines.inspection.probe`) handles all of them.
 
     python -m fast_spatial.pipelines.inspection.probe_child ON HW_DECODER_LOAD TIMEOUT_SEC
 """
@@ -41,7 +41,7 @@ from fast_spatial.pipelines.placement import Decoding
 
 FULL_BATCH = 64
 _FULL_BATCHES = 3
-# A race shows now and then: beside matrix products, the full batches are decoded so often.
+# Races are rare, so full batches beside matrix products are decoded this often.
 _BUSY_REPEATS = 4
 _BUSY_SIDE = {"cuda": 8192, "cpu": 256}
 _BUSY_LAUNCHES = 8
@@ -52,7 +52,7 @@ Decode = Callable[[list[Specimen], list[list[Region]]], Iterator[Pixels]]
 
 
 class Measured(NamedTuple):
-    """How far images were off at most (`Difference`), in all and by kind, and the first too far, in words, or ""."""
+    """Largest differences (`Difference`), overall and by kind; `fault`: the first one out of tolerance, or ""."""
 
     worst_mean: float
     worst_far_share: float
@@ -68,7 +68,7 @@ def _region_graph(source: Callable[[Any], Any], decoding: Decoding) -> Any:
 
 
 def decode_with(decoding: Decoding) -> Decode:
-    """Decoding as training does it, batches ahead included."""
+    """Decode as training does, including prefetched batches."""
 
     def decode(files: list[Specimen], wanted: list[list[Region]]) -> Iterator[Pixels]:
         contents = [np.frombuffer(file.content, np.uint8) for file in files]
@@ -104,8 +104,8 @@ def examine(decode: Decode, *, device: str) -> Measured:
     """Decode all specimens, with the device idle and beside matrix products, and compare.
 
     Args:
-        decode: what is examined.
-        device: "cuda" or "cpu", where matrix products run.
+        decode: the decoder under test.
+        device: device of the matrix products, "cuda" or "cpu".
 
     """
     files = specimens()
@@ -149,7 +149,7 @@ def _extent(found: NDArray[np.uint8], expected: NDArray[np.uint8]) -> str:
 
 @contextlib.contextmanager
 def keep_busy(device: str) -> Iterator[None]:
-    """Matrix products on a device, on a stream of their own, from before the block begins until it ends.
+    """Run matrix products on a separate stream of a device, from before the block begins until it ends.
 
     Raises:
         RuntimeError: at the block's end, if the device failed to multiply.
@@ -176,7 +176,7 @@ def keep_busy(device: str) -> Iterator[None]:
                     stream.synchronize()
                 begun.set()
                 if not stream:
-                    time.sleep(0.01)  # the decoder needs the CPUs, too
+                    time.sleep(0.01)  # leave CPU time to the decoder
 
     with ThreadPoolExecutor(1) as pool:
         products = pool.submit(multiply)
@@ -189,7 +189,7 @@ def keep_busy(device: str) -> Iterator[None]:
 
 
 def _culprits(decode: Decode) -> str:
-    """Which kinds of file a decoder fails on, where it does not fail on all."""
+    """The kinds of file a decoder fails on; "" if it fails on all or none."""
     files = specimens()
     failed = []
     for index, file in enumerate(files):
@@ -201,12 +201,14 @@ def _culprits(decode: Decode) -> str:
 
 
 def serve(decode: Decode, *, device: str, timeout_sec: float) -> None:
-    """Examine, and print what was found; the process ends after `timeout_sec`, even if its parent is gone."""
+    """Examine the decoder and print the result. A timer ends the process after `timeout_sec` seconds."""
     signal.setitimer(signal.ITIMER_REAL, timeout_sec)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash here is expected, and a GPU's memory map is large
+    resource.setrlimit(
+        resource.RLIMIT_CORE, (0, 0)
+    )  # crashes are expected, and a core dump with a GPU's memory map is large
     try:
         found = examine(decode, device=device)._asdict()
-    except RuntimeError as error:  # how DALI and torch fail
+    except RuntimeError as error:  # DALI and torch raise this
         print(error, file=sys.stderr, flush=True)
         found = {"fault": f"an error: {reason_of(error)}{_culprits(decode)}"}
     print(f"\n{json.dumps(found)}", flush=True)

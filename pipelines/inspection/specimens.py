@@ -1,8 +1,8 @@
-"""JPEG files made to find a decoder out, and the rule for its pixels.
+"""JPEG files that expose a faulty decoder, and the tolerance for its pixels.
 
-Every image holds stripes across both directions, of periods and phases of its own, flat boxes and slow colours: moved
-by one pixel, partly black, or taken for its neighbour, each is far beyond the rule. Colours are slow since decoders
-may enlarge subsampled colours in different ways, which real photographs hardly show either.
+Every image has stripes in both directions, with individual periods and phases, flat boxes, and slowly varying colours.
+An image that is shifted by one pixel, partly black, or swapped with another one is far outside the tolerance. Colours
+vary slowly, because decoders upsample subsampled chroma in different ways; photographs hardly show this either.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-# Right pixels: per image, in units of 1/255.
+# Tolerance per image: mean difference, and share of pixels that differ by more than FAR, both in units of 1/255.
 MOST_MEAN = 2.0
 FAR = 16
 MOST_FAR_SHARE = 0.01
 
 _ORIENTATION = 0x0112  # EXIF's tag
 _QUALITY = 92
-# (height, width) of most images, and of the larger ones.
+# (height, width) of most images; _LARGE: of the others.
 _SIZES = (
     (375, 500),
     (33, 47),
@@ -51,7 +51,7 @@ COUNT = 3 * len(_KINDS)
 
 
 class Specimen(NamedTuple):
-    """A JPEG file: what it is, its bytes, its size in pixels."""
+    """A JPEG file: kind, bytes, and size in pixels."""
 
     kind: str
     content: bytes
@@ -75,23 +75,23 @@ class Region(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """Mean absolute difference of two images, in 1/255, and the share of pixels with a channel beyond 16/255."""
+    """Mean absolute difference of two images, in 1/255, and the share of pixels with a channel off by over 16/255."""
 
     mean: float
     far_share: float
 
     def or_worse(self, other: Difference) -> Difference:
-        """The larger of each of two."""
+        """Field-wise maximum of two differences."""
         return Difference(max(self.mean, other.mean), max(self.far_share, other.far_share))
 
     @property
     def is_right(self) -> bool:
-        """Whether a decoder may differ so much from another one."""
+        """Whether the difference is within tolerance."""
         return self.mean <= MOST_MEAN and self.far_share <= MOST_FAR_SHARE
 
 
 def picture(seed: int, height: int, width: int) -> NDArray[np.uint8]:
-    """Pixels [H, W, 3] of an image that is like no other."""
+    """Pixels, uint8 [H, W, 3], of an image that is unique to its seed."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width].astype(np.float64)
     wave = np.zeros((height, width))
@@ -109,7 +109,7 @@ def picture(seed: int, height: int, width: int) -> NDArray[np.uint8]:
 
 
 def specimens() -> list[Specimen]:
-    """All files, the same on every machine but for the encoder: each kind in three sizes."""
+    """All files: each kind in three sizes. Only the JPEG encoder may differ between machines."""
     made = []
     for number in range(COUNT):
         kind, options = _KINDS[number % len(_KINDS)]
@@ -131,7 +131,10 @@ def _encode(pixels: NDArray[np.uint8], *, mode: str = "RGB", orientation: int = 
 
 
 def batches(files: list[Specimen], *, full: int, count: int) -> list[list[Region]]:
-    """A batch of one region for each file, and `count` batches of `full` regions of any, some of them whole images."""
+    """Batches of regions: one batch per file with a single region, then `count` batches of `full` random regions.
+
+    Each of the latter holds one whole image.
+    """
     rng = np.random.default_rng(0)
     single = [[_region(rng, index, file)] for index, file in enumerate(files)]
     many = []
@@ -145,7 +148,7 @@ def batches(files: list[Specimen], *, full: int, count: int) -> list[list[Region
 
 
 def _region(rng: np.random.Generator, index: int, file: Specimen) -> Region:
-    """A part that starts at odd offsets and is of any size from 24 pixels on; a box of RandomResizedCrop's area."""
+    """A region with odd offsets, at least 24 pixels a side, and an area as RandomResizedCrop draws it."""
     share = np.sqrt(rng.uniform(0.1, 0.9))
     height, width = (min(max(24, int(side * share)), side - 1) for side in (file.height, file.width))
     y, x = (
@@ -155,7 +158,7 @@ def _region(rng: np.random.Generator, index: int, file: Specimen) -> Region:
 
 
 def difference(found: NDArray[np.uint8], expected: NDArray[np.uint8]) -> Difference:
-    """How far two images [H, W, 3] are apart; as far as can be if they are of different shapes."""
+    """Difference of two images, uint8 [H, W, 3]; the maximum if their shapes differ."""
     if found.shape != expected.shape:
         return Difference(255.0, 1.0)
     apart = np.maximum(found, expected) - np.minimum(found, expected)

@@ -1,4 +1,4 @@
-"""What a benchmark says, and what it leaves behind."""
+"""The output of benchmarks: text and files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RESULT = ROOT / "benchmarks" / "results" / "cpu.json"
 
 
 def said(code: str) -> str:
-    """What a program prints; nobody imports the benchmarks."""
+    """The output of a program. Benchmarks run in a subprocess: tests do not import them."""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -22,7 +22,7 @@ def said(code: str) -> str:
 
 @pytest.fixture(scope="module")
 def report():
-    """The committed result of a whole benchmark, as it was printed."""
+    """The text output for the committed result of a whole benchmark."""
     return said(f"""
 import json
 from benchmarks.groups.verdict import table, verdict
@@ -41,22 +41,20 @@ def test_every_comparison_has_its_ratio_its_rates_their_unit_and_what_it_is_with
         (place,) = [n for n, line in enumerate(lines) if line.split()[:1] == [found["name"]]]
         assert f"{found['ratio']:.2f} ({found['ratio_min']:.2f} to {found['ratio_max']:.2f})" in lines[place]
         assert lines[place].endswith(found["unit"])
-        assert lines[place + 1] == f"    theirs: {found['baseline']['what']}"
+        assert lines[place + 1] == f"    baseline: {found['baseline']['what']}"
 
 
 def test_facts_are_sentences_and_lines_fit_a_screen(report):
-    assert (
-        "  score_side: judging views at 32 px instead of 64 picks the same one for 20.3 % of 256 images, and" in report
-    )
+    assert "  score_side: scoring at 32 px instead of 64 selects the same view for 20.3 % of 256 images, and" in report
     assert "\n  other: images per sec 3\n" in report
     assert "skipped: it needs a GPU" in report
     assert max(map(len, report.splitlines())) <= 120
 
 
 def test_the_verdict_names_the_slowest_stage_and_what_to_do(report):
-    assert "mode standard: train is the bottleneck here, with 97 % of the work for an image" in report
-    assert "mode worst10: score is the bottleneck here, with 74 % of the work for an image" in report
-    assert "what to do: judge at a smaller side" in report
+    assert "mode standard: train is the bottleneck, with 97 % of the time per image" in report
+    assert "mode worst10: score is the bottleneck, with 74 % of the time per image" in report
+    assert "what to do: score at a smaller image size" in report
 
 
 @pytest.mark.slow
@@ -106,8 +104,8 @@ print(json.dumps([seen, result["facts"]]))
     seen, facts = json.loads(kept.splitlines()[-1])
     gpu = ["gpu"] if "gpu" in facts else []
     assert list(facts) == [*gpu, "warp", "step", "grid"]
-    broken = {"pipeline": "it failed: OSError: libnvjpeg.so is broken"}
-    lacks = {"score": "it needs sklearn, which is not installed"}
+    broken = {"pipeline": "failed: OSError: libnvjpeg.so is broken"}
+    lacks = {"score": "needs sklearn, which is not installed"}
     assert seen[len(gpu) :] == [
         [[*gpu, "warp"], {}],
         [[*gpu, "warp"], broken],

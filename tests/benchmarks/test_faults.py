@@ -1,4 +1,4 @@
-"""Runs as users have them, disturbed from outside: lost workers, lost data, folders that cannot be written."""
+"""Whole runs with external faults: lost workers, lost data, unwritable folders."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def children(pid: int) -> list[int]:
 
 
 def two_nodes(out: Path, *, kill: bool) -> dict[str, Any]:
-    """A run of two agents with a process each, which meet on the loopback; one loses its worker after a checkpoint."""
+    """A run of two agents with one process each, over the loopback. One loses its worker after a checkpoint."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -95,7 +95,7 @@ def test_two_processes_save_and_stop_on_a_signal(tmp_path, number):
     run.send_signal(number)
     stdout, stderr = run.communicate(timeout=HANG_SEC)
     assert run.returncode == 128 + number, stderr
-    assert f"stopped by {number.name}; the same command continues" in stdout
+    assert f"stopped by {number.name}; run the same command to resume" in stdout
     saved = checkpoint.load(tmp_path / "last.pt")
     assert saved["epoch"] * 16 + saved["step"] > 16
 
@@ -144,7 +144,7 @@ def test_the_fault_drill_loses_nothing(tmp_path):
 
 
 def test_an_out_that_this_user_cannot_write_is_refused_before_anything_starts(tmp_path):
-    """As another user than root, who may write anywhere."""
+    """As a user other than root, because root may write anywhere."""
     code = (
         "import os, sys\n"
         "from fast_spatial import preflight\n"
@@ -163,4 +163,4 @@ def test_an_out_that_this_user_cannot_write_is_refused_before_anything_starts(tm
     ended = subprocess.run(
         [sys.executable, "-c", code, str(locked / "run")], capture_output=True, text=True, check=True, cwd=ROOT
     )
-    assert "cannot be written by this user" in ended.stdout
+    assert "no permission to write to" in ended.stdout

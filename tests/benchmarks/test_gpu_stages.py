@@ -1,4 +1,4 @@
-"""The stages of `benchmarks/gpu.sh`: none stops another, nothing that was measured is lost, all run here dry."""
+"""The stages of `benchmarks/gpu.sh`: none stops another, no measurement is lost, and all pass a dry run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ sys.meta_path.insert(0, Hidden())
 
 
 def answer(code: str, *words: str) -> Any:
-    """What a program prints in JSON at its end; nobody imports the benchmarks."""
+    """The JSON that a program prints last. Benchmarks run in a subprocess: tests do not import them."""
     command = [sys.executable, "-c", code, *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -115,7 +115,7 @@ print(json.dumps([json.loads((out / f"{name}.json").read_text()) for name in ("h
     assert stages["hangs"]["measured"] == {"a": {"ms": 5}}
     assert stages["crashes"]["measured"] == {"a": {"ms": 5}}
     assert stages["cake"]["why"] == "needs a_package_that_is_not_there"
-    assert stages["late"]["why"] == "later: --only late"
+    assert stages["late"]["why"] == "run later: --only late"
     assert stages["last"]["why"] == "all well"
     assert [about["state"] for about in found] == ["cut off", "ok"]
     here = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -141,7 +141,7 @@ except SystemExit as stopped:
     assert answer(STAGES + code, str(tmp_path)) == 143
     stages = json.loads((tmp_path / "gpu.json").read_text())["stages"]
     states = {name: (about["state"], about["why"]) for name, about in stages.items() if name != "prepare"}
-    assert states == {"last": ("ok", "all well"), "hangs": ("cut off", "this program was stopped")}
+    assert states == {"last": ("ok", "all well"), "hangs": ("cut off", "interrupted")}
     assert stages["hangs"]["measured"] == {"a": {"ms": 5}}
 
 
@@ -160,17 +160,17 @@ def test_only_goes_on_with_what_the_folder_holds(tmp_path):
     gone_on = answer(code.replace("gpu_stages.STAGES = {", "gpu_stages.STAGES |= {"), str(tmp_path), "--only", "first")
     assert gone_on == {"grid": {"state": "ok", "measured": {}}}
     kept = (tmp_path / "gpu.json").read_text()
-    holds = f"{tmp_path}/gpu.json holds measurements of 2026-01-02T03:04:05+00:00"
+    holds = f"{tmp_path}/gpu.json contains measurements of 2026-01-02T03:04:05+00:00"
     for words, said in (
-        (("--only", "grid"), f"{holds}; name another folder\n"),
-        ((), f"{holds}; --only STAGE,... adds to it, or name another folder\n"),
+        (("--only", "grid"), f"{holds}. Choose another folder\n"),
+        ((), f"{holds}. Add stages to it with --only STAGE,..., or choose another folder\n"),
     ):
         refused = script("--dry", *words, str(tmp_path), sys.executable)
         assert (refused.returncode, refused.stderr) == (1, said)
     assert (tmp_path / "gpu.json").read_text() == kept
     (tmp_path / "gpu.json").write_text("{broken")
     refused = script("--dry", "--only", "grid", str(tmp_path), sys.executable)
-    assert refused.returncode == 1 and "gpu.json cannot be read; name another folder, or remove it" in refused.stderr
+    assert refused.returncode == 1 and "gpu.json cannot be read. Choose another folder, or remove it" in refused.stderr
     assert (tmp_path / "gpu.json").read_text() == "{broken"
 
 
@@ -204,7 +204,7 @@ print(json.dumps(status))
         check=False,
     )
     assert done.stdout.splitlines()[-1] == "130", done.stderr
-    assert "stopped; later: --only first,hangs,crashes,lacks,cake,last,late" in done.stdout
+    assert "interrupted. Run the rest later: --only first,hangs,crashes,lacks,cake,last,late" in done.stdout
     assert "Traceback" not in done.stderr
     assert json.loads((tmp_path / "gpu.json").read_text())["stages"]["first"]["state"] == "cut off"
 
@@ -245,7 +245,7 @@ print(json.dumps(alive))
     [
         (
             "import time; time.sleep(600)",
-            "torch in {python} does not say within 0.5 s whether there is a GPU: nothing was run",
+            "importing torch with {python} takes longer than 0.5 s: nothing was run",
         ),
         (
             "raise ImportError('it is broken')",
@@ -269,17 +269,17 @@ print(json.dumps(gpu_stages.obstacle(gpu_stages.Session(Path(sys.argv[1]), False
 def test_wrong_words_and_no_gpu_end_in_one_clear_error(tmp_path):
     unknown = script("--only", "grid,nonsense", str(tmp_path), sys.executable)
     assert unknown.returncode == 2
-    assert "--only nonsense: choose among machine, decoder," in unknown.stderr
+    assert "--only nonsense: unknown stage. Choose from machine, decoder," in unknown.stderr
     for words, said in (
-        ((sys.executable, "more"), "benchmarks/gpu.sh: more: nothing but OUT and PYTHON is named\n"),
-        ((str(tmp_path / "none"),), f"benchmarks/gpu.sh: PYTHON {tmp_path}/none: there is no such program\n"),
+        ((sys.executable, "more"), "benchmarks/gpu.sh: more: unexpected arguments after OUT and PYTHON\n"),
+        ((str(tmp_path / "none"),), f"benchmarks/gpu.sh: PYTHON {tmp_path}/none: no such program\n"),
     ):
         refused = script(str(tmp_path / "out"), *words)
         assert (refused.returncode, refused.stderr) == (2, said)
     out = tmp_path / "out"
     none = script(str(out), sys.executable, CUDA_VISIBLE_DEVICES="")
     assert none.returncode == 1
-    assert none.stderr.startswith("no GPU is visible to torch in ")
+    assert none.stderr.startswith("torch in ")
     assert len(none.stderr.splitlines()) == 1
     assert not out.exists()
 
@@ -318,31 +318,29 @@ def test_goals_are_met_or_missed_by_the_best_that_was_measured():
         "12,000",
         "met: train_standard_224px_batch_256_compiled",
     ]
-    assert rows["DALI's views, a batch"][:4] == ["12.5 ms", "", "at most 10", "missed (1.2 times as much): dali_views"]
+    assert rows["DALI warp, a batch"][:4] == ["12.5 ms", "", "at most 10", "missed (1.2 x the goal): dali_views"]
     assert rows["Triton warp, of a fill"][3] == "error: triton_warp: RuntimeError: no"
     assert rows["standard, from files"][:4] == [
         "7,000 images/s",
         "7,500",
         "8,000",
-        "missed (88 % of it): train_standard",
+        "missed (88 % of the goal): train_standard",
     ]
-    assert rows["worst10, from files"][3:] == ["missed (86 % of it): train_worst10", 3000, False]
-    assert rows["worst10's wait for data"][3:] == ["met: train_worst10", 0.5, True]
+    assert rows["worst10, from files"][3:] == ["missed (86 % of the goal): train_worst10", 3000, False]
+    assert rows["wait for data, worst10"][3:] == ["met: train_worst10", 0.5, True]
     assert rows["grid, bfloat16"][3:] == ["grid: not run: time", None, None]
     (tried,) = answer(
         "import json, sys; from benchmarks.on_gpu.goals import rows; "
         "print(json.dumps([row[4:] for row in rows(json.loads(sys.argv[1])) if 'wait' in row.what]))",
         json.dumps({**whole, "dry": True}),
     )
-    assert tried == ["a trial: train_worst10", 0.5, None]
+    assert tried == ["dry run: train_worst10", 0.5, None]
 
 
 def test_what_ran_is_what_result_files_show():
     code = "import json, sys; from benchmarks.on_gpu.ran import what_ran; "
     code += "print(json.dumps(what_ran(json.loads(sys.argv[1]))))"
-    assert answer(code, "[]").startswith(
-        "**No part has run on a GPU yet.** Untried until a result file says otherwise:"
-    )
+    assert answer(code, "[]").startswith("**No part has run on a GPU yet.** Not tried:")
     whole = result(
         eager={"triton_warp": {"ms": 0.7}, "dali_views": {"error": "RuntimeError: no"}},
         tests={"test_steps_lower_the_loss_in_every_dtype[1-dtype0]": {"outcome": "passed"}},
@@ -352,14 +350,14 @@ def test_what_ran_is_what_result_files_show():
     whole["stages"]["resume"] = {"state": "cut off", "measured": {}}
     text = answer(code, json.dumps([whole]))
     ran, partly, failed, begun, untried = text.split("\n\n")[1::2]
-    assert begun == "- a run that is stopped and continued (`fast_spatial/training/run_folder.py`)"
+    assert begun == "- stop and resume of a run (`fast_spatial/training/run_folder.py`)"
     assert partly == "- decoding on the GPU (`pipelines/graph.py`)"
     assert text.startswith("Ran on NVIDIA Test with torch 2.11.0:")
     assert ran.splitlines() == [
         "- the Triton kernels (`kernels/warp_cuda.py`)",
-        "- `GradScaler` and every arithmetic of a step",
+        "- `GradScaler`, and training steps in every dtype",
     ]
-    assert failed == "- DALI's views (`dali_views` in `pipelines/ops.py`)"
+    assert failed == "- DALI's warp (`dali_views` in `pipelines/ops.py`)"
     assert "- `torch.compile` of the trained network" in untried.splitlines()
     assert "- apex (`fast_spatial/training/optim.py`)" in untried.splitlines()
 
@@ -400,7 +398,7 @@ except ValueError as error:
 """,
         str(tmp_path),
     )
-    assert said == f"{tmp_path}/gpu-x.json: a trial on a CPU shows nothing about GPUs; remove it"
+    assert said == f"{tmp_path}/gpu-x.json: a dry run on a CPU, not a GPU result. Remove it"
 
 
 def test_a_record_keeps_what_was_measured_before_and_after_an_error(tmp_path):

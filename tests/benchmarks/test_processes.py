@@ -1,4 +1,4 @@
-"""The speed by number of processes is measured in processes that train together."""
+"""Speed by number of processes is measured in processes that train together."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ benchmarks.processes FAILED
 
 
 def printed(code: str) -> Any:
-    """What a program prints in JSON; nobody imports the benchmarks."""
+    """The JSON that a program prints. Benchmarks run in a subprocess: tests do not import them."""
     head = """
 import json
 from pathlib import Path
@@ -38,7 +38,7 @@ TINY = Work(side=32, batches={"standard": 2, "worst10": 2}, seconds=0.01)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="of machines without a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 @pytest.mark.slow
 def test_one_and_two_processes_train_and_two_of_them_form_one_group():
     facts, skipped = printed("found = measure([1, 2], TINY); print(json.dumps([found.facts, found.skipped]))")

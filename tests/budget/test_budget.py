@@ -45,7 +45,7 @@ def test_a_time_with_a_zone_is_taken_as_that():
 
 @pytest.mark.parametrize(
     ("text", "error"),
-    [("2030-01-31T16:59", "that is over"), ("tomorrow", "expected a time"), ("25:00", "expected a time")],
+    [("2030-01-31T16:59", "this time is past"), ("tomorrow", "expected a time"), ("25:00", "expected a time")],
 )
 def test_other_times_are_refused(text, error):
     with pytest.raises(UserError, match=f"--until {text}: {error}"):
@@ -67,7 +67,7 @@ def test_gpu_hours_and_money_are_hours_of_all_gpus(options, gpus, hours):
 
 @pytest.mark.parametrize("options", [{"gpu_hours": 24.0}, {"max_cost": 30.0, "price": 2.5}])
 def test_gpu_hours_need_gpus(options):
-    with pytest.raises(UserError, match="none is visible\ngive --hours, or --until"):
+    with pytest.raises(UserError, match="none is visible\ngive --hours or --until instead"):
         budget_of(BudgetOptions(**options), 0)
 
 
@@ -170,7 +170,7 @@ def test_another_time_of_the_clock_does_not_depend_on_use(tmp_path, hands):
 
 def test_a_record_that_cannot_be_read_is_no_free_time(tmp_path):
     (tmp_path / USAGE).write_text("{")
-    with pytest.raises(UserError, match="nobody knows how much of the budget is used\nname a new folder"):
+    with pytest.raises(UserError, match="the used part of the budget is unknown\nname a new folder"):
         Clock(tmp_path, time.monotonic())
 
 

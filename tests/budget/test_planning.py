@@ -112,7 +112,7 @@ def test_milestones_are_never_rescaled():
         planned("imagenet", 10.0, rows="standard", recipe="reference")
     plan = planned("imagenet", 20.0, rows="standard", recipe="reference")
     assert plan.rows[0].epochs == 110
-    assert "are not needed: the recipe's milestones are never rescaled" in text_of(plan, 20.0)
+    assert "stay unused: the recipe's milestones are never rescaled" in text_of(plan, 20.0)
 
 
 def text_of(plan: Plan, hours: float, about: dict[str, Any] = IMAGENET, gpus: int = 0, price: float = 0.0) -> str:
@@ -128,7 +128,7 @@ def test_rows_are_left_out_where_all_would_be_too_short():
         "row worst10, 40 degrees",
         "row nocrop",
     ]
-    assert "less than the shortest recipe's 16" in plan.left_out[0]
+    assert "the shortest recipe has 16" in plan.left_out[0]
     assert plan.rows[0].epochs >= 16
 
 
@@ -136,7 +136,7 @@ def test_rows_that_were_asked_for_are_kept_however_short():
     plan = planned("imagenet", 12.0, rows="standard;worst10:30;worst10:40")
     assert len(plan.rows) == 3
     assert 1 < plan.rows[0].epochs < 16
-    assert "below 66.9 %, which took 16 epochs" in "\n".join(expectation(plan, IMAGENET))
+    assert "below 66.9 %, the result of 16 epochs" in "\n".join(expectation(plan, IMAGENET))
 
 
 def test_a_budget_that_is_too_small_for_anything_is_refused():
@@ -172,20 +172,22 @@ def test_judging_has_its_share_and_says_what_it_leaves_out():
 def test_the_plan_is_told_with_costs_and_bounds():
     plan = planned("imagenet", 24.0, rows="standard;random:30")
     text = text_of(plan, 24.0, gpus=8, price=2.0)
-    assert "budget: --hours 24: 24.0 h on 8 GPUs, 384.13 at 2 a GPU-hour; 30 s of it are used" in text
+    assert "budget: --hours 24: 24.0 h on 8 GPUs, 384.13 at 2 a GPU-hour; 30 s used" in text
     assert "| random, 30 degrees |" in text
     assert "8,000-4,000" in text
     assert "expected finish: 20" in text
     assert "an upper bound" in text and "BlurPool" in text
-    assert "nothing is published for these images" in text_of(planned("digits", 0.25), 0.25, DIGITS)
+    assert "no published results for these images" in text_of(planned("digits", 0.25), 0.25, DIGITS)
 
 
 def test_what_is_published_is_only_told_of_what_it_is_about():
     plan = planned("imagenet", 20.0, rows="standard", recipe="reference")
     assert expectation(plan, IMAGENET) == ["expected accuracy: the published table's"]
-    assert "nothing is published" in expectation(plan, {**IMAGENET, "classes": 100})[0]
+    assert "no published results" in expectation(plan, {**IMAGENET, "classes": 100})[0]
     changed = planned("imagenet", 20.0, rows="standard", recipe="reference", lr="1")
-    assert expectation(changed, IMAGENET) == ["expected accuracy: the published table's, but for what is changed (lr)"]
+    assert expectation(changed, IMAGENET) == [
+        "expected accuracy: the published table's, except for changed options (lr)"
+    ]
     other = planned("imagenet", 12.0, rows="standard", arch="resnet34")
     assert "this network" in expectation(other, IMAGENET)[0]
 
@@ -256,7 +258,7 @@ def test_the_last_row_gets_all_that_the_others_left(spent):
 def test_a_row_without_time_is_not_begun(spent):
     opened, now = spent
     now[0] = 1900 - opened.plan.end_sec - opened.plan.rows[1].fixed_sec
-    with pytest.raises(UserError, match="no time is left for worst10, 30 degrees: 0"):
+    with pytest.raises(UserError, match="out of time for worst10, 30 degrees: only 0"):
         opened.of(opened.plan.rows[1], []).pace()
 
 

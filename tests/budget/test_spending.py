@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fast_spatial import commands, preflight
+from fast_spatial import commands, launcher, preflight
 from fast_spatial.config.commands import CalibrateConfig
 from fast_spatial.runtime.files import write_json
 from fast_spatial.runtime.run_files import CALIBRATION, PLAN, USAGE
@@ -66,7 +66,7 @@ def cpu_machine(tmp_path, monkeypatch):
 
 
 def run(monkeypatch: pytest.MonkeyPatch, tasks: Tasks, *words: str, out: Path = Path("runs")) -> int:
-    monkeypatch.setattr(commands, "launch", tasks)
+    monkeypatch.setattr(launcher, "launch", tasks)
     return commands.main([*words, "--out", str(out)])
 
 
@@ -127,8 +127,8 @@ def test_a_restart_goes_on_with_the_plan_and_counts_on(monkeypatch, capsys):
     assert again.tasks == ["train", "evaluate", "landscape"] * 3
     assert [limit.until - commands.STARTED < 900 for task, limit in again.limits if task == "train"] == [True] * 3
     said = capsys.readouterr().out
-    assert "[1/4] nocrop: done before" in said
-    assert f"--hours 0.25: {400 + part['seconds']:.0f} s of it are used" in said
+    assert "[1/4] nocrop: already done" in said
+    assert f"--hours 0.25: {400 + part['seconds']:.0f} s used" in said
     assert plan_of()["rows"] == before
 
 
@@ -136,10 +136,10 @@ def test_a_restart_may_have_more_time_but_no_other_flags(monkeypatch, capsys):
     assert run(monkeypatch, Tasks(break_at=2), *REPRODUCE) == 130
     capsys.readouterr()
     assert run(monkeypatch, Tasks(), *REPRODUCE, "--lr", "0.01") == 2
-    assert "was begun with other flags (lr: nothing saved, 0.01 given)" in capsys.readouterr().err
+    assert "contains a plan with different flags (lr: nothing saved, 0.01 given)" in capsys.readouterr().err
     monkeypatch.setattr(commands, "STARTED", NOW_SEC - 1000)
     assert run(monkeypatch, Tasks(), *REPRODUCE) == 2
-    assert "--hours 0.25: all of it is used (0.28 hours in use)" in capsys.readouterr().err
+    assert "--hours 0.25: the budget is used up (0.28 hours of running time)" in capsys.readouterr().err
     more = Tasks()
     assert run(monkeypatch, more, "reproduce", "--data", "digits", "--hours", "1") == 0
     assert "calibrate" not in more.tasks
@@ -158,7 +158,8 @@ def test_a_row_that_fails_does_not_lose_the_others(monkeypatch, capsys):
         "worst10",
     ]
     assert (
-        "failed: random, 30 degrees; the same command tries them again, with a larger budget" in capsys.readouterr().out
+        "failed: random, 30 degrees; run the same command again to retry, with a larger budget"
+        in capsys.readouterr().out
     )
     assert Path("runs/report.html").is_file()
     again = Tasks()
@@ -185,11 +186,11 @@ def test_evaluations_between_epochs_are_as_often_as_was_asked(monkeypatch, flip)
 @pytest.mark.parametrize(
     ("words", "error"),
     [
-        (["--gpu-hours", "1"], "--gpu-hours 1: it counts hours of GPUs, and none is visible"),
-        (["--hours", "1", "--nnodes", "2", "--rdzv-endpoint", "h:1"], "--nnodes 2: budgets are for one machine"),
+        (["--gpu-hours", "1"], "--gpu-hours 1: requires a GPU, and none is visible"),
+        (["--hours", "1", "--nnodes", "2", "--rdzv-endpoint", "h:1"], "--nnodes 2: a budget requires one node"),
         (["--hours", "1", "--epochs", "3"], "--epochs conflicts with a budget"),
         (["--hours", "0"], "--hours 0: must be more than 0"),
-        (["--until", "2020-01-01"], "--until 2020-01-01: that is over"),
+        (["--until", "2020-01-01"], "--until 2020-01-01: this time is past"),
         (["--hours", "1", "--global-batch-size", "5000"], "--global-batch-size 5000: digits holds only 1497"),
     ],
 )
@@ -211,4 +212,4 @@ def test_a_recipe_with_milestones_fits_or_is_refused(monkeypatch, capsys):
     tasks = Tasks()
     assert run(monkeypatch, tasks, *words, "--hours", "0.1", out=Path("other")) == 0
     assert plan_of(Path("other"))["rows"][0]["epochs"] == 8
-    assert "are not needed" in capsys.readouterr().out
+    assert "stay unused" in capsys.readouterr().out

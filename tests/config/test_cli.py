@@ -196,7 +196,7 @@ def nothing_happens(tmp_path, monkeypatch):
     """The current folder is empty and stays so, and no process is started."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(launcher, "torchrun", lambda *_: pytest.fail("a process was started"))
-    monkeypatch.setattr(commands, "launch", lambda *_: pytest.fail("the command was called"))
+    monkeypatch.setattr(launcher, "launch", lambda *_: pytest.fail("the command was called"))
     yield
     assert list(tmp_path.iterdir()) == []
 
@@ -207,7 +207,7 @@ def configured(monkeypatch):
 
     def run(*words):
         asked = []
-        monkeypatch.setattr(commands, "launch", lambda task, config: asked.append((task, config)))
+        monkeypatch.setattr(launcher, "launch", lambda task, config: asked.append((task, config)))
         assert commands.main(list(words)) == 0
         ((task, config),) = asked
         assert task == words[0]
@@ -279,7 +279,7 @@ def test_a_command_line_with_a_mistake_is_refused_in_two_lines_before_anything_h
     ("words", "first"),
     [
         (["train", "--data", "digits", "--mode", "random", "--out", "o", "--epoch", "3"], "--epoch: unknown flag"),
-        (["reproduce", "--data", "digits", "--out", "o", "--rows", "fast:30"], "--rows fast:30: choose modes of"),
+        (["reproduce", "--data", "digits", "--out", "o", "--rows", "fast:30"], "--rows fast:30: choose a mode of"),
     ],
 )
 def test_the_process_ends_with_status_2_and_no_traceback(words, first):
@@ -512,8 +512,8 @@ def test_the_part_to_measure_may_come_first(monkeypatch, words, what):
         (["warp", "--what", "step"], "--what: given twice"),
         (["--checkpoint", "a.pt"], "--checkpoint a.pt: requires --data"),
         (["pipeline", "--data", "nowhere"], "nowhere"),
-        (["--ffcv-python", "nowhere/python"], "--ffcv-python nowhere/python: there is no such file"),
-        (["warp", "--read-latency-ms", "5"], "only bench pipeline takes it"),
+        (["--ffcv-python", "nowhere/python"], "--ffcv-python nowhere/python: no such file"),
+        (["warp", "--read-latency-ms", "5"], "--read-latency-ms 5: requires bench pipeline"),
         (["--rounds", "0"], "--rounds 0: must be at least 1"),
         (["--seconds", "0"], "--seconds 0: must be more than 0"),
     ],
@@ -535,7 +535,7 @@ def test_the_folders_of_a_report_may_come_first(monkeypatch, words, runs):
 
 def test_a_report_of_no_run_is_refused(capsys, tmp_path):
     first, second = refused(capsys, "report", str(tmp_path))
-    assert first == f"launch.py: {tmp_path}: it holds no run"
+    assert first == f"launch.py: {tmp_path}: contains no run"
     assert second == "name the --out folder of train or reproduce"
     assert list(tmp_path.iterdir()) == []
 

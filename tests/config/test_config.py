@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fast_spatial import launcher
 from fast_spatial.config.commands import EvaluateConfig, ReproduceConfig
 from fast_spatial.config.fields import from_json, identity, parse, to_json
 from fast_spatial.config.modes import MODES, PUBLISHED
@@ -360,7 +361,7 @@ def test_the_command_line_uses_the_preset_for_the_digits_alone(monkeypatch, data
     from fast_spatial import commands
 
     asked = []
-    monkeypatch.setattr(commands, "launch", lambda task, config: asked.append(config))
+    monkeypatch.setattr(launcher, "launch", lambda task, config: asked.append(config))
     assert commands.main(["train", "--data", data, "--mode", "random", "--out", "o"]) == 0
     assert [config.epochs for config in asked] == [epochs]
 

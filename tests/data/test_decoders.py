@@ -1,4 +1,4 @@
-"""All processes of a task use one decoding, the lowest rung that any of them found; it is said and recorded."""
+"""All processes of a task use the lowest rung that any of them found; it is printed and recorded."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ def _stand_down() -> Iterator[None]:
 
 @pytest.fixture
 def asked(monkeypatch) -> list[tuple[str, dict[str, Any]]]:
-    """What decodings were asked for; the answer is the second rung."""
+    """The decodings that were probed; the result is the second rung."""
     found: list[tuple[str, dict[str, Any]]] = []
 
     def choose(wanted: str, **about: Any) -> Choice:
         found.append((wanted, about))
-        trial = Trial(RUNGS[0], "it crashed (SIGSEGV)", None, None, 0, 3.0)
-        return Choice(RUNGS[1], "not GPU, regions, 65% by the JPEG engine: it crashed (SIGSEGV)", (trial,))
+        trial = Trial(RUNGS[0], "crashed (SIGSEGV)", None, None, 0, 3.0)
+        return Choice(RUNGS[1], "not GPU, regions, 65% by the JPEG engine: crashed (SIGSEGV)", (trial,))
 
     monkeypatch.setattr(decoders, "choose", choose)
     return found
@@ -81,7 +81,7 @@ def test_a_training_may_use_the_engine_and_verdicts_may_not(asked, tmp_path, cap
     assert [wanted for wanted, _ in asked] == ["auto", "auto", "auto", "gpu-full"]
     assert all(about["on_gpu"] for _, about in asked)
     said = capfd.readouterr().out.splitlines()
-    assert said == [f"decoding: {RUNGS[1]} (not GPU, regions, 65% by the JPEG engine: it crashed (SIGSEGV))"] * 4
+    assert said == [f"decoding: {RUNGS[1]} (not GPU, regions, 65% by the JPEG engine: crashed (SIGSEGV))"] * 4
 
 
 def test_what_was_found_is_used(asked, tmp_path):
@@ -124,7 +124,7 @@ def test_on_a_cpu_nothing_is_said(tmp_path, capfd):
 
 
 def agree(rank: int, port: int, out: str) -> None:
-    """A process of two, of which the second found less than the first."""
+    """The first of two processes; the second found a lower rung."""
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     own = (Choice(RUNGS[0], "probed"), Choice(RUNGS[2], "not GPU, regions: it hangs"))[rank]
     with mock.patch.object(decoders, "choose", return_value=own):
@@ -142,14 +142,14 @@ def test_all_processes_take_the_lowest_rung(tmp_path):
     spawn(agree, (port, str(tmp_path)), nprocs=2)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first["decoding"] == second["decoding"] == {"on": "gpu-full", "hw_decoder_load": 0.0}
-    assert first["why"] == "as process 1 found: not GPU, regions: it hangs"
+    assert first["why"] == "limited by process 1: not GPU, regions: it hangs"
     assert second["why"] == "not GPU, regions: it hangs"
 
 
 def test_a_run_records_its_decoding_and_says_when_it_changes(tmp_path, capfd):
     worker.run("train", to_json(config_of(tmp_path)))
     said = capfd.readouterr().out
-    assert "decoding was" not in said and "views were made" not in said
+    assert " changed at step " not in said
     environments = tmp_path / "environment.jsonl"
     record = json.loads(environments.read_text())
     assert record["decoding"] == {
@@ -163,8 +163,8 @@ def test_a_run_records_its_decoding_and_says_when_it_changes(tmp_path, capfd):
     environments.write_text(json.dumps(record) + "\n")
     worker.run("train", to_json(config_of(tmp_path)))
     said = capfd.readouterr().out
-    assert f"decoding was: {RUNGS[0]}, until step 2; from there on it is: CPU" in said
-    assert "views were made by dali until step 2; from there on by numba" in said
+    assert f"decoding changed at step 2: from {RUNGS[0]} to CPU" in said
+    assert "warp changed at step 2: from dali to numba" in said
     last = json.loads(environments.read_text().splitlines()[-1])
     assert last["steps_before"] == 2
     assert last["decoding"]["decoding"]["on"] == "cpu"
@@ -179,7 +179,7 @@ def test_what_cannot_be_told_is_not(text, tmp_path):
 
 
 class Failing(Loader):
-    """Tells of a failure before its second batch."""
+    """A loader that reports a failure before its second batch."""
 
     def __init__(self, *words: Any, on_gpu_failure: Any, **options: Any) -> None:
         super().__init__(*words, on_gpu_failure=on_gpu_failure, **options)
@@ -193,7 +193,7 @@ class Failing(Loader):
 
 
 def failing(*, train: bool) -> Callable[..., Loader]:
-    """Loaders of which those for training, or those for judging, tell of a failure."""
+    """Loaders: those for training, or those for evaluation, report a failure."""
     return lambda *words, **options: (Failing if options["train"] is train else Loader)(*words, **options)
 
 
@@ -234,11 +234,11 @@ def test_the_doctor_says_what_is_right_and_what_is_not(monkeypatch):
     found = Choice(RUNGS[0], "probed: at most 0.40/255", (Trial(RUNGS[0], "", 0.4, 0.0, 9, 1.0),))
     monkeypatch.setattr(probe, "choose", lambda *_, **__: found)
     assert checks.check_decoding() == ("ok", f"{RUNGS[0]} (probed: at most 0.40/255)", "")
-    failed = Trial(RUNGS[0], "it crashed", None, None, 0, 1.0)
+    failed = Trial(RUNGS[0], "crashed", None, None, 0, 1.0)
     monkeypatch.setattr(probe, "choose", lambda *_, **__: Choice(RUNGS[3], "not that", (failed,)))
     state, about, fix = checks.check_decoding()
     assert (state, about) == ("warning", "CPU (not that)")
-    assert fix.startswith("nothing to do")
+    assert fix.startswith("no action needed")
 
 
 def test_the_doctor_without_a_gpu():

@@ -1,4 +1,4 @@
-"""What --decode and --warp come to, and what is refused before anything starts."""
+"""The placement for --decode and --warp, and the combinations that are refused before a run starts."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_without_a_gpu_all_is_done_by_the_cpu(decode, warp, by):
     [
         ({"decode": "gpu"}, False, ["--decode gpu: no GPU", "--decode cpu"]),
         ({"decode": "gpu-full"}, False, ["--decode gpu-full: no GPU", "--decode cpu"]),
-        ({"warp": "triton"}, False, ["--warp triton: no GPU", "leave --warp away"]),
+        ({"warp": "triton"}, False, ["--warp triton: no GPU", "remove --warp"]),
         ({"warp": "numba", "decode": "gpu"}, True, ["--warp numba", "--decode cpu"]),
         ({"warp": "numba", "decode": "gpu-full"}, True, ["--warp numba", "--decode cpu"]),
     ],
@@ -127,7 +127,7 @@ def loader(**options) -> Loader:
 
 
 def test_a_loader_without_a_gpu_refuses_to_decode_on_one():
-    with pytest.raises(ValueError, match="images for cpu are to be decoded on the GPU"):
+    with pytest.raises(ValueError, match="images for cpu cannot be decoded on the GPU"):
         loader(placement=Placement(Decoding("gpu"), "dali"))
 
 
@@ -148,7 +148,7 @@ def test_crops_take_less_of_the_queue_than_views(monkeypatch):
 
 @pytest.mark.parametrize("warp", ["dali", "triton"])
 def test_draws_do_not_hang_on_the_placement(warp):
-    """The untouched view of a centre crop is the same crop, within the resize's rounding."""
+    """The identity view of a centre crop is the same crop, within the resize's rounding."""
     pytest.importorskip("triton")
     usual = next(loader().epoch(0))
     batch = next(loader(placement=Placement(Decoding("cpu"), warp)).epoch(0))

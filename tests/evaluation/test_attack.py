@@ -126,7 +126,7 @@ def test_passes_that_are_too_large_are_halved_and_stay_so(caplog, pad, error, to
     for logits in found:
         torch.testing.assert_close(logits, Passes(judge, 0)(views), rtol=0, atol=0)
     assert [record.getMessage() for record in caplog.records] == [
-        f"{told} in a forward pass over {failed} views: {failed // 2} from here on" for failed in (20, 10)
+        f"{told} in a forward pass over {failed} views; continuing with {failed // 2} views" for failed in (20, 10)
     ]
 
     def never(inputs):

@@ -160,11 +160,11 @@ def test_a_deadline_leaves_the_grid_of_the_rounds_that_were_finished(planted, tm
             assert summary == whole
         elif per_class:
             (text,) = summary.deviations
-            assert text.startswith(f"grid on the first {per_class} image") and text.endswith("its time was up")
+            assert text.startswith(f"grid on the first {per_class} image") and text.endswith("out of time")
             assert images == few[per_class][1]
             assert dataclasses.replace(summary, deviations=few[per_class][0].deviations) == few[per_class][0]
         else:
-            assert summary.deviations == ("no grid: its time was up",)
+            assert summary.deviations == ("no grid: out of time",)
             assert (summary.grid_top1_pct, summary.grid_num_images) == (None, 0)
             assert summary.natural_top1_pct == whole.natural_top1_pct
     assert found == sorted(found)
@@ -179,17 +179,17 @@ def test_time_that_is_up_before_all_images_were_judged_leaves_the_rounds_that_we
     # Two batches of four are four rounds of two classes.
     assert (summary.num_images, summary.grid_num_images, summary.partial) == (8, 0, True)
     assert summary.deviations == (
-        "all attacks on the first 4 images of each class: the time was up",
-        "no grid: its time was up",
+        "all attacks on the first 4 images of each class: out of time",
+        "no grid: out of time",
     )
     assert [Path(row["path"]).parent.name for row in rows] == ["day"] * 4 + ["night"] * 4
     assert all(whole[row["path"]] == {**row, "grid": whole[row["path"]]["grid"]} for row in rows)
 
 
 def test_time_that_is_up_before_the_first_round_was_judged_is_an_error(planted, tmp_path):
-    message = "the evaluation's time was up before an image of every class was judged: planted.pt\n"
+    message = "the evaluation ran out of time before one image of every class was judged: planted.pt\n"
     with pytest.raises(
-        UserError, match=f"^{re.escape(message)}give it more, .* launch.py evaluate --checkpoint planted"
+        UserError, match=f"^{re.escape(message)}give a larger budget, .* launch.py evaluate --checkpoint planted"
     ):
         evaluation(until=2, json=str(tmp_path / "found.json"))
     assert not (tmp_path / "found.json").exists()
@@ -207,9 +207,9 @@ def test_without_a_grid_its_time_is_never_up(planted, tmp_path):
         (0, None, ()),
         (1, None, ("grid on 1 image of each class",)),
         (5, None, ("grid on 5 images of each class",)),
-        (5, 1, ("grid on the first 1 image of each class: its time was up",)),
-        (0, 7, ("grid on the first 7 images of each class: its time was up",)),
-        (5, 0, ("no grid: its time was up",)),
+        (5, 1, ("grid on the first 1 image of each class: out of time",)),
+        (0, 7, ("grid on the first 7 images of each class: out of time",)),
+        (5, 0, ("no grid: out of time",)),
     ],
 )
 def test_what_is_said_of_a_grid_on_few_images(per_class, cut, texts):
@@ -248,7 +248,7 @@ def test_a_landscape_cut_short_is_that_of_fewer_images(planted, tmp_path, until,
 
 def test_no_round_in_time_is_no_landscape(planted, tmp_path, capfd):
     assert map_views(planted, tmp_path / "out", until=3) is None
-    assert capfd.readouterr().out == "no landscape: its time was up\n"
+    assert capfd.readouterr().out == "skipped the landscape: out of time\n"
     assert not (tmp_path / "out").exists()
 
 

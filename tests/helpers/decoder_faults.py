@@ -1,7 +1,7 @@
-"""Stand-ins for decoders with faults, and a table of what becomes of each.
+"""Stand-ins for faulty decoders, and a table of the outcome of each.
 
-python -m tests.helpers.decoder_faults          the table
-python -m tests.helpers.decoder_faults FAULT    a child of the probe, of a decoder with a fault
+python -m tests.helpers.decoder_faults          prints the table
+python -m tests.helpers.decoder_faults FAULT    acts as a child of the probe with a faulty decoder
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def _fail() -> None:
 
 
 def _error(*kinds: str) -> None:
-    """On files of some kinds, or on all."""
+    """Fails on files of some kinds, or on all."""
 
     def decode(files: list[Specimen], wanted: list[list[Region]]) -> Iterator[Pixels]:
         for batch, pixels in zip(wanted, decode_with(Decoding("cpu"))(files, wanted)):
@@ -102,7 +102,7 @@ def _error(*kinds: str) -> None:
 
 
 def _hang() -> None:
-    """In C, deaf to the alarm, with a child that holds the output open."""
+    """Hangs in C, ignores the alarm, and has a child that holds the output open."""
     signal.signal(signal.SIGALRM, signal.SIG_IGN)
     subprocess.Popen(["sleep", sys.argv[2]])
     ctypes.PyDLL(None).pause()
@@ -138,7 +138,7 @@ PROGRAMS: dict[str, Callable[[], object]] = {
 
 
 def run(fault: str) -> None:
-    """What a child with a fault does."""
+    """The program of a child with a fault."""
     few = [file for file in specimens() if file.height * file.width < 1 << 20]
     mock.patch.multiple(probe_child, specimens=lambda: few, _FULL_BATCHES=1, _BUSY_REPEATS=1).start()
     if fault in PROGRAMS:
@@ -152,7 +152,7 @@ def run(fault: str) -> None:
 
 
 def command_of(*faults: str) -> Command:
-    """Children of which the first has the first fault, and so on; those beyond have none."""
+    """Commands of children with these faults, in order; later children have none."""
     turns = iter(faults)
 
     def command(rung: Decoding, timeout_sec: float) -> list[str]:
@@ -165,7 +165,7 @@ def command_of(*faults: str) -> Command:
 
 
 def choose_with(*faults: str) -> Choice:
-    """The choice where the rungs' decoders have faults."""
+    """The choice if the rungs' decoders have these faults."""
     hangs = "hangs" in faults
     return choose(
         "auto",
@@ -181,7 +181,7 @@ if __name__ == "__main__":
         run(sys.argv[1])
     else:
         for name in [*PROGRAMS, *SPOILED]:
-            # A cache of its own: what a stand-in does is not to be believed of this machine.
+            # A separate cache: results of stand-ins must not be cached for this machine.
             with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, XDG_CACHE_HOME=folder):
                 choice = choose_with(name)
             print(json.dumps({"fault": name, "read": choice.message, "found": [asdict(t) for t in choice.trials]}))

@@ -1,8 +1,8 @@
-"""Read checkpoints that were broken in a thousand ways, and hostile ones, in a process whose memory is limited.
+"""Read checkpoints with a thousand random faults, and hostile ones, in a process with limited memory.
 
     python -m tests.helpers.fuzz_checkpoints FOLDER
 
-Prints what came of them as JSON. `tests/models/test_hostile.py` runs it, and says what must come of them.
+Prints the outcomes as JSON. `tests/models/test_hostile.py` runs it and asserts them.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Case = tuple[str, bytes]
 
 
 class Tiny(nn.Module):
-    """A classifier of a few hundred numbers, in the place of torchvision's."""
+    """A classifier with a few hundred weights, instead of torchvision's."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ def with_pickle(whole: bytes, data: bytes) -> bytes:
 
 
 def opcodes(rng: random.Random, whole: bytes) -> bytes:
-    """One to three instructions of the pickle replaced, left away, repeated, or their arguments changed."""
+    """One to three opcodes of the pickle replaced, removed or repeated, or their arguments changed."""
     if whole[:2] != b"PK":
         return _changed_opcodes(rng, whole)
     (data,) = (data for name, data in records_of(whole) if name.endswith(".pkl"))
@@ -197,7 +197,7 @@ def header(rng: random.Random, whole: bytes) -> bytes:
 
 
 def fields() -> Iterator[Case]:
-    """Every field of our files missing, or something else."""
+    """Every field of our files missing or of a wrong type."""
     endless: list[Any] = []
     endless.append(endless)
     deep: Any = 0
@@ -234,7 +234,7 @@ def fields() -> Iterator[Case]:
 
 
 class Calls:
-    """A pickle of it calls a function when it is read carelessly."""
+    """Its pickle calls a function if it is loaded without checks."""
 
     def __init__(self, function: Any, *arguments: Any, state: Any = None) -> None:
         self.call = (function, arguments) if state is None else (function, arguments, state)
@@ -363,7 +363,7 @@ def cases(folder: Path) -> Iterator[Case]:
 
 
 def read(path: Path) -> str:
-    """What comes of a file: "read", the first line of a proper refusal, or what is wrong with how it ended."""
+    """The outcome of a file: "read", the first line of a proper refusal, or a description of a failure."""
     try:
         weights = read_weights(path)
         build_classifier(path, weights, weights.arch or "tiny")
@@ -377,7 +377,7 @@ def read(path: Path) -> str:
 
 
 def stand_in() -> None:
-    """Let `tiny` be the only small architecture; the large ones stay torchvision's."""
+    """Add `tiny` as the only small architecture; the others are torchvision's."""
     real, known = torchvision.models.get_model, classifier.known_archs()
     classifier.known_archs = lambda: ["tiny", *known]
     torchvision.models.get_model = lambda arch, weights=None, num_classes=0: (

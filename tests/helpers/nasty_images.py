@@ -1,4 +1,4 @@
-"""A corpus of files that are trouble, each with what `check-data` must say about it."""
+"""A corpus of problematic files, each with the findings that `check-data` must report."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def with_middle(content: bytes, middle: bytes) -> bytes:
 
 
 def png_bomb(width: int = 60000, height: int = 60000) -> bytes:
-    """A PNG of a few hundred bytes that says it holds gigabytes."""
+    """A PNG of a few hundred bytes that claims to decode to gigabytes."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -64,7 +64,7 @@ def png_bomb(width: int = 60000, height: int = 60000) -> bytes:
 
 
 def exif(orientation: int) -> Image.Exif:
-    """EXIF data that say how to turn an image."""
+    """EXIF data with an orientation."""
     found = Image.Exif()
     found[0x0112] = orientation
     return found
@@ -76,12 +76,12 @@ def palette_with_alpha() -> bytes:
 
 
 def frames() -> list[Image.Image]:
-    """The later images of a file that holds several."""
+    """The later images of a multi-frame file."""
     return [picture(seed=1), picture(seed=2)]
 
 
 def random_bytes(count: int) -> bytes:
-    """Bytes that mean nothing, the same each time."""
+    """Pseudo-random bytes, the same each time."""
     return epoch_order(pack_key(TRAINING, 1), 0, count).astype(np.uint8).tobytes()
 
 
@@ -133,7 +133,7 @@ FILES: dict[str, tuple[Callable[[], bytes], list[str]]] = {
     "bomb.png": (png_bomb, ["too_large"]),
     "giant_header.jpg": (lambda: with_size(jpeg(), 65000, 65000), ["too_large"]),
 }
-# What is no regular file; `link_loop.jpg` is a link to itself.
+# Not regular files; `link_loop.jpg` is a symbolic link to itself.
 OTHERS = {
     "pipe.JPEG": ["special"],
     "device.jpg": ["special"],

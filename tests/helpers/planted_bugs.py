@@ -1,8 +1,8 @@
-"""Plant bugs that a spatial trainer can easily have, one at a time, in a copy of the project; tests must catch each.
+"""Plant typical bugs of a spatial trainer, one at a time, in a copy of the project; tests must catch each.
 
     python -m tests.helpers.planted_bugs
 
-Prints, for every bug, the first test that failed; ends in status 1 if one went unnoticed.
+Prints the first failing test of every bug. Exit status 1 means that a bug passed all its tests.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Bug(NamedTuple):
-    """What is wrong, where, the text that is replaced and its replacement, and the tests that are run."""
+    """A bug: description, file, replaced text, replacement, and the tests to run."""
 
     name: str
     file: str
@@ -172,7 +172,7 @@ def first_failure(bug: Bug) -> str | None:
 
 
 def main() -> int:
-    """Plant every bug, print what caught it."""
+    """Plant every bug and print the test that caught it."""
     missed = 0
     for bug in BUGS:
         caught = first_failure(bug)

@@ -1,4 +1,4 @@
-"""Batches whose views Triton makes from crops, in its interpreter: the same pixels, choices and steps as without."""
+"""Views that Triton makes from crops, in its interpreter: the same pixels, chosen views and training steps."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_every_placement_that_can_run_here_gives_the_views_of_the_reference(tmp_
     for (_, warp), row in found.items():
         for crops in ("training", "evaluation"):
             off = row[crops]
-            # DALI's resize is the one that is off, at the edges of small boxes.
+            # DALI's resize is inaccurate at the edges of small boxes.
             assert off["max"] < (16 if warp == "dali" and crops == "training" else 3), (warp, crops)
             assert off["mean"] < 0.4, (warp, crops)
             assert off["same_choice_pct"] >= 75, (warp, crops)

@@ -17,12 +17,12 @@ def photograph(height, width):
 
 
 def enlarged(image, height, width):
-    """A photograph at a size that it does not have."""
+    """A photograph, resized to a size."""
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS))
 
 
 def exact(image, height, width):
-    """Weights that fall linearly from each target pixel's centre, in float64: first down, then across."""
+    """Weights fall linearly from each target pixel's centre, in float64: rows first, then columns."""
 
     def matrix(source, target):
         scale = source / target

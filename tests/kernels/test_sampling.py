@@ -55,7 +55,7 @@ SIGMAS = 4.0
 
 
 class Draws(NamedTuple):
-    """What `draw_image` decided about consecutive indices: [N, ...] arrays."""
+    """The outputs of `draw_image` for consecutive indices: [N, ...] arrays."""
 
     geometry: NDArray[np.int32]
     colour: NDArray[np.float32]
@@ -87,7 +87,7 @@ def draw(
 
 
 def assert_same_distribution(ours: NDArray[Any], theirs: NDArray[Any]) -> None:
-    """Means within SIGMAS standard errors, and as much of ours as of theirs below each of their quantiles."""
+    """Means agree within SIGMAS standard errors, and so do the shares below each quantile of the reference."""
     error = math.sqrt(ours.var() / len(ours) + theirs.var() / len(theirs))
     assert abs(ours.mean() - theirs.mean()) <= SIGMAS * error
     for share in (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99):
@@ -98,7 +98,7 @@ def assert_same_distribution(ours: NDArray[Any], theirs: NDArray[Any]) -> None:
 
 
 def assert_uniform(values: NDArray[Any], low: float, high: float) -> None:
-    """Mean, standard deviation and both ends of a uniform distribution, and no value outside."""
+    """Mean, standard deviation and range of a uniform distribution."""
     half, count = (high - low) / 2, len(values)
     std = half / math.sqrt(3)
     assert abs(values.mean() - (low + high) / 2) <= SIGMAS * std / math.sqrt(count)
@@ -180,7 +180,7 @@ def test_uniform_numbers_fill_the_unit_interval():
 
 @pytest.mark.parametrize("seed", [-1, 2**31, 2**40])
 def test_pack_key_refuses_seeds_outside_its_bits(seed):
-    with pytest.raises(ValueError, match=f"seed is {seed}: it must be between 0 and 2147483647"):
+    with pytest.raises(ValueError, match=f"seed is {seed}: must be between 0 and 2147483647"):
         pack_key(TRAINING, seed)
 
 
@@ -195,7 +195,7 @@ def test_pack_key_refuses_seeds_outside_its_bits(seed):
     ],
 )
 def test_golden_order_of_an_epoch(epoch, sha256):
-    """The hash was made by `philox_in_numpy`, which the known answers check."""
+    """The hash is from `philox_in_numpy`, which is checked against published vectors."""
     order = epoch_order(pack_key(TRAINING, 0), epoch, 1000)
     counter = np.zeros((1000, 4), np.uint64)
     counter[:, 1], counter[:, 2] = epoch, np.arange(1000)
@@ -254,7 +254,7 @@ def test_every_crop_position_is_equally_likely_both_ends_included():
 
 @pytest.mark.parametrize("shape", [(30, 3000), (3000, 30), (37, 1001), (1001, 38), (1, 500), (500, 1), (64, 64)])
 def test_where_no_try_fits_the_crop_is_torchvisions_central_one(shape):
-    """An area of more than twice the image never fits; the narrow images fail as well with the usual areas."""
+    """An area of more than twice the image never fits. The narrow images also fail with the default areas."""
     for scale in [(0.08, 1.0)] * (min(shape) < 40) + [(2.0, 2.0)]:
         expected = RandomResizedCrop.get_params(torch.empty(1, *shape), list(scale), [3 / 4, 4 / 3])
         boxes = draw(augmentation_settings(center=False, scale=scale), shape=shape, count=20).geometry
@@ -357,7 +357,7 @@ def angles_and_translations(matrices: NDArray[np.float32], side: int) -> NDArray
 
 @pytest.fixture(scope="module")
 def view_params() -> NDArray[np.float64]:
-    """(degrees, tx, ty) of four random views after the untouched one: [N, 5, 3]."""
+    """(degrees, tx, ty) of the identity view and four random views: [N, 5, 3]."""
     settings = augmentation_settings(center=True)
     limits = view_limits(4, untouched_first=True, degrees=DEGREES, translate=TRANSLATE)
     return angles_and_translations(draw(settings, limits=limits).matrices, 224)

@@ -1,4 +1,4 @@
-"""The warp: every backend against the convention written out in float64, and the convention against a golden file."""
+"""The warp: every backend is compared with the convention in float64, and the convention with a golden file."""
 
 from __future__ import annotations
 

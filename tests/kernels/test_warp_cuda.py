@@ -1,4 +1,4 @@
-"""The Triton kernels: in Triton's interpreter against the reference, and compiled for GPUs that need not be here."""
+"""The Triton kernels: compared with the reference in Triton's interpreter, and compiled for GPUs without one."""
 
 from __future__ import annotations
 

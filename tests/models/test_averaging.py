@@ -1,4 +1,4 @@
-"""The moving average of the weights, worked out by hand."""
+"""The EMA of the weights, computed by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints are written whole or not at all, and read without running code, whoever wrote them."""
+"""Checkpoints are written atomically, and read without running code, whatever their source."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_a_failure_while_writing_leaves_the_old_file_and_nothing_else(tmp_path, 
     save(tmp_path / "last.pt", {"epoch": 1})
     with monkeypatch.context() as patch:
         patch.setattr(os if call == "fsync" else Path, call, disk_full)
-        with pytest.raises(UserError, match=r"No space left on device.*last.pt, saved before, is whole"):
+        with pytest.raises(UserError, match=r"No space left on device.*the earlier last.pt is intact"):
             save(tmp_path / "last.pt", {"epoch": 2})
     assert load(tmp_path / "last.pt") == {"epoch": 1}
     assert os.listdir(tmp_path) == ["last.pt"]
@@ -200,7 +200,7 @@ def test_a_classifier_computes_with_the_weights_of_the_file(tmp_path):
 
 
 class Canary:
-    """A pickle of it creates a file when it is read carelessly."""
+    """An object whose pickle creates a file when it is loaded unsafely."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -246,11 +246,11 @@ def test_a_pickled_module_is_refused_in_our_words_without_advice_to_run_it(tmp_p
     [
         (torch.zeros(3), "holds a Tensor, not a dictionary of tensors"),
         ([torch.zeros(3)], "holds a list, not a dictionary of tensors"),
-        ({}, "holds no weights of a classifier"),
-        ({"model": {}, "epoch": 3}, r"holds no weights of a classifier \(its keys: model, epoch\)"),
-        ({"a": 1, "b": 2, "c": 3, "d": 4}, r"holds no weights of a classifier \(its keys: a, b, c and 1 more\)"),
-        ({0: torch.zeros(3)}, "holds no weights of a classifier"),
-        ({"steps": torch.zeros(3, dtype=torch.int64)}, "holds no weights of a classifier"),
+        ({}, "no classifier weights found"),
+        ({"model": {}, "epoch": 3}, r"no classifier weights found \(keys: model, epoch\)"),
+        ({"a": 1, "b": 2, "c": 3, "d": 4}, r"no classifier weights found \(keys: a, b, c and 1 more\)"),
+        ({0: torch.zeros(3)}, "no classifier weights found"),
+        ({"steps": torch.zeros(3, dtype=torch.int64)}, "no classifier weights found"),
     ],
 )
 def test_a_file_without_weights_says_what_it_holds(tmp_path, content, message):
@@ -260,25 +260,25 @@ def test_a_file_without_weights_says_what_it_holds(tmp_path, content, message):
 
 
 def test_a_folder_is_no_checkpoint(tmp_path):
-    with pytest.raises(UserError, match=r"that is a folder\nname a file; of a run, its best\.pt"):
+    with pytest.raises(UserError, match=r"is a folder\ngive a file, such as best\.pt in a run's folder"):
         checkpoint.load(tmp_path)
 
 
 def test_a_truncated_file_is_refused(tmp_path):
     path = write(tmp_path / "whole.pt", {"w": torch.zeros(1000)})
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(UserError, match=f"^--checkpoint {path}: not a checkpoint that can be read safely"):
+    with pytest.raises(UserError, match=f"^--checkpoint {path}: unsafe or damaged checkpoint"):
         load(path)
 
 
 def test_weights_of_another_architecture_list_the_first_differences(tmp_path):
     path = write(tmp_path / "weights.pt", numbered_state("resnet18", 10))
-    with pytest.raises(UserError, match="not the weights of a resnet34 with 10 classes\n") as caught:
+    with pytest.raises(UserError, match="the weights do not match resnet34 with 10 classes\n") as caught:
         build_classifier(path, read_weights(path), "resnet34")
     advice = str(caught.value).splitlines()[1]
     assert advice == (
         "96 missing: layer1.2.conv1.weight, layer1.2.bn1.weight, layer1.2.bn1.bias and 93 more; "
-        "name the right one with --arch"
+        "set --arch to its architecture"
     )
 
 
@@ -291,7 +291,7 @@ def test_weights_of_another_shape_and_ones_too_many_are_listed(tmp_path):
         "fc2.weight": torch.zeros(1),
     }
     path = tmp_path / "weights.pt"
-    with pytest.raises(UserError, match="not the weights of a resnet18 with 10 classes") as caught:
+    with pytest.raises(UserError, match="the weights do not match resnet18 with 10 classes") as caught:
         build_classifier(path, checkpoint.Weights(wide, 10), "")
     listed = (
         "2 unexpected: head.weight, fc2.weight; "
@@ -305,11 +305,11 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, value):
     state = numbered_state(SMALL, 3)
     state["conv5.1.running_var"] = torch.full((1024,), value)
     path = write(tmp_path / "weights.pt", state)
-    with pytest.raises(UserError, match=f"^--checkpoint {path}: some of its weights are not finite numbers"):
+    with pytest.raises(UserError, match=f"^--checkpoint {path}: some weights are NaN or inf"):
         build_classifier(path, read_weights(path), SMALL)
 
 
 def test_an_architecture_that_contradicts_the_file_is_refused(tmp_path):
     weights = checkpoint.Weights(numbered_state(SMALL, 3), 3, arch=SMALL)
-    with pytest.raises(UserError, match=f"it is a {SMALL}, not a resnet18\nleave --arch away"):
+    with pytest.raises(UserError, match=f"contains a {SMALL}, but --arch is resnet18\nremove --arch"):
         build_classifier(tmp_path / "best.pt", weights, "resnet18")

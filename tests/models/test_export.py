@@ -1,4 +1,4 @@
-"""What is exported gives the checkpoint's logits in other programs, or is not there."""
+"""Exported files reproduce the checkpoint's logits in other programs, or are not written."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def digits(count: int) -> tuple[Tensor, Tensor]:
 
 @pytest.fixture(scope="module", autouse=True)
 def fresh_process():
-    """The command has a process of its own; torch cannot export once an evaluation in this one has turned TF32 off."""
+    """Reset TF32, as in a new process: torch cannot export after an evaluation has turned TF32 off."""
     torch.backends.cudnn.conv.fp32_precision = "tf32"  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """A checkpoint of ours of a ResNet-18 that a few steps on the digits have taught something."""
+    """A checkpoint of a ResNet-18 after a few training steps on the digits."""
     torch.manual_seed(0)
     model = classifier.Classifier(classifier.build("resnet18", 10)).train()
     for module in model.modules():
@@ -185,7 +185,7 @@ def test_a_file_that_would_be_wrong_is_not_left_behind(trained, exported, tmp_pa
     target = tmp_path / f"m.{kind}"
     lines = refused(capsys, "export", "--checkpoint", str(trained), f"--{kind}", str(target))
     what = "its logits differ by up to" if fault == "other numbers" else "it cannot be read back"
-    assert lines[0].startswith(f"launch.py: --{kind} {target}: not written, since {what}")
+    assert lines[0].startswith(f"launch.py: --{kind} {target}: not written: {what}")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -194,7 +194,7 @@ def test_a_missing_package_is_named_before_anything_is_written(trained, tmp_path
     monkeypatch.setitem(sys.modules, missing, None)
     files = ["--safetensors", str(tmp_path / "m.safetensors"), "--onnx", str(tmp_path / "m.onnx")]
     assert refused(capsys, "export", "--checkpoint", str(trained), *files) == [
-        f"launch.py: --onnx: it needs the package {missing}, which is not installed",
+        f"launch.py: --onnx: the package {missing} is not installed",
         "pip install -e .[export]",
     ]
     assert list(tmp_path.iterdir()) == []
@@ -217,9 +217,9 @@ def test_nothing_is_overwritten(trained, tmp_path, capsys):
     [
         (["--onnx", "file/m.onnx"], "file is a file, not a folder"),
         (["--onnx", "folder.onnx"], "--onnx folder.onnx: that is a folder; name a file"),
-        (["--onnx", "m.onnx", "--arch", "resnet34"], "it is a resnet18, not a resnet34"),
+        (["--onnx", "m.onnx", "--arch", "resnet34"], "contains a resnet18, but --arch is resnet34"),
         (["--onnx", "m.onnx", "--image-size", "5000"], "--image-size 5000: must be at most 4096"),
-        (["--onnx", "m.onnx", "--checkpoint", "gone.pt"], "--checkpoint gone.pt: there is no such file"),
+        (["--onnx", "m.onnx", "--checkpoint", "gone.pt"], "--checkpoint gone.pt: file not found"),
     ],
 )
 def test_what_cannot_be_exported_is_refused(trained, tmp_path, monkeypatch, capsys, words, expected):
@@ -250,7 +250,7 @@ def test_a_full_disk_ends_in_two_lines_and_leaves_nothing(trained, tmp_path, mon
     monkeypatch.setattr(export, "write_atomically", full)
     target = tmp_path / "m.safetensors"
     lines = refused(capsys, "export", "--checkpoint", str(trained), "--safetensors", str(target))
-    assert lines[0] == f"launch.py: --safetensors {target}: it cannot be written: No space left on device"
+    assert lines[0] == f"launch.py: --safetensors {target}: cannot be written: No space left on device"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -263,5 +263,5 @@ def test_images_too_small_for_the_network_are_refused(original, tmp_path, capsys
 def test_weights_that_one_onnx_file_cannot_hold_are_refused(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(export, "ONNX_LIMIT_BYTES", 40_000_000)
     lines = refused(capsys, "export", "--checkpoint", str(trained), "--onnx", str(tmp_path / "m.onnx"))
-    assert lines[0].endswith("m.onnx: the weights take 0.045 GB, and one ONNX file holds 2")
+    assert lines[0].endswith("m.onnx: the weights take 0.045 GB; an ONNX file holds at most 2 GB")
     assert lines[1] == "use --safetensors"

@@ -1,4 +1,4 @@
-"""Files are decoded in child processes as training decodes them: what breaks the decoder becomes a verdict."""
+"""Files are decoded in child processes as in training: what breaks the decoder becomes a finding."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ def digits():
 
 @pytest.fixture
 def hostile(monkeypatch):
-    """Children that run HOSTILE; returns them."""
+    """The list of children; they run HOSTILE."""
     return run_instead(monkeypatch, HOSTILE + SERVE)
 
 
 @pytest.fixture
 def everything_is_large(monkeypatch):
-    """Children to which every image is a large one; returns them."""
+    """The list of children; they treat every image as large."""
     return run_instead(
         monkeypatch,
         "from fast_spatial.pipelines.inspection import decoding\n"
@@ -69,7 +69,7 @@ def everything_is_large(monkeypatch):
 
 
 def run_instead(monkeypatch, program: str) -> list[subprocess.Popen[bytes]]:
-    """Let children run a program of the test's own; returns them, as they are started."""
+    """Replace the children's program; returns the list of started children."""
     children: list[subprocess.Popen[bytes]] = []
     start = subprocess.Popen
 
@@ -105,9 +105,9 @@ def test_no_file_at_all_starts_no_process(monkeypatch):
 def test_bad_files_among_good_ones_are_named_with_their_reasons(digits, tmp_path):
     content = Path(digits[0]).read_bytes()
     bad = {
-        "cut.jpg": (content[: len(content) // 2], "it cannot be decoded: Premature end of JPEG data"),
-        "empty.jpg": (b"", "it cannot be decoded: it is empty"),
-        "text.jpg": (b"<html>404</html>", "it cannot be decoded: its format is unknown to the decoder"),
+        "cut.jpg": (content[: len(content) // 2], "cannot be decoded: Premature end of JPEG data"),
+        "empty.jpg": (b"", "cannot be decoded: empty file"),
+        "text.jpg": (b"<html>404</html>", "cannot be decoded: format unknown to the decoder"),
     }
     for name, (data, _) in bad.items():
         (tmp_path / name).write_bytes(data)
@@ -119,7 +119,7 @@ def test_bad_files_among_good_ones_are_named_with_their_reasons(digits, tmp_path
     assert {path for path, reason in found.items() if reason} == set(names)
     for name, (_, reason) in bad.items():
         assert (found[str(tmp_path / name)] or "").startswith(reason)
-    assert found[str(tmp_path / "pipe.jpg")] == "it is no regular file"
+    assert found[str(tmp_path / "pipe.jpg")] == "not a regular file"
     assert found[str(tmp_path / "missing.jpg")] == "unreadable: No such file or directory"
 
 
@@ -129,11 +129,11 @@ def test_a_crash_a_hang_and_an_exit_are_pinned_to_their_files(digits, tmp_path, 
     found = dict(decode_files(mixed, processes=2, timeout_sec=50.0))
     assert len(found) == len(mixed)
     assert {path: reason for path, reason in found.items() if reason} == {
-        bad[0]: "it crashes the decoder (signal 11)",
-        bad[1]: "the decoder does not come to an end",
-        bad[2]: "it crashes the decoder (exit status 3)",
+        bad[0]: "crashes the decoder (signal 11)",
+        bad[1]: "the decoder does not finish",
+        bad[2]: "crashes the decoder (exit status 3)",
     }
-    # Two to start with; a file that kills does so once in its batch, once alone.
+    # Two at the start; a file that kills does so once in its batch and once alone.
     assert 2 < len(hostile) <= 2 + 6
     assert all(child.returncode is not None for child in hostile)
 
@@ -164,7 +164,7 @@ def test_the_largest_image_stays_within_a_childs_memory(tmp_path):
 
 def test_a_decoder_that_does_not_start_is_no_verdict_on_files(digits, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    with pytest.raises(RuntimeError, match="the decoder does not start: its process ended with 1"):
+    with pytest.raises(RuntimeError, match="the decoder does not start: its process ended with exit status 1"):
         list(decode_files(digits[:3]))
 
 

@@ -1,4 +1,4 @@
-"""Two thousand broken JPEG files: each has a verdict, nothing crashes or hangs, and memory stays bounded."""
+"""Two thousand broken JPEG files: each has a result, nothing crashes or hangs, and memory stays bounded."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def sources() -> list[bytes]:
 
 
 def mutant(seed: int, files: list[bytes]) -> bytes:
-    """A file, broken in one of many ways."""
+    """A file that is broken in one of many ways."""
     rng = np.random.default_rng(seed)
     content = bytearray(files[rng.integers(len(files))])
     where = int(rng.integers(2, len(content)))
@@ -60,7 +60,7 @@ def mutant(seed: int, files: list[bytes]) -> bytes:
 
 
 def write_mutants(folder: Path, count: int) -> list[str]:
-    """Write so many broken files; returns their paths."""
+    """Write broken files; returns their paths."""
     files = sources()
     paths = [folder / f"{seed:05}.jpg" for seed in range(count)]
     for seed, path in enumerate(paths):
@@ -69,7 +69,7 @@ def write_mutants(folder: Path, count: int) -> list[str]:
 
 
 def peaks_mib() -> list[int]:
-    """The largest memory that each child of this process ever had."""
+    """The peak memory of each child of this process."""
     found = []
     for pid in children_of(os.getpid()):
         match = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())

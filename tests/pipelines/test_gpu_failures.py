@@ -1,4 +1,4 @@
-"""A GPU that fails to decode: its batches come from the CPU, and only files that the CPU cannot decode are accused."""
+"""If a GPU fails to decode, the CPU decodes the batch; only files that the CPU cannot decode count as bad."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ERROR = (
 
 
 class StandIn:
-    """A pipeline that decodes on a GPU, on the CPU; it fails on some positions, and is dead from then on."""
+    """A stand-in for a GPU pipeline, on the CPU; it fails on some positions and is dead from then on."""
 
     def __init__(self, pipeline: Any, fails_on: set[int]) -> None:
         self._pipeline, self._fails_on, self._dead = pipeline, fails_on, False
@@ -41,7 +41,7 @@ class StandIn:
 
 
 class Gpu:
-    """What the stand-in of a GPU fails on; how often pipelines were built for it, and how many others there were."""
+    """The positions on which the stand-in fails, and the numbers of pipelines built for it and for the CPU."""
 
     def __init__(self) -> None:
         self.fails_on: set[int] = set()
@@ -53,7 +53,7 @@ class Gpu:
 
 @pytest.fixture
 def gpu(monkeypatch) -> Gpu:
-    """Loaders decode on a stand-in of a GPU."""
+    """Loaders decode on a stand-in for a GPU."""
     stand_in, real = Gpu(), graph.view_graph
 
     def build(source: Any, *, placement: Placement, **options: Any) -> Any:
@@ -119,7 +119,7 @@ def test_what_a_gpu_cannot_decode_comes_from_the_cpu(images, gpu, position):
     found = epochs_of(loader_of(images, ON_GPU, on_gpu_failure=gpu.said.append, on_bad_images=refuse))
     assert_same(found, expected)
     assert gpu.said == [
-        "the GPU failed to decode good files (nvImageCodec failure: '#8'): this batch is decoded on the CPU"
+        "the GPU failed to decode good files (nvImageCodec failure: '#8'): the CPU decodes this batch"
     ] * len(gpu.said)
     assert len(gpu.said) == 2  # once an epoch
     assert gpu.built == 1 + 2
@@ -162,7 +162,7 @@ def test_a_gpu_that_always_fails_is_not_asked_any_more(images, gpu):
     found = epochs_of(loader_of(images, ON_GPU, on_gpu_failure=gpu.said.append), count=3)
     assert_same(found, expected)
     assert len(gpu.said) == MOST_GPU_FAILURES
-    assert gpu.said[-1].endswith(f"this was the {MOST_GPU_FAILURES}th time, so from now on all are decoded on the CPU")
+    assert gpu.said[-1].endswith(f"this was failure {MOST_GPU_FAILURES}, so the CPU decodes all batches from now on")
     assert gpu.built == MOST_GPU_FAILURES
 
 
@@ -181,7 +181,7 @@ def test_a_file_that_the_cpu_cannot_decode_is_accused(images, gpu, tmp_path):
     )
     delivered = [index for batch in epochs_of(loader) for index in batch.index.tolist()]
     assert accused.keys() == {5}
-    assert "format is unknown to the decoder" in accused[5]
+    assert "format unknown to the decoder" in accused[5]
     assert 5 not in delivered and delivered.count(11) == 2
     assert len(gpu.said) == 2
 

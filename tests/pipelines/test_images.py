@@ -1,4 +1,4 @@
-"""From files to pixels and labels: what PIL and torchvision make of the same folder."""
+"""From files to pixels and labels, compared with PIL and torchvision on the same folder."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def photograph(width: int, height: int, name: str = "china.jpg") -> Image.Image:
 
 
 def loaded(images: ImageIndex, settings: NDArray[np.float64]) -> dict[str, NDArray[np.uint8]]:
-    """Each image as it comes out of the Loader, untouched, by file name."""
+    """The identity view of each image from the Loader, by file name."""
     loader = Loader(
         images,
         limits=UNTOUCHED,
@@ -75,7 +75,7 @@ def difference(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> NDArray[np.f
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A class folder of photographs, of odd sizes and in unusual formats."""
+    """A class folder of photographs with odd sizes and unusual formats."""
     folder = tmp_path_factory.mktemp("data") / "val" / "one"
     folder.mkdir(parents=True)
     for position, (width, height) in enumerate(SIZES):
@@ -110,7 +110,7 @@ def test_unusual_files_come_out_as_pil_shows_them(folder, views, name):
 
 @pytest.mark.parametrize(("width", "height"), SIZES)
 def test_evaluation_preprocessing_is_torchvisions_resize_and_center_crop(folder, views, width, height):
-    """Within rounding, and not shifted: a pixel to any side is clearly worse."""
+    """Equal within rounding, and not shifted: a shift by one pixel is clearly worse."""
     got, expected = views[f"{width}x{height}.JPEG"], by_torchvision(folder / f"{width}x{height}.JPEG")
     mean = difference(got, expected).mean()
     shifted = [difference(np.roll(got, step, axis), expected)[1:-1, 1:-1].mean() for step in (1, -1) for axis in (0, 1)]
@@ -121,7 +121,7 @@ def test_evaluation_preprocessing_is_torchvisions_resize_and_center_crop(folder,
 
 @pytest.mark.parametrize("orientation", [3, 6])
 def test_exif_orientation_is_ignored_as_torchvisions_loader_does(tmp_path, orientation):
-    """3 asks the viewer for half a turn, 6 for a quarter."""
+    """Orientation 3 means half a turn, 6 a quarter turn."""
     folder = tmp_path / "val" / "one"
     folder.mkdir(parents=True)
     exif = Image.Exif()
@@ -133,7 +133,7 @@ def test_exif_orientation_is_ignored_as_torchvisions_loader_does(tmp_path, orien
 
 
 def test_random_crops_are_pils_crop_and_resize(folder):
-    """Of every size and format; that the boxes are torchvision's is another test's claim."""
+    """All sizes and formats. Another test compares the boxes with torchvision's."""
     images = read_index(folder.parent.parent, "val")
     views = loaded(images, RANDOM_CROP)
     header = np.zeros(HEADER_WIDTH, np.int64)
@@ -157,7 +157,7 @@ def test_random_crops_are_pils_crop_and_resize(folder):
 
 
 def make_split(root: Path, *files: str) -> None:
-    """Tiny images at these paths below root."""
+    """Write tiny images at these paths below root."""
     for file in files:
         (root / file).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (2, 2)).save(root / file, format="PNG")
@@ -184,7 +184,7 @@ def test_classes_labels_and_order_are_image_folders(tmp_path):
 
 
 def test_images_in_subfolders_and_behind_links_are_found(tmp_path):
-    """As ImageFolder finds them, which orders a class by folder first."""
+    """In ImageFolder's order, which sorts a class by subfolder first."""
     make_split(tmp_path / "elsewhere", "d.jpg")
     make_split(tmp_path / "val", "a/x.jpg", "a/sub/y.jpg", "a/sub/deep/z.jpg", "a/sub-1/w.jpg", "b/x.jpg")
     (tmp_path / "val" / "c").symlink_to(tmp_path / "elsewhere")
@@ -228,13 +228,15 @@ def test_an_empty_subset_is_refused():
 
 
 def test_a_missing_folder_is_named(tmp_path):
-    with pytest.raises(UserError, match=f"--data {tmp_path}/nowhere: there is no such folder"):
+    with pytest.raises(UserError, match=f"--data {tmp_path}/nowhere: no such folder"):
         list_classes(tmp_path / "nowhere", "train")
 
 
 def test_a_missing_split_is_named_with_what_is_there(tmp_path):
     make_split(tmp_path, "training/a/x.jpg")
-    with pytest.raises(UserError, match=r"it has no train/ \(it holds training\); expected .*/train/<class>/<image>"):
+    with pytest.raises(
+        UserError, match=r"no folder train/ in it \(found: training\); expected .*/train/<class>/<image>"
+    ):
         read_index(tmp_path, "train")
 
 
@@ -242,17 +244,17 @@ def test_an_empty_split_is_refused(tmp_path):
     (tmp_path / "val").mkdir()
     with pytest.raises(UserError, match="val is empty"):
         read_index(tmp_path, "val")
-    with pytest.raises(UserError, match=r"it has no train/ \(it holds val\)"):
+    with pytest.raises(UserError, match=r"no folder train/ in it \(found: val\)"):
         read_index(tmp_path, "train")
 
 
 def test_a_flat_validation_folder_is_refused_with_a_line_that_sorts_it(tmp_path, monkeypatch):
     make_split(tmp_path / "val", "val_2.JPEG", "val_1.JPEG", "val_3.JPEG")
-    with pytest.raises(UserError, match="val holds 3 images but no class folders") as error:
+    with pytest.raises(UserError, match="val contains 3 images but no class folders") as error:
         list_classes(tmp_path, "val")
     python, option, program = shlex.split(str(error.value).splitlines()[-1])
     assert (python, option) == ("python", "-c")
-    # The images in the order of their names belong to the classes in the order of the development kit's ground truth.
+    # Sorted by name, the images belong to the classes of the development kit's ground truth, in its order.
     monkeypatch.setattr(imagenet, "parse_devkit_archive", lambda root: None)
     monkeypatch.setattr(imagenet, "load_meta_file", lambda root: ({}, ["n02", "n01", "n02"]))
     exec(program, {})
@@ -263,7 +265,7 @@ def test_a_flat_validation_folder_is_refused_with_a_line_that_sorts_it(tmp_path,
 
 def test_a_flat_training_folder_is_refused(tmp_path):
     make_split(tmp_path / "train", "x.JPEG")
-    with pytest.raises(UserError, match="train holds 1 images but no class folders\nsort them into"):
+    with pytest.raises(UserError, match="train contains 1 images but no class folders\nsort them into"):
         list_classes(tmp_path, "train")
 
 
@@ -283,6 +285,8 @@ def test_a_class_without_images_is_named(tmp_path):
     (tmp_path / "train" / "b").mkdir()
     (tmp_path / "train" / "b" / "notes.txt").touch()
     for check in (lambda: check_not_empty(tmp_path, "train", ["a", "b", "c"]), lambda: read_index(tmp_path, "train")):
-        with pytest.raises(UserError, match=r"the class folder .*/train/b holds no images; fill or remove it"):
+        with pytest.raises(
+            UserError, match=r"class folder .*/train/b contains no images\. Add images, or remove the folder"
+        ):
             check()
     check_not_empty(tmp_path, "train", ["a", "c"])

@@ -1,4 +1,4 @@
-"""A listing of ImageNet's size: 1.28 million entries in 1,000 classes."""
+"""A folder listing of ImageNet's size: 1.28 million entries in 1,000 classes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The graph for a GPU, built without one: every operator is on a device that DALI has it for."""
+"""The GPU graph, built without a GPU: every operator is on a device that DALI supports for it."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_pixels_stay_on_the_gpu_and_decisions_on_the_cpu(center):
 @every_placement
 @pytest.mark.parametrize("center", [True, False])
 def test_inputs_are_where_their_operators_need_them(center, placement):
-    """GPU operators take their images there; arguments, and all that a CPU or mixed operator takes, are on the CPU."""
+    """Images of GPU operators are on the GPU. Arguments, and all inputs of CPU and mixed operators, are on the CPU."""
     for node in built(center=center, placement=placement)._ops:
         spec, device = node.spec, node._op.device
         for i in range(spec.NumInput()):
@@ -113,7 +113,7 @@ def test_decoding_is_where_it_was_asked_for(placement):
 
 @every_placement
 def test_nothing_comes_back_from_the_gpu(placement):
-    """A CPU operator that waits for the GPU keeps the next batch from being read."""
+    """A CPU operator that waits for the GPU would block prefetching."""
     nodes = built(center=True, placement=placement)._ops
     back = [i.name for node in nodes for i in node.inputs if i.device == "cpu" and i.source._op.device != "cpu"]
     assert back == []

@@ -1,4 +1,4 @@
-"""Decoders are tried in child processes: whatever one does, the choice ends at one whose pixels are right."""
+"""Decoders are tried in child processes: whatever one does, the chosen one gives correct pixels."""
 
 from __future__ import annotations
 
@@ -44,20 +44,20 @@ WRONG = r"wrong pixels: .+ \(rows \d+ to \d+, columns \d+ to \d+\), in a batch o
 # What is detected of every fault.
 DETECTED = {
     "none": "",
-    "crashes": r"it crashed \(SIGSEGV\): a library's last words",
-    "ends with an error": r"it ended with exit status 1: nvImageCodec failure: '#8'",
+    "crashes": r"crashed \(SIGSEGV\): a library's last words",
+    "ends with an error": r"ended with exit status 1: nvImageCodec failure: '#8'",
     "reports an error": r"an error: nvImageCodec failure: '#8'",
     "fails on a kind": r"an error: nvImageCodec failure: '#8' \(on CMYK\)",
     "hangs": r"no answer within 6 s",
     "hangs until its alarm": r"no answer within 600 s",
-    "prints garbage": r"its answer cannot be understood",
-    "prints a list": r"its answer cannot be understood",
-    "prints nothing": r"its answer cannot be understood",
+    "prints garbage": r"invalid answer",
+    "prints a list": r"invalid answer",
+    "prints nothing": r"invalid answer",
     "warns of regions": r"nvImageCodec warns of wrong regions with this nvJPEG \(13\.2 is needed\)",
-    "prints no numbers": r"its answer cannot be understood",
-    "compares nothing": r"its answer cannot be understood",
+    "prints no numbers": r"invalid answer",
+    "compares nothing": r"invalid answer",
     "prints bad numbers": r"wrong pixels: mean difference 0.40/255 \(at most 2\), 2.00% of pixels beyond 16/255 .+",
-    "is right, then crashes": r"it crashed \(SIGABRT\)",
+    "is right, then crashes": r"crashed \(SIGABRT\)",
     "shifted by one column": WRONG,
     "shifted by one row": WRONG,
     "a quarter black": WRONG,
@@ -68,7 +68,7 @@ DETECTED = {
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """A cache of its own."""
+    """A separate cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
@@ -173,11 +173,11 @@ def test_the_cpu_is_the_end():
     assert choice.decoding == Decoding("cpu")
     assert [trial.decoding for trial in choice.trials] == list(RUNGS[:3])
     assert choice.message == (
-        "decoding: CPU (not GPU, regions, 65% by the JPEG engine: it crashed (SIGSEGV): a library's last words; "
-        "not GPU, regions, without the JPEG engine: its answer cannot be understood; "
-        "not GPU, whole images, without the JPEG engine: it ended with exit status 1: nvImageCodec failure: '#8')"
+        "decoding: CPU (not GPU, regions, 65% by the JPEG engine: crashed (SIGSEGV): a library's last words; "
+        "not GPU, regions, without the JPEG engine: invalid answer; "
+        "not GPU, whole images, without the JPEG engine: ended with exit status 1: nvImageCodec failure: '#8')"
     )
-    assert json.loads(json.dumps(choice.to_json()))["trials"][1]["fault"] == "its answer cannot be understood"
+    assert json.loads(json.dumps(choice.to_json()))["trials"][1]["fault"] == "invalid answer"
 
 
 def test_what_hangs_is_killed_with_its_children():
@@ -258,14 +258,14 @@ def test_what_pixels_depend_on_is_part_of_a_finding(monkeypatch):
         ("", True),
         ("wrong pixels: grey 3, in a batch of 64: mean difference 5.00/255 (at most 2)", True),
         (probe._IS_UNTRUSTED, True),
-        *((f"it crashed ({name}): last words", True) for name in ("SIGSEGV", "SIGABRT", "SIGBUS", "SIGILL", "SIGFPE")),
-        ("it crashed (SIGABRT): terminate called: out of memory", False),
-        ("it crashed (SIGKILL)", False),
-        ("it crashed (SIGTERM)", False),
-        ("it ended with exit status 1: wrong pixels", False),
+        *((f"crashed ({name}): last words", True) for name in ("SIGSEGV", "SIGABRT", "SIGBUS", "SIGILL", "SIGFPE")),
+        ("crashed (SIGABRT): terminate called: out of memory", False),
+        ("crashed (SIGKILL)", False),
+        ("crashed (SIGTERM)", False),
+        ("ended with exit status 1: wrong pixels", False),
         ("an error: CUDA allocation failed", False),
         ("an error: all CUDA-capable devices are busy or unavailable", False),
-        ("its answer cannot be understood", False),
+        ("invalid answer", False),
         ("no answer within 60 s", False),
     ],
 )
@@ -291,7 +291,7 @@ def test_a_decoder_that_is_asked_for_is_not_probed():
     for name, rung in (("gpu", RUNGS[0]), ("gpu-full", RUNGS[2]), ("cpu", RUNGS[3])):
         choice = choose(name, on_gpu=True, hw_decoder_load=HW_DECODER_LOAD, command=command_of("crashes"))
         assert choice.decoding == rung and choice.trials == ()
-        assert choice.message == f"decoding: {rung} (as asked for, not probed)"
+        assert choice.message == f"decoding: {rung} (as requested, not probed)"
 
 
 def test_without_a_gpu_nothing_is_probed():

@@ -1,4 +1,4 @@
-"""The stream is a pure function: the bytes of a view depend on (seed, epoch, index) and on nothing else."""
+"""The stream is a pure function: the bytes of a view depend only on (seed, epoch, index)."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ RANK_BATCH = 12
 
 
 class Seen(NamedTuple):
-    """One image as it came out of a Loader: its position in the split and a digest of its label and views."""
+    """One image from a Loader: its position in the split, and a digest of its label and views."""
 
     position: int
     digest: str
@@ -71,18 +71,18 @@ def seen(batches: Iterable[Batch]) -> list[Seen]:
 
 @pytest.fixture(scope="module")
 def loader() -> Loader:
-    """A Loader that the tests of this file use one after another, each leaving it somewhere else."""
+    """A Loader shared by the tests of this file; each leaves it at another position."""
     return make_loader(7)
 
 
 @pytest.fixture(scope="module")
 def epochs() -> dict[int, list[Seen]]:
-    """Epochs 0 to 2, each from a Loader of its own."""
+    """Epochs 0 to 2, each from a separate Loader."""
     return {epoch: seen(make_loader(7).epoch(epoch)) for epoch in range(3)}
 
 
 def test_the_loader_reads_ahead(loader):
-    """What the other tests say, they say of a Loader that prepares batches before they are asked for."""
+    """The Loader prefetches batches: otherwise the other tests would prove less."""
     next(loader.epoch(0))
     assert loader._next_ticket > loader._delivered + 2
 
@@ -161,7 +161,7 @@ def test_labels_are_the_folders_of_the_files(loader):
 
 @pytest.mark.parametrize("train", [True, False])
 def test_views_are_the_drawn_warps_of_the_untouched_view(train):
-    """Flip and colours included, since view 0 has them too."""
+    """Includes flip and colours, which view 0 also has."""
     from tests.kernels.test_warp import bilinear  # not for the ranks' processes
 
     key, epoch = (pack_key(TRAINING, 0), 2) if train else (pack_key(EVALUATION, 0), 0)
@@ -203,7 +203,7 @@ def test_the_side_is_a_function_of_the_position_and_bytes_are_those_of_that_side
 def test_jumps_and_resuming_find_the_side_of_their_position():
     growing = make_loader(7, side=side_of, largest_side=48)
     first, second = raw(growing.epoch(0)), raw(growing.epoch(1))
-    # Back from 32 px to 16, into what is in flight at another side, and on across the change.
+    # Back from 32 px to 16, while batches of another size are in flight, and on across the change.
     assert raw(islice(growing.epoch(0, start_step=20), 3)) == first[20:23]
     assert raw(islice(growing.epoch(1, start_step=1), 3)) == second[1:4]
     resumed = make_loader(7, side=side_of, largest_side=48)
@@ -214,7 +214,7 @@ def test_jumps_and_resuming_find_the_side_of_their_position():
 
 
 def report_of_a_process(process: int) -> dict[str, Any]:
-    """What the Loaders of rank `process` give, in worlds of 1, 2 and 3, in this process."""
+    """The output of the Loaders of rank `process`, in worlds of 1, 2 and 3, in this process."""
     report: dict[str, Any] = {"pid": os.getpid()}
     for world_size in range(process + 1, 4):
         options: dict[str, Any] = {"rank": process, "world_size": world_size, "threads": 1}
@@ -226,7 +226,7 @@ def report_of_a_process(process: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def reports() -> list[dict[str, Any]]:
-    """The reports of ranks 0 to 2, each from a process of its own."""
+    """The reports of ranks 0 to 2, each from a separate process."""
     export_digits()  # before they all ask for it
     context = multiprocessing.get_context("forkserver")  # each forked from a process that has only imported this file
     context.set_forkserver_preload([__name__])
@@ -315,16 +315,16 @@ def test_evaluation_draws_depend_on_the_key_alone(evaluation):
     [(256, 3, 2, 258), (256, 7, 4, 259), (10, 4, 2, 12), (7, 2, 1, 8), (2, 8, 2, 8)],
 )
 def test_an_uneven_batch_is_refused_with_the_nearest_that_divides(global_batch_size, world_size, processes, batch):
-    with pytest.raises(UserError, match=f"use {processes} processes, or --global-batch-size {batch}$") as error:
+    with pytest.raises(UserError, match=f"Use {processes} processes, or --global-batch-size {batch}$") as error:
         check_divides(global_batch_size, world_size)
-    assert f"--global-batch-size {global_batch_size} does not divide among {world_size} processes" in str(error.value)
-    with pytest.raises(UserError, match="does not divide"):
+    assert f"--global-batch-size {global_batch_size}: not divisible by {world_size} processes" in str(error.value)
+    with pytest.raises(UserError, match="not divisible"):
         make_loader(global_batch_size, world_size=world_size)
     check_divides(global_batch_size, processes)
     check_divides(batch, world_size)
 
 
 def test_a_split_smaller_than_a_batch_is_refused_for_training_only():
-    with pytest.raises(UserError, match=r"train holds 200 images, less than one global batch of 201"):
+    with pytest.raises(UserError, match=r"train contains 200 images, less than one global batch of 201"):
         make_loader(201)
     make_loader(201, train=False)

@@ -166,7 +166,7 @@ def test_a_warned_job_saves_and_ends_and_its_next_start_continues(tmp_path, name
         os.kill(task, signal.SIGUSR1)
     said, _ = job.communicate(timeout=600)
     assert job.returncode == 128 + signal.SIGUSR1, said
-    assert "stopped by SIGUSR1; the same command continues" in said
+    assert "stopped by SIGUSR1; run the same command to resume" in said
     requeued = ["requeue 4711"] if name == "preemptible" else []
     assert [call for call in cluster.called("scontrol") if call.startswith("requeue")] == requeued
     saved = checkpoint.load(cluster.out / "last.pt")

@@ -315,7 +315,7 @@ def test_the_packages_are_the_pinned_ones_and_no_tools_for_tests(image):
 @pytest.mark.slow
 def test_a_stranger_is_told_that_training_can_run_here(image, runs):
     said = finished(image.run("launch.py", "doctor", "--out", str(runs), "--json", str(runs / "doctor.json")))
-    assert "training can run here" in said
+    assert "training can run on this machine" in said
     found = json.loads((runs / "doctor.json").read_text())["checks"]
     assert found["cache"]["state"] == "ok"
     assert image.mapped("/cache/fast_spatial") in found["cache"]["found"]

@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fast_spatial import commands
+from fast_spatial import commands, launcher
 
 DATA = Path(__file__).parents[1] / "assets" / "9f20ae0"
 
@@ -115,7 +115,7 @@ def computes_alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 def test_a_training_is_resumed_to_the_same_bits(capfd):
     assert commands.main(TRAINING) == 0
-    assert "continued after 93 steps" in capfd.readouterr().out
+    assert "resumed after 93 steps" in capfd.readouterr().out
     whole = read(DATA / "whole.json")
     log = lines("runs/training/log.jsonl")
     assert [record["event"] for record in log] == [record["event"] for record in whole["log"]]
@@ -265,7 +265,7 @@ def planned(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> Any:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(commands, "launch", start)
+        patch.setattr(launcher, "launch", start)
         assert commands.main(words) == 130
     ((task, config),) = found
     assert task == "train"
@@ -287,8 +287,8 @@ def test_a_plan_goes_on_with_the_training_that_was_begun(name, monkeypatch, capf
     for _ in range(2):
         config = planned(monkeypatch, [*words, *HOURS])
         said = capfd.readouterr().out
-        assert "the plan above is from the start" in said
-        assert ("[1/2] standard: done before" in said) == (name == "table")
+        assert "the plan above is from the first start" in said
+        assert ("[1/2] standard: already done" in said) == (name == "table")
         now = {name: getattr(config, today(name)) for name in begun.keys() - {"recipe", "hours"}}
         assert {name: list(v) if isinstance(v, tuple) else v for name, v in now.items()} == {
             name: begun[name] for name in now
@@ -314,7 +314,7 @@ def test_a_plan_with_another_value_is_refused(name, capfd):
 def test_a_plan_with_another_recipe_is_refused(capfd):
     words = [word for word in OF_E24 if word not in E24] + flags(recipe="reference")
     assert commands.main([*words, *HOURS]) == 2
-    assert "begun with other flags" in capfd.readouterr().err
+    assert "contains a plan with different flags" in capfd.readouterr().err
 
 
 @pytest.mark.slow

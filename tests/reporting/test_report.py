@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fast_spatial import commands, reproduce
+from fast_spatial import commands, launcher, reproduce
 from fast_spatial.config import recipes
 from fast_spatial.config.commands import EvaluateConfig, LandscapeConfig, ReproduceConfig
 from fast_spatial.config.fields import parse, to_json
@@ -139,7 +139,7 @@ def test_a_row_is_a_mode_and_its_degrees(row, found):
 
 @pytest.mark.parametrize("row", ["fast:30", "", ":30", "worst-of-10:30"])
 def test_a_row_of_no_mode_is_refused(row):
-    message = f"^--rows {row}: choose modes of nocrop, standard, random, worst10, as in random:40$"
+    message = f"^--rows {row}: choose a mode of nocrop, standard, random, worst10, as in random:40$"
     with pytest.raises(UserError, match=message):
         split_row(row)
 
@@ -234,6 +234,13 @@ def test_a_bad_flag_of_the_recipe_is_refused():
 # --- the reproduction
 
 
+def run(config: ReproduceConfig, rows: list[reproduce.Row], launch: Any) -> None:
+    """A reproduction whose tasks a stand-in runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launcher, "launch", launch)
+        reproduce.reproduce(config, rows)
+
+
 class FakeLaunch:
     """Stands for training and judging: leaves the files they leave, and can break off."""
 
@@ -299,7 +306,7 @@ def calls_of(rows: list[Row]) -> list[tuple[str, str]]:
 def test_each_row_is_trained_then_judged_and_written_down(planned):
     config, rows = planned
     launched = FakeLaunch()
-    reproduce.reproduce(config, rows, launched)
+    run(config, rows, launched)
     assert launched.calls == calls_of(rows)
     results = results_of(config)
     assert [list(found) for found in results] == [KEYS, KEYS]
@@ -309,29 +316,29 @@ def test_each_row_is_trained_then_judged_and_written_down(planned):
 
 def test_finished_rows_are_skipped(planned, capsys):
     config, rows = planned
-    reproduce.reproduce(config, rows, FakeLaunch())
+    run(config, rows, FakeLaunch())
     before, again = results_of(config), FakeLaunch()
     capsys.readouterr()
-    reproduce.reproduce(config, rows, again)
+    run(config, rows, again)
     assert again.calls == []
     assert results_of(config) == before
-    assert "[2/2] worst10, 40 degrees: done before" in capsys.readouterr().out
+    assert "[2/2] worst10, 40 degrees: already done" in capsys.readouterr().out
 
 
 def test_one_that_was_broken_off_goes_on_with_the_row_it_was_at(planned):
     config, rows = planned
     with pytest.raises(KeyboardInterrupt):
-        reproduce.reproduce(config, rows, FakeLaunch(break_at=5))
+        run(config, rows, FakeLaunch(break_at=5))
     assert [found["mode"] for found in results_of(config)] == ["standard"]
     again = FakeLaunch()
-    reproduce.reproduce(config, rows, again)
+    run(config, rows, again)
     assert again.calls == calls_of(rows[1:])
     assert [found["mode"] for found in results_of(config)] == ["standard", "worst10"]
 
 
 def test_it_ends_in_our_table_beside_the_published_one(planned, capsys):
     config, rows = planned
-    reproduce.reproduce(config, rows, FakeLaunch())
+    run(config, rows, FakeLaunch())
     text = (Path(config.out) / "results.md").read_text()
     assert "| worst10, 40 degrees |    99.0 |   96.5 |        88.2 |             49.1 |" in text
     assert "| worst10, 40 degrees |    68.6 |   67.2 |        59.3 |             48.4 |" in text
@@ -344,16 +351,16 @@ def test_it_ends_in_our_table_beside_the_published_one(planned, capsys):
 
 def test_a_row_without_a_landscape_is_only_given_one(planned):
     config, rows = planned
-    reproduce.reproduce(config, rows, FakeLaunch())
+    run(config, rows, FakeLaunch())
     (Path(rows[1].train.out) / "landscape.json").unlink()
     again = FakeLaunch()
-    reproduce.reproduce(config, rows, again)
+    run(config, rows, again)
     assert again.calls == [("landscape", rows[1].train.out)]
 
 
 def test_several_seeds_are_named_and_averaged(tmp_path, capsys):
     config = ReproduceConfig(data="digits", out=str(tmp_path), rows=("random:30",), seeds=(0, 1))
-    reproduce.reproduce(config, plan(config, {}), FakeLaunch())
+    run(config, plan(config, {}), FakeLaunch())
     assert [found["seed"] for found in results_of(config)] == [0, 1]
     out = capsys.readouterr().out
     assert "[2/2] random, 30 degrees, seed 1: training" in out
@@ -362,7 +369,7 @@ def test_several_seeds_are_named_and_averaged(tmp_path, capsys):
 
 def test_the_command_reproduces(tmp_path, monkeypatch, capsys):
     launched = FakeLaunch()
-    monkeypatch.setattr(commands, "launch", launched)
+    monkeypatch.setattr(launcher, "launch", launched)
     words = ["reproduce", "--data", "digits", "--out", str(tmp_path), "--rows", "standard", "--epochs", "1"]
     assert commands.main(words) == 0
     assert [task for task, _ in launched.calls] == ["train", "evaluate", "landscape"]

@@ -1,4 +1,4 @@
-"""Two gloo processes against one: the same gradients, and BatchNorm's buffers alike on both."""
+"""Two gloo processes against one: the same gradients, and the same BatchNorm buffers on both."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def rank_main(rank: int, port: int, kind: str, out: str) -> None:
 
 
 def trained(kind: str, rank: int) -> tuple[list[dict[str, torch.Tensor]], list[torch.Tensor]]:
-    """States and choices after each step; no DDP module is left behind."""
+    """States and choices after each step; no DDP module remains."""
     model = Classifier(net_of(kind))
     step = step_of(model)
     states, choices = [], []

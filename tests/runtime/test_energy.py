@@ -1,4 +1,4 @@
-"""Energy of GPUs, from a driver's library that is played here."""
+"""Energy of GPUs, from a simulated driver library."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FAILED = 999
 
 
 class Nvml:
-    """Counters by UUID, in millijoules; a GPU without one does not count."""
+    """Counters by UUID, in millijoules; GPUs without an entry have no counter."""
 
     def __init__(self, counters: dict[str, int | None], *, starts: bool = True) -> None:
         self.counters, self.starts, self._names = counters, starts, list(counters)

@@ -1,4 +1,4 @@
-"""What a result ran on is told, and telling it neither fails nor hangs."""
+"""The environment of a result is recorded without failing or hanging."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def git(folder: Path, *words: str) -> str:
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
-    """A project of one commit, taken for this one."""
+    """A repository with one commit, in place of this project."""
     if not shutil.which("git"):
         pytest.skip("no git")
     git(tmp_path, "init", "-q")

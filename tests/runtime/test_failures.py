@@ -1,4 +1,4 @@
-"""What is said of a process that fails: a user's error in two lines, any other exception with its traceback."""
+"""Failures of processes: a user's error is shown in two lines, any other exception with its traceback."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WORDS += ["--nproc-per-node", "2"]
 
 
 def run(folder: Path, planted: str) -> subprocess.CompletedProcess[str]:
-    """A training of which every step runs planted code first."""
+    """A training that runs planted code before every step."""
     (folder / "sitecustomize.py").write_text(
         "import sys\n"
         "if sys.argv[0] == '-m':\n"  # a process that torchrun started
@@ -59,7 +59,7 @@ def test_a_users_error_in_a_process_is_shown_in_two_lines(tmp_path):
 
 
 def failure(folder: Path, error: Exception, timestamp: int) -> SimpleNamespace:
-    """What torchrun makes of a process that left an exception."""
+    """torchrun's `ProcessFailure` of a process that recorded an exception."""
     os.environ["TORCHELASTIC_ERROR_FILE"] = str(folder / "error.json")
     leave_failure(error)
     left = json.loads((folder / "error.json").read_text())

@@ -1,4 +1,4 @@
-"""What torchrun is asked for, under versions of torch that know different options."""
+"""torchrun's options, for versions of torch that support different ones."""
 
 from __future__ import annotations
 

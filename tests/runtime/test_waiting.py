@@ -1,4 +1,4 @@
-"""The wait for data: of the host where it computes, of a GPU's stream where that does."""
+"""Data wait: of the host on CPUs, of the stream on GPUs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fast_spatial.runtime.waiting import HostClock, StreamClock, clock_of
 
 
 class Event:
-    """A stand-in for a GPU's event: `Event.now` is where the stream is, `Event.reached` what it has done."""
+    """A fake CUDA event: `Event.now` is the stream's time, `Event.reached` the work that it has finished."""
 
     now, reached = 0.0, 0.0
 

@@ -1,4 +1,4 @@
-"""`launch.py check-data` finds what would end a run or change its result, remembers it, and lists it for --exclude."""
+"""`launch.py check-data` finds what would end a run or change its result, caches it, and writes exclusions."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory, monkeypatch):
-    """A cache folder of the test's own, on a machine without a GPU."""
+    """A separate cache folder, on a machine without a GPU."""
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
     monkeypatch.setattr(preflight, "gpu_count", lambda: 0)
@@ -56,7 +56,7 @@ def cache(tmp_path_factory, monkeypatch):
 
 @pytest.fixture
 def data(tmp_path):
-    """A good folder: two classes, six training and two validation images, all different."""
+    """A valid folder: two classes, six training and two validation images, all different."""
     for seed, name in enumerate(("train/a/1", "train/a/2", "train/a/3", "train/b/1", "train/b/2", "train/b/3")):
         write(tmp_path / "data" / f"{name}.jpg", jpeg(seed))
     write(tmp_path / "data/val/a/1.jpg", jpeg(10))
@@ -66,7 +66,7 @@ def data(tmp_path):
 
 @pytest.fixture
 def undecoded(monkeypatch):
-    """Files are not opened: for what folders alone show."""
+    """Files are not opened: for findings of folders alone."""
     monkeypatch.setattr(check, "inspect_files", lambda paths, **_: (Report(path, []) for path in paths))
 
 
@@ -76,7 +76,7 @@ def write(path: Path, content: bytes) -> None:
 
 
 def found_in(data: Path, **options) -> dict[str, list[str]]:
-    """Path to the kinds of finding of a check, of which the exit status and the report must tell the same."""
+    """The kinds of findings of a check, by path; exit status and report must agree with them."""
     report = data.parent / "report.json"
     status = check_data(CheckConfig(data=str(data), json=str(report), **{"workers": 1, **options}))
     content = json.loads(report.read_text())
@@ -91,7 +91,7 @@ def found_in(data: Path, **options) -> dict[str, list[str]]:
 
 
 def training_survives(paths: list[Path]) -> bool:
-    """Whether the training's loader decodes these files, of 96 x 64 pixels each if their crop is to be all of them."""
+    """Whether training's loader decodes these files. The crop is the whole image if it has 96 x 64 pixels."""
     names = np.array([os.fsencode(path) for path in paths])
     width = names.dtype.itemsize + 1
     matrix = names.astype(f"S{width}").view(np.uint8).reshape(len(paths), width)
@@ -138,7 +138,7 @@ def test_every_nasty_file_has_its_verdict(nasty):
 
 def test_training_survives_exactly_the_files_that_a_check_lets_pass(nasty):
     expected, reports = nasty
-    # A header too large is refused before it is decoded; training would try, and take all memory.
+    # A too large image is refused by its header; training would decode it, and run out of memory.
     decoded = [path for path in expected if path.name in FILES and expected[path] != ["too_large"]]
     good = [path for path in decoded if not reports[path].problem]
     assert training_survives(good)
@@ -149,16 +149,16 @@ def test_training_survives_exactly_the_files_that_a_check_lets_pass(nasty):
 def test_a_verdict_says_what_the_decoder_said(nasty):
     _, reports = nasty
     details = {path.name: report.problem for path, report in reports.items()}
-    assert details["cut_half_way.jpg"] == ("it cannot be decoded: Premature end of JPEG data. Stopped at line 14/64")
-    assert details["giant_header.jpg"] == "its header says 65000 x 65000 pixels"
-    assert details["error_page.jpg"] == "it cannot be decoded: its format is unknown to the decoder"
+    assert details["cut_half_way.jpg"] == ("cannot be decoded: Premature end of JPEG data. Stopped at line 14/64")
+    assert details["giant_header.jpg"] == "65000 x 65000 pixels in its header"
+    assert details["error_page.jpg"] == "cannot be decoded: format unknown to the decoder"
     assert details["dangling.jpg"] == "unreadable: No such file or directory"
     assert details["fine.jpg"] is None
 
 
 @contextmanager
 def nobody_special():
-    """Without the superuser's rights."""
+    """Without root's rights."""
     user = os.geteuid()
     if user == 0:
         os.seteuid(65534)
@@ -178,15 +178,15 @@ def test_what_is_forbidden_cannot_be_read():
         with nobody_special():
             assert read_regular(str(file)) == Finding("unreadable", "unreadable: Permission denied")
         file.parent.chmod(0)
-        with nobody_special(), pytest.raises(UserError, match=r"/train cannot be read \(Permission denied\)"):
+        with nobody_special(), pytest.raises(UserError, match=r"cannot read .*/train \(Permission denied\)"):
             list_classes(Path(folder), "train")
 
 
 def test_what_was_found_in_a_header_counts_even_if_the_rest_of_it_is_broken():
     content = encode(picture().convert("CMYK"), "JPEG", exif=b"Exif\0\0MM\0*" + b"\xff" * 40)
     assert inspect_header("x.png", content) == [
-        Finding("wrong_extension", "it is a JPEG"),
-        Finding("cmyk", "it is CMYK"),
+        Finding("wrong_extension", "the content is JPEG"),
+        Finding("cmyk", "CMYK"),
     ]
 
 
@@ -202,7 +202,7 @@ def test_every_kind_says_in_a_sentence_what_to_do():
 
 def test_a_good_folder_has_no_findings(data, capsys):
     assert found_in(data) == {}
-    assert "nothing was found: every image decodes" in capsys.readouterr().out
+    assert "no findings: every image decodes" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("undecoded")
@@ -233,7 +233,7 @@ def test_a_link_to_a_folder_above_is_found_and_refused_in_training(data):
     found = found_in(data)
     assert found.pop("train/a/again") == found.pop("train/b/elsewhere/again") == ["bad_folder"]
     assert found == {}
-    with pytest.raises(UserError, match=r"^--data: .*train/a/again cannot be used: it is a link to a folder that"):
+    with pytest.raises(UserError, match=r"^--data: cannot read .*train/a/again: symbolic link loop"):
         read_index(data, "train")
 
 
@@ -295,8 +295,8 @@ def test_names_of_any_bytes_are_printed_and_those_with_line_breaks_are_not_exclu
     listing = data.parent / "exclude.txt"
     found_in(data, write_exclusions=str(listing))
     out = capsys.readouterr().out
-    assert r"    'train/a/odd \udcff.jpg': it cannot be decoded: it is empty" in out
-    assert r"'train/a/two\nlines.jpg' cannot be excluded: its name has a line break; rename or remove it" in out
+    assert r"    'train/a/odd \udcff.jpg': cannot be decoded: empty file" in out
+    assert r"'train/a/two\nlines.jpg' cannot be excluded: its name contains a line break. Rename or remove it" in out
     assert read_exclusions(listing) == ["train/a/odd \udcff.jpg"]
     assert r"'train/a/odd \udcff.jpg'" in read_index(data, "train").without(listing).describe_left_out()
 
@@ -310,20 +310,20 @@ def test_the_summary_counts_names_and_advises(data, capsys):
         commands.main(["check-data", "--data", str(data)])
     assert ended.value.code == 1
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"{data}: 15 images to decode, in {usable_cpus()} processes"
+    assert lines[0] == f"{data}: decoding 15 images in {usable_cpus()} processes"
     assert lines[1:-2] == [
         "Ends a run:",
         f"  5 empty: {KINDS['empty'].advice}",
-        *(f"    train/a/bad_{number}.jpg: it cannot be decoded: it is empty" for number in range(3)),
+        *(f"    train/a/bad_{number}.jpg: cannot be decoded: empty file" for number in range(3)),
         "    and 2 more",
         "Changes a result:",
         f"  1 rotated: {KINDS['rotated'].advice}",
-        "    val/a/turned.jpg: its EXIF orientation is 6",
+        "    val/a/turned.jpg: EXIF orientation 6",
         "Harmless:",
         f"  1 cmyk: {KINDS['cmyk'].advice}",
-        "    val/a/cmyk.jpg: it is CMYK",
+        "    val/a/cmyk.jpg: CMYK",
     ]
-    assert lines[-1] == "--write-exclusions FILE lists 5 images here that train and evaluate can --exclude"
+    assert lines[-1] == "5 images can be excluded: write a list with --write-exclusions FILE, use it as --exclude FILE"
 
 
 @pytest.mark.parametrize(("kind", "status"), [("cmyk", 0), ("rotated", 1), ("empty", 1)])
@@ -338,14 +338,17 @@ def test_notes_alone_are_no_failure(data, monkeypatch, kind, status):
     ("words", "message"),
     [
         ([], "missing required flag: --data"),
-        (["--data", "nowhere"], "--data nowhere: there is no such folder"),
+        (["--data", "nowhere"], "--data nowhere: no such folder"),
         (["--data", "data", "--splits", "test"], "--splits test: choose one or both of train, val"),
         (["--data", "data", "--splits", "val,val"], "--splits val,val: choose one or both of train, val"),
         (["--data", "data", "--workers", "-1"], "--workers -1: must be at least 0"),
-        (["--data", "data/train"], "--data data/train: it has no train/ (it holds a, b)"),
-        (["--data", "data", "--write-exclusions", "mine.txt"], "--write-exclusions mine.txt: it exists already"),
-        (["--data", "data", "--write-exclusions", "data/x.txt"], "--write-exclusions data/x.txt: the data folder is"),
-        (["--data", "data", "--json", "data/train/a/x.json"], "--json data/train/a/x.json: the data folder is never"),
+        (["--data", "data/train"], "--data data/train: no folder train/ in it (found: a, b)"),
+        (["--data", "data", "--write-exclusions", "mine.txt"], "--write-exclusions mine.txt: file exists"),
+        (
+            ["--data", "data", "--write-exclusions", "data/x.txt"],
+            "--write-exclusions data/x.txt: must be outside the data",
+        ),
+        (["--data", "data", "--json", "data/train/a/x.json"], "--json data/train/a/x.json: must be outside the data"),
         (["--data", "data", "--json", "data/train/a/1.jpg/x.json"], "data/train/a/1.jpg is a file, not a folder"),
     ],
 )
@@ -365,11 +368,11 @@ def test_a_second_check_decodes_what_has_changed_and_finds_the_same(data, monkey
     shutil.copy(data / "val/a/1.jpg", data / "train/b/copy.jpg")
     (data / "train/a/dangling.jpg").symlink_to("nowhere.jpg")
     first = found_in(data)
-    assert "0 of them remembered" in capsys.readouterr().out
+    assert "; 0 reused" in capsys.readouterr().out
     write(data / "train/a/2.jpg", bytes((data / "train/a/2.jpg").stat().st_size))
     assert found_in(data) == {**first, "train/a/2.jpg": ["not_an_image"]}
-    # Neither the changed one, nor the one that could not be read, which may be mended by now.
-    assert ", 10 of them remembered" in capsys.readouterr().out
+    # Neither the changed file nor the unreadable one, which may have been fixed since.
+    assert "; 10 reused" in capsys.readouterr().out
     (data / "train/a/dangling.jpg").unlink()
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a process was started"))
     del first["train/a/dangling.jpg"]
@@ -437,11 +440,11 @@ def test_ctrl_c_ends_it_at_once_and_it_continues(tmp_path, cache, capsys):
     kept = remembered_in(cache)
     assert kept == 96  # all batches of 32 before
     assert check_data(CheckConfig(data=str(tmp_path / "data"), splits=("val",))) == 0
-    assert f"{kept} of them remembered" in capsys.readouterr().out
+    assert f"{kept} reused" in capsys.readouterr().out
 
 
 def remembered_in(cache: Path) -> int:
-    """How many files a memory knows."""
+    """Number of files in a cache."""
     for file in cache.glob("check-*.sqlite"):
         with closing(sqlite3.connect(file)) as database, suppress(sqlite3.OperationalError):
             return int(database.execute("SELECT COUNT(*) FROM files").fetchone()[0])
@@ -465,6 +468,6 @@ def test_what_ends_a_run_and_training_copies_are_listed_and_the_data_folder_is_l
     lines = listing.read_text().splitlines()
     names = ["train/a/bad.jpg", "train/b/copy.jpg", "val/b/bad #1.jpg"]
     assert [line for line in lines if not line.startswith("#")] == names
-    assert "# duplicate: it is val/a/1.jpg" in lines
+    assert "# duplicate: identical to val/a/1.jpg" in lines
     assert read_index(data, "train").without(listing).left_out.names == tuple(names[:2])
     assert read_index(data, "val").without(listing).left_out.names == tuple(names[2:])

@@ -1,4 +1,4 @@
-"""The doctor finds what is wrong, whatever is wrong, and says what to do about it."""
+"""Doctor finds every problem, and prints the command that fixes it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def no_gpu(monkeypatch):
 
 @pytest.fixture
 def gpus(monkeypatch):
-    """A function that gives this machine GPUs, each (name, compute capability, GiB), of which a share is free."""
+    """A function that simulates GPUs, each (name, compute capability, GiB), with a share of free memory."""
 
     def give(*kinds, free=1.0):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -63,7 +63,7 @@ def assert_found(finding: Finding, state: str, found: str, fix: str = "") -> Non
     assert finding.state == state, finding
     assert found in finding.found
     assert fix in finding.fix
-    assert bool(finding.fix) == (state != "ok"), "what is wrong has a line that fixes it"
+    assert bool(finding.fix) == (state != "ok"), "every problem has a fix"
 
 
 # --- the installation
@@ -71,7 +71,7 @@ def assert_found(finding: Finding, state: str, found: str, fix: str = "") -> Non
 
 @pytest.mark.parametrize(
     ("commit", "dirty", "found"),
-    [("0123456789abcdef", True, "commit 0123456789, changed since;"), (None, None, "no commit known;")],
+    [("0123456789abcdef", True, "commit 0123456789, modified;"), (None, None, "unknown commit;")],
 )
 def test_the_code_is_named(monkeypatch, commit, dirty, found):
     monkeypatch.setattr(checks, "code_version", lambda: {"commit": commit, "dirty": dirty})
@@ -86,7 +86,7 @@ def test_another_system_than_linux_is_refused(monkeypatch):
 def test_an_old_python_is_refused(monkeypatch):
     assert_found(checks.check_python(), "ok", sys.executable)
     monkeypatch.setattr(checks, "PYTHON", (4, 0))
-    assert_found(checks.check_python(), "missing", "4.0 or newer is needed", "PYTHON=python4.0")
+    assert_found(checks.check_python(), "missing", "needs 4.0 or newer", "PYTHON=python4.0")
 
 
 def test_pythons_version_is_the_one_of_the_project():
@@ -111,7 +111,9 @@ def test_versions_are_compared_as_numbers(version, ranges, inside):
 
 
 def test_packages_in_other_versions_are_named_with_the_line_that_installs_them(monkeypatch):
-    assert_found(checks.check_packages(), "ok", f"all {len(checks.project_requirements())} are there")
+    assert_found(
+        checks.check_packages(), "ok", f"all {len(checks.project_requirements())} required packages are installed"
+    )
     real = package_version
     other = {"torch": "2.5.1", "tqdm": None, "nvidia-dali-cuda130": None, "nvidia-dali-cuda120": "2.5"}
     monkeypatch.setattr(checks, "package_version", lambda name: other[name] if name in other else real(name))
@@ -125,7 +127,7 @@ def test_an_installed_package_knows_what_it_needs_without_its_folder(monkeypatch
     monkeypatch.setattr(checks, "requires", lambda _: ["torch>=2.11", 'ruff>=0.9; extra == "dev"'])
     assert checks.project_requirements() == ["torch>=2.11"]
     monkeypatch.setattr(checks, "requires", lambda _: [])
-    assert_found(checks.check_packages(), "warning", "unknown what is needed", "install -e .")
+    assert_found(checks.check_packages(), "warning", "requirements unknown", "install -e .")
 
 
 def test_a_module_that_is_missing_or_broken_is_told(monkeypatch, tmp_path):
@@ -145,7 +147,7 @@ def test_without_a_gpu_there_is_one_warning(no_gpu):
     assert_found(checks.check_gpus(), "warning", "training runs on CPUs", "docker run --gpus all")
     assert_found(checks.check_driver(), "ok", "none")
     assert_found(checks.check_jpeg_decoder(), "ok", "CPUs decode")
-    assert_found(checks.check_nccl(), "ok", "only several GPUs need it")
+    assert_found(checks.check_nccl(), "ok", "needed only with several GPUs")
 
 
 @pytest.mark.parametrize(
@@ -153,9 +155,9 @@ def test_without_a_gpu_there_is_one_warning(no_gpu):
     [
         ("580.65.06", (13, 0), "13.0", "ok", "580.65.06, for CUDA up to 13.0", ""),
         ("580.65.06", (13, 0), "13.4", "ok", "580.65.06", ""),
-        ("550.54.15", (12, 4), "13.0", "missing", "too old for torch, which is built for CUDA 13.0", "to 580 or newer"),
+        ("550.54.15", (12, 4), "13.0", "missing", "too old; torch is built for CUDA 13.0", "to 580 or newer"),
         ("580.65.06", (13, 0), None, "warning", "torch is built without CUDA", "pip install"),
-        ("580.65.06", None, "13.0", "warning", "its libraries are not to be seen here", "docker run --gpus all"),
+        ("580.65.06", None, "13.0", "warning", "its library libcuda.so.1 is not visible", "docker run --gpus all"),
     ],
 )
 def test_the_driver_is_held_against_torchs_cuda(monkeypatch, driver, runs, built, state, found, fix):
@@ -180,10 +182,10 @@ def test_gpus_that_cannot_train_are_told(gpus, monkeypatch):
     assert_found(checks.check_gpus(), "warning", "GPU 1 has 20 GiB free", "nvidia-smi")
     gpus(H100, H100)
     monkeypatch.setattr(checks, "_computes", lambda index: index == 0)
-    assert_found(checks.check_gpus(), "missing", "GPU 1 (NVIDIA H100) computes wrongly")
+    assert_found(checks.check_gpus(), "missing", "GPU 1 (NVIDIA H100) computes wrong results")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
-    assert_found(checks.check_gpus(), "missing", "torch can use no GPU", "CUDA_VISIBLE_DEVICES (it is 7)")
+    assert_found(checks.check_gpus(), "missing", "torch cannot use any GPU", "CUDA_VISIBLE_DEVICES (now: 7)")
 
 
 @pytest.mark.parametrize(("gpu", "instead"), [(True, "float16"), (False, "float32")])
@@ -191,29 +193,36 @@ def test_hardware_without_bfloat16_is_slower(monkeypatch, gpu, instead):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
-    assert_found(checks.check_bfloat16(), "warning", "lacks it", f"takes {instead}")
+    assert_found(checks.check_bfloat16(), "warning", "not supported by", f"uses {instead}")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
-    assert_found(checks.check_bfloat16(), "ok", "has it")
+    assert_found(checks.check_bfloat16(), "ok", "supported by")
 
 
 def test_several_gpus_need_nccl(gpus, monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
     gpus(H100)
-    assert_found(checks.check_nccl(), "ok", "only several GPUs need it")
+    assert_found(checks.check_nccl(), "ok", "needed only with several GPUs")
     gpus(H100, H100)
-    assert_found(checks.check_nccl(), "missing", "which 2 GPUs need")
+    assert_found(checks.check_nccl(), "missing", "required for 2 GPUs")
 
 
 @pytest.mark.parametrize(
     ("gpu", "engines", "container", "state", "found", "fix"),
     [
-        (H100, 8, False, "ok", "8 engines in GPU 0 (says nvJPEG)", ""),
+        (H100, 8, False, "ok", "8 engines in GPU 0 (reported by nvJPEG)", ""),
         (H100, 1, False, "ok", "1 engine in", ""),
-        (H100, 0, True, "warning", "closed to this container", "NVIDIA_DRIVER_CAPABILITIES=compute,utility,video"),
-        (H100, 0, False, "warning", "closed, though such GPUs have one", "MIG"),
-        (H100, None, False, "ok", "there should be one: nvJPEG could not be asked, this is inferred", ""),
-        (T4, None, False, "ok", "unknown: nvJPEG could not be asked", ""),
+        (
+            H100,
+            0,
+            True,
+            "warning",
+            "not accessible in this container",
+            "NVIDIA_DRIVER_CAPABILITIES=compute,utility,video",
+        ),
+        (H100, 0, False, "warning", "not accessible, though this GPU model has one", "MIG"),
+        (H100, None, False, "ok", "expected from the compute capability; nvJPEG gave no answer", ""),
+        (T4, None, False, "ok", "unknown; nvJPEG gave no answer", ""),
         (T4, 0, True, "ok", "none in this GPU", ""),
     ],
 )
@@ -256,7 +265,7 @@ def test_gpus_need_a_compiler_and_pythons_header(gpus, no_gpu, monkeypatch, tmp_
     monkeypatch.setattr(preflight, "has_compiler", lambda _: False)
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
     assert_found(
-        checks.check_compiler(), "ok", "no C compiler and no Python.h; only GPUs need them: apt-get install gcc"
+        checks.check_compiler(), "ok", "no C compiler and no Python.h; needed only on GPUs: apt-get install gcc"
     )
     gpus(H100)
     assert_found(checks.check_compiler(), "missing", "no C compiler and no Python.h", "apt-get install gcc python3")
@@ -290,7 +299,7 @@ def test_the_loader_decodes_files_for_real():
 
 def test_a_loader_with_wrong_colours_is_told(no_gpu, monkeypatch):
     monkeypatch.setattr(checks, "_colours_seen", lambda *_: torch.zeros(4, 3))
-    assert_found(checks.check_loader(), "missing", "200/255 off on cpu", "nvidia-dali")
+    assert_found(checks.check_loader(), "missing", "differ by 200/255 on cpu", "nvidia-dali")
 
 
 def test_a_cache_that_is_temporary_or_full_is_told(monkeypatch, tmp_path):
@@ -322,7 +331,7 @@ def test_memory_is_the_containers_where_there_is_a_limit(no_gpu, gpus, monkeypat
     limits[0].write_text("max\n")
     assert_found(checks.check_memory(), "ok", "64.0 GiB")
     limits[0].write_text(f"{6 << 30}\n")
-    assert_found(checks.check_memory(), "ok", "6.0 GiB, the limit of a container on 64")
+    assert_found(checks.check_memory(), "ok", "6.0 GiB, limit of a container (64 in all)")
     gpus(H100, H100)
     assert_found(checks.check_memory(), "warning", "6.0 GiB", "docker run --memory 16g")
 
@@ -339,19 +348,19 @@ def test_memory_is_the_containers_where_there_is_a_limit(no_gpu, gpus, monkeypat
 )
 def test_few_open_files_are_told(monkeypatch, limits, state, fix):
     monkeypatch.setattr(resource, "getrlimit", lambda _: limits)
-    assert_found(checks.check_descriptors(), state, "a process", fix)
+    assert_found(checks.check_descriptors(), state, "per process", fix)
 
 
 def test_little_shared_memory_matters_to_several_gpus(no_gpu, gpus, monkeypatch, tmp_path):
     monkeypatch.setattr(checks, "SHARED_MEMORY", tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: disk(total=64 << 20))
-    assert_found(checks.check_shared_memory(), "ok", "64 MiB; several GPUs would need more")
+    assert_found(checks.check_shared_memory(), "ok", "64 MiB; several GPUs need more")
     gpus(H100, H100)
-    assert_found(checks.check_shared_memory(), "warning", "64 MiB: NCCL may run out", "--ipc=host")
+    assert_found(checks.check_shared_memory(), "warning", "64 MiB: may be too small for NCCL", "--ipc=host")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: disk(total=8 << 30))
     assert_found(checks.check_shared_memory(), "ok", "8.0 GiB")
     monkeypatch.setattr(checks, "SHARED_MEMORY", tmp_path / "nowhere")
-    assert_found(checks.check_shared_memory(), "warning", "there is no", "--ipc=host")
+    assert_found(checks.check_shared_memory(), "warning", "does not exist", "--ipc=host")
 
 
 # --- folders
@@ -367,7 +376,7 @@ def images_at(root: Path, classes: dict[str, tuple[str, ...]]) -> Path:
 
 def test_a_folder_of_images_is_read(tmp_path):
     root = images_at(tmp_path, {"train": ("ant", "bee"), "val": ("ant", "bee")})
-    assert_found(checks.check_data(str(root)), "ok", "2 classes; 2 files of 0 kB")
+    assert_found(checks.check_data(str(root)), "ok", "2 classes; 2 files (mean 0 kB)")
     shutil.rmtree(root / "train" / "ant")
     (root / "train" / "ant").mkdir()
     (root / "train" / "bee" / "0.png").unlink()
@@ -376,7 +385,7 @@ def test_a_folder_of_images_is_read(tmp_path):
 
 @pytest.mark.parametrize(
     ("classes", "found"),
-    [({"train": ("ant",), "val": ("bee",)}, "different classes"), ({"val": ("ant",)}, "it has no train/")],
+    [({"train": ("ant",), "val": ("bee",)}, "different classes"), ({"val": ("ant",)}, "no folder train/ in it")],
 )
 def test_a_folder_that_cannot_be_trained_on_is_told(tmp_path, classes, found):
     finding = checks.check_data(str(images_at(tmp_path, classes)))
@@ -394,8 +403,8 @@ def test_a_folder_for_results_must_be_writable(tmp_path, monkeypatch):
     assert_found(checks.check_out(str(tmp_path / "a" / "b")), "ok", f"{tmp_path} is writable")
     assert not (tmp_path / "a").exists()
     (tmp_path / "file").touch()
-    assert_found(checks.check_out(str(tmp_path / "file" / "b")), "missing", "file is a file", "name a folder")
-    assert_found(checks.check_out("/proc/run"), "missing", "/proc cannot be written", "another folder")
+    assert_found(checks.check_out(str(tmp_path / "file" / "b")), "missing", "file is a file", "choose a folder")
+    assert_found(checks.check_out("/proc/run"), "missing", "/proc is not writable", "another folder")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: disk(free=1 << 20))
     assert_found(checks.check_out(str(tmp_path)), "warning", "0.0 GiB free", "free some space")
 
@@ -415,7 +424,7 @@ def test_a_check_that_fails_is_a_line_of_the_report():
     assert examine(broken) == Finding("missing", "the check failed: first")
     assert examine(broken._replace(needed=False)) == Finding("warning", "the check failed: first")
     assert examine(raising(ValueError())).found == "the check failed: ValueError"
-    assert examine(broken, ["torch", "DALI"]) == Finding("warning", "not looked at: torch and DALI cannot be imported")
+    assert examine(broken, ["torch", "DALI"]) == Finding("warning", "not checked: torch and DALI cannot be imported")
 
 
 FINE, WEAK, BAD = Finding("ok", "fine"), Finding("warning", "weak", "do this"), Finding("missing", "none", "do that")
@@ -424,9 +433,9 @@ FINE, WEAK, BAD = Finding("ok", "fine"), Finding("warning", "weak", "do this"), 
 @pytest.mark.parametrize(
     ("findings", "status", "last"),
     [
-        ([FINE], 0, "training can run here (no warnings)"),
-        ([FINE, WEAK], 0, "training can run here (1 warning)"),
-        ([BAD, WEAK, WEAK], 1, "training cannot run here: 1 missing, 2 warnings"),
+        ([FINE], 0, "training can run on this machine (no warnings)"),
+        ([FINE, WEAK], 0, "training can run on this machine (1 warning)"),
+        ([BAD, WEAK, WEAK], 1, "training cannot run on this machine: 1 missing, 2 warnings"),
     ],
 )
 def test_the_exit_status_says_whether_training_can_run(monkeypatch, capsys, findings, status, last):
@@ -466,7 +475,7 @@ def test_findings_are_wrapped_behind_their_names_and_lines_to_copy_are_not(width
 
 
 def run_broken(tmp_path: Path, *words: str, error: str) -> subprocess.CompletedProcess[str]:
-    """A command where torch, torchvision, numba and DALI raise an error when they are imported."""
+    """Run a command in which importing torch, torchvision, numba or DALI raises an error."""
     for name in ("torch.py", "torchvision.py", "numba.py", "nvidia/__init__.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(f"raise {error}\n")
@@ -482,10 +491,10 @@ def test_with_a_broken_installation_every_package_has_its_line(tmp_path, error):
     assert done.stderr == ""
     reason = error.split("'")[1]
     for name in ("torch", "torchvision", "numba", "DALI"):
-        assert f"\n{name:<14}missing  it cannot be imported: {reason}\n" in done.stdout
+        assert f"\n{name:<14}missing  import failed: {reason}\n" in done.stdout
     assert list(json.loads((tmp_path / "d.json").read_text())["checks"]) == list(doctor.CHECKS)
-    assert "\nloader        warning  not looked at: torch and torchvision and numba and DALI cannot be" in done.stdout
-    assert done.stdout.splitlines()[-2].startswith("training cannot run here: 4 missing, ")
+    assert "\nloader        warning  not checked: torch and torchvision and numba and DALI cannot be" in done.stdout
+    assert done.stdout.splitlines()[-2].startswith("training cannot run on this machine: 4 missing, ")
 
 
 def test_python_alone_is_enough_for_a_report():
@@ -498,4 +507,4 @@ def test_python_alone_is_enough_for_a_report():
 
 
 def test_the_summary_counts():
-    assert summary(Counter(ok=3)) == "training can run here (no warnings)"
+    assert summary(Counter(ok=3)) == "training can run on this machine (no warnings)"

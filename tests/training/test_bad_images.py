@@ -1,4 +1,4 @@
-"""Images that cannot be decoded, in training: named, or replaced in a way that depends on nothing but the images."""
+"""Undecodable images in training: named, or replaced by a rule that depends only on the images."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ALONE = World(0, 0, 1, torch.device("cpu"))
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> ImageIndex:
-    """A split with files of which no part can be decoded (two of them neighbours), and some that were cut off."""
+    """A split with some undecodable files (two of them neighbours), and some truncated ones."""
     root = tmp_path_factory.mktemp("data")
     source = read_index(export_digits(), "train").random_subset(IMAGES)
     for position in range(IMAGES):
@@ -48,7 +48,7 @@ def images(tmp_path_factory) -> ImageIndex:
 
 
 class Met:
-    """What a Loader told of bad images."""
+    """The bad images that a Loader reported."""
 
     def __init__(self) -> None:
         self.reasons: dict[int, str] = {}
@@ -95,7 +95,7 @@ def test_no_bad_image_is_delivered_and_each_is_known_for_what_it_is(stream):
     delivered = [index for epoch in epochs for index, _ in epoch]
     assert len(delivered) == 3 * IMAGES
     assert not set(GARBAGE) & set(delivered)
-    # A part of a truncated image can be decoded, and some of these parts were drawn.
+    # Part of a truncated image can be decoded, and some crops lie in it.
     assert set(TRUNCATED) & set(delivered)
 
 
@@ -110,7 +110,7 @@ def test_a_neighbour_takes_the_place(stream, images):
 
 
 def loader_of_good(images: ImageIndex) -> Loader:
-    """As if no image were bad: each is another file, which does not change the order."""
+    """The stream of a split without bad images: every path names one good file, which does not change the order."""
     good = np.repeat(images.paths[:1], len(images), axis=0)
     return loader_of(ImageIndex(images.root, good, images.labels, images.classes), 8)
 
@@ -139,15 +139,15 @@ def test_processes_need_not_tell_each_other(images, stream):
 
 
 def test_without_leave_the_first_one_ends_it_with_its_name(images):
-    with pytest.raises(UserError, match="it cannot be decoded") as ended:
+    with pytest.raises(UserError, match="cannot be decoded") as ended:
         seen(loader_of(images, 8).epoch(0))
-    named = Path(str(ended.value).split(": it cannot", maxsplit=1)[0].split(": a part", maxsplit=1)[0])
+    named = Path(str(ended.value).split(": cannot", maxsplit=1)[0].split(": part", maxsplit=1)[0])
     assert named in {Path(images.path(position)) for position in (*GARBAGE, *TRUNCATED)}
     assert "launch.py check-data --data" in str(ended.value)
 
 
 def test_a_split_without_a_good_image_ends_at_once(images):
-    with pytest.raises(UserError, match="none of its 96 images"):
+    with pytest.raises(UserError, match="none of the 96 images"):
         loader_of(images, 8, bad_images=range(IMAGES))
 
 
@@ -161,7 +161,7 @@ def test_lists_are_those_that_exclude_reads(images, tmp_path):
     assert len(images.without(tmp_path / "bad_images.rank_0.txt")) == IMAGES - 1
     with pytest.raises(UserError, match="--max-bad-images 3: 4 images cannot be decoded"):
         other.met({4: "it is garbage", 20: "a part is missing"}, [4])
-    with pytest.raises(UserError, match=r"has replaced 2 images .*\nadd --on-bad-image skip"):
+    with pytest.raises(UserError, match=r"has already replaced 2 undecodable images .*\nadd --on-bad-image skip"):
         BadImages(tmp_path, 0, images, skip=False, at_most=3).positions()
     with pytest.raises(UserError, match="--max-bad-images 1"):
         BadImages(tmp_path, 0, images, skip=True, at_most=1).positions()
@@ -183,6 +183,6 @@ def test_a_training_goes_on_without_them_and_an_evaluation_does_not(images, tmp_
     assert "training images could not be decoded and were replaced: train/" in capfd.readouterr().out
     first = sorted((data / "val").rglob("*.jpg"))[0]
     first.write_bytes(b"")
-    with pytest.raises(UserError, match=f"{first}: it cannot be decoded: it is empty"):
+    with pytest.raises(UserError, match=f"{first}: cannot be decoded: empty file"):
         evaluate_checkpoint(EvaluateConfig(checkpoint=str(tmp_path / "run" / "last.pt"), data=str(data)), ALONE)
     stop()

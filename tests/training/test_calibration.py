@@ -1,4 +1,4 @@
-"""The cost of a training: rates of real steps, and what follows from them."""
+"""Calibration: throughput of real steps, and the values that plans need."""
 
 from __future__ import annotations
 
@@ -69,6 +69,6 @@ def test_calibrations_train_on_images_without_changing_a_weight(monkeypatch):
     config = config_of(mode="random", max_train_images="160", grad_accum_steps="4")
     images = load_split("digits", "train", max_images=160)
     found = calibration.measure_training(config, images, World(0, 0, 1, torch.device("cpu")), [16, 32], seconds=1e-9)
-    # Three steps and two, and the four that are timed; a CPU takes eight images of 32 pixels at a time here.
+    # Five untimed steps and four timed ones; a CPU step has eight images of 32 pixels here.
     assert seen == [(32, 16)] * 9 + [(8, 32)] * 9
     assert all(rate > 0 for rate in found.values())

@@ -1,4 +1,4 @@
-"""Trainings that keep to a time: the timeline's algebra, decisions and real runs on clocks that are wound by hand."""
+"""Training to a deadline: the timeline's algebra, decisions, and real runs on simulated clocks."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def simulate(
     after: Callable[[float], float] = lambda _: 0.0,
     lag: int = 0,
 ) -> Ended:
-    """A training on a clock of its own; `step_sec` of (time, side), `after` of the time at the last step."""
+    """A training on a simulated clock; `step_sec` takes (time, side), `after` takes the time of the last step."""
     now = 0.0
     timeline = Timeline.of_steps(config.epochs * STEPS_PER_EPOCH)
     pacemaker = Pacemaker(pace, config, timeline, STEPS_PER_EPOCH, clock=lambda: now)
@@ -182,7 +182,7 @@ def test_larger_sides_that_are_to_come_are_reckoned_with(speed):
     pace = Pace(until=300.0, after_sec=0.0, step_sec={16: 0.1, 32: 0.4}, evaluation_sec=0.0, interval_sec=3.0)
     ended = simulate(config, pace, lambda now, side: speed * (0.1 if side == 16 else 0.4))
     assert ended.at_sec == pytest.approx(300.0, abs=2.0)
-    # Decisions keep right from the start on: the end is what it costs, not what it cost so far.
+    # Decisions are right from the start: they use the cost of the remaining sizes, not of the past ones.
     assert ended.steps == pytest.approx(300 / (speed * 0.175), rel=0.03)
 
 
@@ -213,7 +213,7 @@ def test_what_is_done_between_epochs_is_reckoned_with_from_the_start():
     pace = Pace(until=200.0, after_sec=0.0, step_sec={32: 0.1}, evaluation_sec=0.0, interval_sec=2.0)
     ended = simulate(config, pace, lambda now, side: 0.1, between_sec=0.5)  # to save, say
     assert ended.at_sec == pytest.approx(200.0, abs=2.0)
-    # 23 steps and what follows take 2.8 s; the length is known when some epochs are done, not at the end.
+    # 23 steps and the final work take 2.8 s; the length is known after some epochs, not only at the end.
     ends = [segment.end for segment in ended.timeline.segments if segment.progress > 0.2]
     assert max(ends) - min(ends) < 0.06 * 23 * 200 / 2.8
 
@@ -249,9 +249,9 @@ def small(out: Path, **flags: str) -> TrainConfig:
     return config_of(out=str(out), lr="0.01", deterministic="true", **few, **flags)
 
 
-# Per step, by side.
+# Seconds per step, by image size.
 EXPECTED_SEC, TAKEN_SEC = {16: 0.08, 32: 0.12}, {16: 0.1, 32: 0.15}
-# Of a time of 9 s: what follows the last step is expected to be as much slower as steps were, 1.25 s instead of 1 s.
+# With 9 s: the final work is expected to be as much slower as the steps were, 1.25 s instead of 1 s.
 LAST_STEP_SEC = pytest.approx(9.0 - 1.25, abs=2 * TAKEN_SEC[32])
 
 
@@ -302,9 +302,9 @@ def test_a_run_keeps_its_time_says_how_and_can_be_repeated_to_the_bit(tmp_path, 
 
 def test_a_run_without_segments_cannot_be_replayed(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"event": "train", "epoch": 1}\n')
-    with pytest.raises(UserError, match="kept to no budget"):
+    with pytest.raises(UserError, match="had no budget"):
         read_segments(str(tmp_path))
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot read"):
         read_segments(str(tmp_path / "nowhere"))
 
 

@@ -1,4 +1,4 @@
-"""Runs that are stopped, killed or damaged continue to the same weights and logs, to the bit, or say why not."""
+"""Runs that are stopped, killed or damaged resume to bit-identical weights and logs, or name the reason."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TIMINGS = {"elapsed_sec", "gpu_hours", "images_per_sec", "data_wait_pct", "cost_
 
 
 class Crash(Exception):
-    """As good as SIGKILL: nobody catches it, and nothing is saved."""
+    """Like SIGKILL: no handler catches it, and nothing is saved."""
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +60,7 @@ def run(out: Path, **flags: str) -> None:
 
 
 def interrupted(monkeypatch: pytest.MonkeyPatch, out: Path, after: int, how: Any, **flags: str) -> None:
-    """A run that a signal, or a crash, meets after so many signs of progress: its steps and evaluation batches."""
+    """A run that gets a signal, or crashes, after `after` steps and evaluation batches."""
     count = 0
 
     def progress(_: float) -> None:
@@ -81,7 +81,7 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, out: Path, after: int, how: Any
 
 
 def numbers(out: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What two runs must have in common: the last checkpoint, and the log without its timings."""
+    """The numbers that two runs must share: the last checkpoint, and the log without its timings."""
     saved = checkpoint.load(out / LAST)
     for name in ("elapsed_sec", "log_size", "config"):
         del saved[name]
@@ -107,7 +107,7 @@ def assert_equal(one: Any, other: Any) -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run that nothing interrupted."""
+    """An uninterrupted run."""
     out = tmp_path_factory.mktemp("whole")
     run(out)
     distributed.stop()
@@ -146,7 +146,7 @@ def test_what_a_network_draws_itself_is_a_function_of_the_position(tmp_path, mon
     assert_equal(numbers(tmp_path / "parts"), numbers(tmp_path / "whole"))
 
 
-# Everything that has a state of its own, or depends on how much of the training is done.
+# Every option that has a state of its own, or depends on the progress of the training.
 EVERYTHING = {
     **{"recipe": "digits_linear", "warmup_epochs": "0.5", "lr": "0.02", "start_size": "16", "label_smoothing": "0.1"},
     **{"ema": "0.8", "blurpool": "true", "eval_size": "48", "eval_flip": "true", "dtype": "bfloat16"},
@@ -155,14 +155,14 @@ EVERYTHING = {
 
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory):
-    """A run with every option of the recipes on, that nothing interrupted."""
+    """An uninterrupted run with every option of the recipes."""
     out = tmp_path_factory.mktemp("everything")
     run(out, **EVERYTHING)
     distributed.stop()
     return out
 
 
-# Three quarters of the eight steps are six: the second epoch's third step begins the full side.
+# Six of eight steps are 75 %: the full image size begins at the third step of the second epoch.
 @pytest.mark.parametrize("after", [STEPS_PER_EPOCH - 1, EPOCH + 1, EPOCH + 3], ids=["first", "before", "after"])
 def test_a_run_with_everything_on_continues_to_the_bit(everything, tmp_path, monkeypatch, after):
     interrupted(monkeypatch, tmp_path, after, signal.SIGTERM, **EVERYTHING)
@@ -237,8 +237,8 @@ def test_a_torn_checkpoint_is_named_and_set_aside_and_the_one_before_it_used(who
     interrupted(monkeypatch, tmp_path, 1, Crash())
     said = capfd.readouterr().out
     assert f"{tmp_path / LAST} is damaged" in said
-    assert "continued after 4 steps" in said
-    # Not in the way of the good one, which the next checkpoint will be renamed over.
+    assert "resumed after 4 steps" in said
+    # Renamed, so that the next checkpoint does not replace the good one with it.
     assert (tmp_path / f"{LAST}.damaged").read_bytes() == torn
     assert (tmp_path / PREVIOUS).read_bytes() == before
     run(tmp_path)
@@ -255,7 +255,7 @@ def test_weights_that_are_no_numbers_are_not_saved_though_the_loss_was_one(tmp_p
         return result
 
     monkeypatch.setattr(TrainStep, "__call__", poisoned)
-    with pytest.raises(UserError, match=r"since step 1 \(epoch 1\)"):
+    with pytest.raises(UserError, match=r"NaN or inf at step 1 \(epoch 1\)"):
         run(tmp_path, checkpoint_every="1")
     assert not (tmp_path / LAST).exists()
 
@@ -303,7 +303,7 @@ def test_a_folder_whose_checkpoints_are_all_damaged_is_left_alone(tmp_path):
 
 def test_a_best_checkpoint_is_not_overwritten_by_a_run_that_starts_anew(tmp_path):
     (tmp_path / BEST).write_bytes(b"precious")
-    with pytest.raises(UserError, match=r"holds best.pt, but no last.pt"):
+    with pytest.raises(UserError, match=r"contains best.pt, but no last.pt"):
         find_latest(tmp_path)
 
 
@@ -320,7 +320,7 @@ def test_an_empty_folder_has_nothing_to_continue(tmp_path):
     ],
 )
 def test_a_checkpoint_of_other_numbers_is_refused(whole, flags, message):
-    with pytest.raises(UserError, match=rf"with different settings \({message}"):
+    with pytest.raises(UserError, match=rf"contains a run with different settings \({message}"):
         run(whole, **flags)
 
 
@@ -345,7 +345,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_the_good_checkpoint_stays(tmp
         return result if calls == 1 else result._replace(loss=result.loss / 0)
 
     monkeypatch.setattr(TrainStep, "__call__", poisoned)
-    with pytest.raises(UserError, match=r"no finite number since step 4 \(epoch 1\)(.|\n)*last.pt was saved before"):
+    with pytest.raises(UserError, match=r"NaN or inf at step 4 \(epoch 1\); last good checkpoint: .*last.pt"):
         run(tmp_path)
     assert (tmp_path / LAST).read_bytes() == good
 
@@ -408,7 +408,7 @@ def test_a_full_disk_ends_in_an_error_that_says_so_and_the_older_checkpoint_is_w
     ended = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True, cwd=ROOT
     )
-    assert "cannot be written (File too large); last.pt, saved before, is whole" in ended.stdout
+    assert "cannot write a checkpoint (File too large); the earlier last.pt is intact" in ended.stdout
     assert checkpoint.load(tmp_path / LAST)["weights"].sum() == 10
     assert {path.name for path in tmp_path.iterdir()} == {LAST}
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
@@ -437,7 +437,7 @@ def test_two_processes_cannot_write_the_same_run(tmp_path, monkeypatch):
 
 def test_an_out_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"--out .*file/run: it cannot be written"):
+    with pytest.raises(UserError, match=r"--out .*file/run: cannot be written"):
         RunLog(tmp_path / "file" / "run", rank=0, gpus=0)
 
 

@@ -1,4 +1,4 @@
-"""Learning rates and sides at points worked out by hand."""
+"""Learning rates and image sizes at points computed by hand."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_milestones_follow_the_options():
 
 @pytest.mark.parametrize(
     ("progress", "lr"),
-    # Of 16 epochs, 2 are the rise: its end is at 1/8, and half of the way down at 1/8 + 7/16.
+    # 2 of 16 epochs are warm-up: the peak is at 1/8, and half of it is reached at 1/8 + 7/16.
     [(0.0, 0.0), (1 / 16, 1.0), (3 / 32, 1.5), (1 / 8, 2.0), (9 / 16, 1.0), (25 / 32, 0.5), (1.0, 0.0)],
 )
 @pytest.mark.parametrize("epoch", [0, 15])

@@ -1,4 +1,4 @@
-"""The training step against the original's, written anew in plain torch, and against golden losses."""
+"""The training step against a plain torch version of the original's step, and against golden losses."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def photographs(side: int, count: int) -> torch.Tensor:
 
 
 def original_step(model: Classifier, warped, labels) -> torch.Tensor:
-    """The original's step: one forward pass per view, in evaluation mode, the worst of all, then one on that.
+    """The original's step: a forward pass per view in evaluation mode, then a training step on the worst view.
 
     `warped(v)` is view v of every image, float [B, 3, S, S] in [0, 1]. Sets the gradient; returns the views picked.
     """
@@ -98,7 +98,7 @@ def original_step(model: Classifier, warped, labels) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def warps():
-    """Six photographs, eleven (degrees, tx, ty) for each (the first untouched), and labels."""
+    """Six photographs, eleven (degrees, tx, ty) for each (the first one is the identity), and labels."""
     limits = SpatialLimits.from_px(30)
     params = np.random.default_rng(11).uniform(-1, 1, (6, 11, 3)) * [limits.degrees, limits.translate, limits.translate]
     params[:, 0] = 0
@@ -144,7 +144,7 @@ def test_with_the_original_warp_too_only_rounding_to_8_bits_differs(warps):
         return grid_sample(images.permute(0, 3, 1, 2).float() / 255, where, align_corners=True)
 
     torch.manual_seed(0)
-    # A smooth network: one with BatchNorm over six images would magnify the rounding of pixels.
+    # A smooth network: BatchNorm over six images would amplify the rounding of pixels.
     net = nn.Sequential(nn.Conv2d(3, 8, 5, stride=3), nn.Tanh(), nn.Conv2d(8, 8, 5, stride=3), nn.Tanh(), nn.Flatten())
     theirs = Classifier(nn.Sequential(net, nn.Linear(8 * 6 * 6, 10)))
     ours = copy.deepcopy(theirs)
@@ -236,7 +236,7 @@ def test_compiled_networks_choose_and_train_as_plain_ones():
         assert step.scorer is not None
         torch.testing.assert_close(step.scorer(views.flatten(0, 1)), fresh, rtol=1e-3, atol=1e-3)
         found.append(results)
-    # A network at random weights and a batch of four is chaotic: each step enlarges what rounding did a thousandfold.
+    # With random weights and a batch of four, each step amplifies rounding errors a thousandfold.
     for (plain, fused), tolerance in zip(zip(*found), (1e-3, 3e-2)):
         assert plain.choice.tolist() == fused.choice.tolist()
         torch.testing.assert_close(plain.loss, fused.loss, rtol=tolerance, atol=tolerance)
@@ -341,7 +341,7 @@ def test_blurpool_is_the_binomial_filter_before_every_stride_but_the_first():
     kernel = (kernel[:, None] * kernel / 16).expand(64, 1, 3, 3)
     expected = plain.get_submodule("layer2.0.conv1")(conv2d(images, kernel, padding=1, groups=64))
     torch.testing.assert_close(net.get_submodule("layer2.0.conv1")(images), expected, rtol=1e-4, atol=1e-5)
-    # The judge's twin is blurred as well.
+    # The scorer's folded copy is blurred as well.
     model, views = Classifier(net), photographs(64, 2)
     expected = exact_logits(model, views)
     scorer = Scorer(model, torch.float32)

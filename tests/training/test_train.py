@@ -1,4 +1,4 @@
-"""Whole trainings of a few steps: resuming, logs, profiles, data that comes in odd forms, and the watchdog."""
+"""Whole trainings of a few steps: logs, seeds, profiles, memory estimate, ranks, and the watchdog."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_cpus_are_those_of_the_affinity_mask_cut_to_the_container_quota(tmp_path
 
 @pytest.mark.parametrize(("task", "of"), [("train", "training"), ("train", "evaluation"), ("evaluate", "evaluation")])
 def test_loaders_are_given_the_global_rank(tmp_path, monkeypatch, task, of):
-    """On a second node the local rank starts at 0 again: with it, two nodes would read the same images."""
+    """The local rank starts at 0 on each node: if it were used, two nodes would read the same images."""
 
     class Opened(Exception):
         pass
