@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,9 @@ from fast_spatial.runtime.run_files import (
     REPORT,
     USAGE,
 )
+
+# torchrun's own; packages may add more.
+RDZV_BACKENDS = ("c10d", "static", "etcd", "etcd-v2")
 
 
 def check_train(config: TrainConfig) -> None:
@@ -170,6 +174,8 @@ def check_launch(config: LaunchOptions) -> int:
         raise UserError(f"--nnodes {config.nnodes}: expected a number, or MIN:MAX")
     if config.nnodes != "1" and not config.rdzv_endpoint:
         raise UserError(f"--nnodes {config.nnodes}: several nodes require --rdzv-endpoint HOST:PORT")
+    if config.rdzv_endpoint:
+        _check_rendezvous(config)
     gpus = gpu_count()
     if gpus and config.nproc_per_node > gpus:
         raise UserError(
@@ -181,6 +187,21 @@ def check_launch(config: LaunchOptions) -> int:
     if config.in_process and (config.nproc_per_node > 1 or config.nnodes != "1"):
         raise UserError("--in-process conflicts with several processes", "remove --nproc-per-node and --nnodes")
     return nodes * local_processes(config)
+
+
+def _check_rendezvous(config: LaunchOptions) -> None:
+    """Raise a UserError on a rendezvous that torchrun would answer with a ValueError."""
+    from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
+
+    known = {*RDZV_BACKENDS, *(plugin.name for plugin in entry_points(group="torchrun.handlers"))}
+    if config.rdzv_backend not in known:
+        raise UserError(f"--rdzv-backend {config.rdzv_backend}: choose one of {', '.join(sorted(known))}")
+    try:
+        _, port = parse_rendezvous_endpoint(config.rdzv_endpoint, default_port=-1)
+        if port < 0 and config.rdzv_backend == "static":  # the others have a default
+            raise ValueError
+    except ValueError:
+        raise UserError(f"--rdzv-endpoint {config.rdzv_endpoint}: expected HOST:PORT") from None
 
 
 def has_compiler(name: str) -> bool:
@@ -236,6 +257,8 @@ def _check_replay(config: TrainConfig) -> None:
     file = Path(config.replay) / CONFIG
     try:
         stored: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(stored, dict):
+            raise ValueError("no object")
     except (OSError, ValueError) as error:
         raise UserError(
             f"--replay {config.replay}: {file} cannot be read ({error})", "name the --out folder of a training"

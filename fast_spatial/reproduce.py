@@ -93,7 +93,7 @@ def reproduce(config: ReproduceConfig, rows: list[Row], spending: Spending | Non
                 say(f"{title}: already done")
             else:
                 _train_and_evaluate(title, row, limits)
-            results.append(json.loads(row.result_file.read_text(encoding="utf-8")))
+            results.append(_read_result(row.result_file))
             write_json(Path(config.out) / RESULTS, results)
             map_landscape(row, limits)
         except SystemExit as error:
@@ -116,6 +116,14 @@ def reproduce(config: ReproduceConfig, rows: list[Row], spending: Spending | Non
         more = "" if spending is None else ", with a larger budget"
         say(f"failed: {'; '.join(failed)}; run the same command again to retry{more}")
         raise SystemExit(1)
+
+
+def _read_result(file: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file}: it is damaged ({error})", "remove it to evaluate this row again") from None
+    return found
 
 
 def _train_and_evaluate(title: str, row: Row, limits: Limits | None) -> None:

@@ -352,7 +352,10 @@ class Loader:
 
     def _check_some_are_good(self) -> None:
         if len(self._bad_images) == len(self.images):
-            raise UserError(f"{self.images.root}: none of the {len(self.images)} images can be decoded")
+            raise UserError(
+                f"{self.images.root}: none of the {len(self.images)} images can be decoded",
+                f"inspect the data: launch.py check-data --data {self.images.root.parent}",
+            )
 
     def _refuse(self, bad: dict[int, str], _: Collection[int]) -> None:
         raise undecodable(self.images, bad)

@@ -293,6 +293,8 @@ def _measure(asked: Asked, recipes: Sequence[Recipe], until: float) -> tuple[dic
 def _read(file: Path, *needed: str) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("no object")
         if missing := {*needed} - found.keys():
             raise KeyError(*sorted(missing))
     except (OSError, ValueError, KeyError) as error:

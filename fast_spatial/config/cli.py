@@ -132,7 +132,7 @@ def read_flags(words: Sequence[str], options: Options) -> dict[str, str]:
 def _unknown(name: str, options: Options) -> str:
     if RENAMED.get(name) in options:
         return f"{flag(name)}: renamed to {flag(RENAMED[name])}"
-    return f"{flag(name)}: unknown flag{_nearest(flag(name), map(flag, options))}"
+    return f"{flag(name)}: unknown flag{_nearest(flag(name), [*map(flag, options), _HELP[0]])}"
 
 
 def _is_number(word: str) -> bool:

@@ -70,7 +70,13 @@ def _relabel(images: ImageIndex, classes: tuple[str, ...], path: Path, config: E
 def _positions_of(listing: Path, images: ImageIndex) -> set[int]:
     if not listing.is_file():
         raise UserError(f"--grid-images {listing}: no such file", "name a file with one path per line, as in the JSON")
-    wanted = {line.strip() for line in listing.read_text(encoding="utf-8").splitlines() if line.strip()}
+    try:
+        lines = listing.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"--grid-images {listing}: cannot read the file ({error})", "give a text file with one path per line"
+        ) from None
+    wanted = {line.strip() for line in lines if line.strip()}
     where = {images.relative_path(position): position for position in range(len(images))}
     missing = sorted(wanted - where.keys())
     if missing:

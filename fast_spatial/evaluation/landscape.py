@@ -352,9 +352,9 @@ def read(folder: Path) -> Landscape | None:
         with np.load(folder / LANDSCAPE_ARRAYS) as arrays:
             loss = arrays["loss"].astype(np.float32)
             correct = np.unpackbits(arrays["correct"], axis=1, count=GRID_VIEWS).astype(bool)
-        if missing := _KEYS - about.keys():
+        if missing := _KEYS - dict(about).keys():
             raise KeyError(*sorted(missing))
         shape = (about["num_images"], GRID_ANGLES, GRID_SHIFTS, GRID_SHIFTS)
         return Landscape(folder, about, loss.reshape(shape), correct.reshape(shape))
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise UserError(f"{folder / LANDSCAPE}: it cannot be read ({error})", "run launch.py landscape again") from None

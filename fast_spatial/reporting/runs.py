@@ -151,8 +151,9 @@ def _read(folder: Path) -> Run:
 
     def evaluation() -> dict[str, Any] | None:
         found = content(EVALUATION)
-        if found is not None and "num_images" not in found.get("summary", {}):
-            raise UserError(f"{folder / 'evaluation.json'}: it is damaged (no summary)")
+        summary = {} if found is None else found.get("summary")
+        if found is not None and not (isinstance(summary, dict) and "num_images" in summary):
+            raise UserError(f"{folder / EVALUATION}: it is damaged (no summary)")
         return found
 
     try:

@@ -132,6 +132,15 @@ def test_a_restart_goes_on_with_the_plan_and_counts_on(monkeypatch, capsys):
     assert plan_of()["rows"] == before
 
 
+def test_a_damaged_plan_is_named(monkeypatch, capsys):
+    for content in ("{", "[]", "{}"):
+        Path("runs").mkdir(exist_ok=True)
+        (Path("runs") / PLAN).write_text(content)
+        assert run(monkeypatch, Tasks(), *REPRODUCE) == 2
+        first, second = capsys.readouterr().err.splitlines()
+        assert f"{Path('runs') / PLAN}: cannot be read (" in first and second == "name a new folder"
+
+
 def test_a_restart_may_have_more_time_but_no_other_flags(monkeypatch, capsys):
     assert run(monkeypatch, Tasks(break_at=2), *REPRODUCE) == 130
     capsys.readouterr()

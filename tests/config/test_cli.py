@@ -224,6 +224,7 @@ def configured(monkeypatch):
         (["--train"], "--train: unknown command; did you mean train?"),
         ([""], "unknown command; choose one of train, evaluate, reproduce"),
         (["train", "--epoch", "3"], "--epoch: unknown flag; did you mean --epochs?"),
+        (["train", "--hlep"], "--hlep: unknown flag; did you mean --help?"),
         ([*TRAIN, "--epoch", "3"], "--epoch: unknown flag; did you mean --epochs?"),
         ([*TRAIN, "--global_batch", "3"], "--global-batch: unknown flag; did you mean --global-batch-size?"),
         ([*TRAIN, "--checkpoint", "c.pt"], "--checkpoint: unknown flag"),

@@ -179,6 +179,9 @@ def test_a_training_in_a_budget_is_repeated(repeated):
 def test_another_training_repeats_nothing(repeated, capfd):
     assert commands.main(replaced(repeated, *flags(bn_group=8))) == 2
     assert "16 saved, 8 given" in capfd.readouterr().err
+    Path("runs/short/config.json").write_text("[]")
+    assert commands.main(repeated) == 2
+    assert "config.json cannot be read (no object)" in capfd.readouterr().err
 
 
 # --- a checkpoint

@@ -319,6 +319,9 @@ def test_by_default_there_is_a_process_per_gpu(refuse, data, started, monkeypatc
         (["--nnodes", "0"], "--nnodes 0: expected a number, or MIN:MAX"),
         (["--nnodes", "1:x", "--rdzv-endpoint", "h:1"], "--nnodes 1:x: expected a number, or MIN:MAX"),
         (["--nnodes", "2:1", "--rdzv-endpoint", "h:1"], "--nnodes 2:1: expected a number, or MIN:MAX"),
+        (["--rdzv-endpoint", "h:port"], "--rdzv-endpoint h:port: expected HOST:PORT"),
+        (["--rdzv-endpoint", "h", "--rdzv-backend", "static"], "--rdzv-endpoint h: expected HOST:PORT"),
+        (["--rdzv-endpoint", "h:1", "--rdzv-backend", "c11d"], "--rdzv-backend c11d: choose one of c10d, etcd, "),
         (["--stall-minutes", "0"], "--stall-minutes 0: must be more than 0"),
         (["--in-process", "--nproc-per-node", "2"], "--in-process conflicts with several processes"),
         (["--grad-accum-steps", "5"], "--grad-accum-steps 5: exceeds the local batch of 4 images"),
@@ -506,6 +509,8 @@ def test_paths_that_meet_the_grid(refuse, data, ours):
     line = refuse(*words, "list.txt")[0]
     assert "--grid-images list.txt: val/bee/7.png is not among the images; paths look like val/ant/0.png" in line
     assert "--grid-images gone.txt: no such file" in refuse(*words, "gone.txt")[0]
+    Path("latin.txt").write_bytes(b"val/\xe9.png\n")
+    assert "--grid-images latin.txt: cannot read the file ('utf-8' codec" in refuse(*words, "latin.txt")[0]
 
 
 def test_how_many_images_of_each_class_meet_the_grid(refuse, data, ours):

@@ -325,6 +325,18 @@ def test_finished_rows_are_skipped(planned, capsys):
     assert "[2/2] worst10, 40 degrees: already done" in capsys.readouterr().out
 
 
+def test_a_damaged_result_is_named_and_the_other_rows_go_on(planned, capsys):
+    config, rows = planned
+    run(config, rows, FakeLaunch())
+    rows[0].result_file.write_text("{")
+    with pytest.raises(SystemExit):
+        run(config, rows, FakeLaunch())
+    said = capsys.readouterr().out
+    assert f"standard: failed: {rows[0].result_file}: it is damaged" in said
+    assert "[2/2] worst10, 40 degrees: already done" in said
+    assert [found["mode"] for found in results_of(config)] == ["worst10"]
+
+
 def test_one_that_was_broken_off_goes_on_with_the_row_it_was_at(planned):
     config, rows = planned
     with pytest.raises(KeyboardInterrupt):

@@ -219,7 +219,10 @@ def test_a_run_that_has_only_begun_is_said_to_be_so(tmp_path):
     [
         ("evaluation.json", "{", "evaluation.json: it is damaged"),
         ("evaluation.json", "{}", "evaluation.json: it is damaged (no summary)"),
+        ("evaluation.json", '{"summary": 5}', "evaluation.json: it is damaged (no summary)"),
         ("landscape.json", "{}", "landscape.json: it cannot be read"),
+        ("landscape.json", "[]", "landscape.json: it cannot be read"),
+        ("landscape.npz", "", "landscape.json: it cannot be read"),
         ("log.jsonl", "[]\n", "log.jsonl: it is damaged"),
         ("landscape.npz", "no archive", "landscape.json: it cannot be read"),
     ],
