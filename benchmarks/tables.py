@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.on_gpu import goals, ran
+from fast_spatial.config.fields import RENAMED, flag
 from fast_spatial.config.modes import row_name
 from fast_spatial.config.recipes import PUBLISHED_CONDITIONS, PUBLISHED_LADDER
 from fast_spatial.pipelines.placement import HW_DECODER_LOAD
@@ -41,13 +42,20 @@ def digits(content: dict[str, Any]) -> str:
     )
 
 
+def _command(content: dict[str, Any]) -> str:
+    """The command that made a result file, under today's names of its flags."""
+    words = content["command"].split()
+    old = {flag(name): flag(new) for name, new in RENAMED.items()}
+    return " ".join(old.get(word, word) for word in words) if "launch.py" in words[0] else content["command"]
+
+
 def speed(content: dict[str, Any]) -> str:
     """All comparisons of a result file of `launch.py bench`."""
     rounds = {found["rounds"] for found in content["comparisons"]}
     return (
         f"{_comparisons(content['comparisons'])}\n\n(Median and range of {' or '.join(map(str, sorted(rounds)))} "
         f"interleaved rounds on {content['hardware']} ({', '.join(content['cpu_flags'])}), torch "
-        f"{content['versions']['torch']}: `{content['command']}`.)"
+        f"{content['versions']['torch']}: `{_command(content)}`.)"
     )
 
 
@@ -77,7 +85,7 @@ def faults(content: dict[str, Any]) -> str:
         f"{resumed} of {content['kills']} resumed and finished, {identical} bit-identical to an uninterrupted run. "
         f"With a checkpoint every {content['checkpoint_every_steps']} steps, a kill lost at most "
         f"{content['lost_steps_max']} steps; SIGTERM lost {content['lost_steps_max_sigterm']}.\n\n"
-        f"(On {content['hardware']}: `{content['command']}`.)"
+        f"(On {content['hardware']}: `{_command(content)}`.)"
     )
 
 
@@ -94,7 +102,7 @@ def budgets(content: dict[str, Any]) -> str:
         f"{table['budget_sec']:.0f} s, ended after {table['took_sec']:.1f} s. Killed half-way and restarted, it ended "
         f"after {killed['took_sec']:.1f} s of use. Epochs trained: {epochs}.\n\n"
         f"{results_table(table['results'], 'ours, digits')}\n\n"
-        f"(On {content['hardware']}: `{content['command']}`.)"
+        f"(On {content['hardware']}: `{_command(content)}`.)"
     )
 
 
@@ -106,7 +114,7 @@ def foresight(content: dict[str, Any]) -> str:
         rows.append([found["row"], str(found["side"]), *seconds, f"{round(found['off_pct']):+d} %"])
     return (
         f"{aligned(rows)}\n\n(1,000 classes of synthetic JPEG files, {content['batch']} images per step. Measured "
-        f"after the plan, in a separate process, on {content['hardware']}: `{content['command']}`.)"
+        f"after the plan, in a separate process, on {content['hardware']}: `{_command(content)}`.)"
     )
 
 

@@ -192,14 +192,14 @@ def list_classes(data: Path, split: str) -> list[str]:
     """
     root = data / split
     if not data.is_dir():
-        raise UserError(f"--data {data}: no such folder. Give the folder that contains train/ and val/, or digits")
+        raise UserError(f"--data {data}: no such folder", "give the folder that contains train/ and val/, or digits")
     if not root.is_dir():
         found = ", ".join(sorted(entry.name for entry in os.scandir(data))[:4]) or "nothing"
-        raise UserError(f"--data {data}: no folder {split}/ in it (found: {found}); expected {root}/<class>/<image>")
+        raise UserError(f"--data {data}: no folder {split}/ in it (found: {found})", f"expected {root}/<class>/<image>")
     try:
         entries = list(os.scandir(root))
     except OSError as error:
-        raise UserError(f"--data {data}: cannot read {root} ({error.strerror}). Check its permissions") from None
+        raise UserError(f"--data {data}: cannot read {root} ({error.strerror})", "check its permissions") from None
     classes = [entry.name for entry in entries if entry.is_dir()]
     files = sum(is_image(entry.name) for entry in entries if not entry.is_dir())
     if not classes and files:
@@ -209,7 +209,7 @@ def list_classes(data: Path, split: str) -> list[str]:
         need = f"put ILSVRC2012_devkit_t12.tar.gz into {data.resolve()} and sort them with the command below"
         raise UserError(f"{what}; {need}", FLAT_VAL_FIX.format(data=data.resolve()))
     if not classes:
-        raise UserError(f"--data {data}: {root} is empty; expected {root}/<class>/<image>")
+        raise UserError(f"--data {data}: {root} is empty", f"expected {root}/<class>/<image>")
     return sorted(classes)
 
 
@@ -250,7 +250,8 @@ def check_classes_agree(data: Path) -> list[str]:
         only_train, only_val = sorted(set(train) - set(val)), sorted(set(val) - set(train))
         raise UserError(
             f"--data {data}: train/ and val/ have different classes (only in train: {some(only_train)}; only in val: "
-            f"{some(only_val)}), so labels would not match. Use the same class folders in both"
+            f"{some(only_val)}), so labels would not match",
+            "use the same class folders in both",
         )
     return train
 
@@ -278,8 +279,8 @@ def check_divides(global_batch_size: int, world_size: int) -> None:
         below = [n for n in range(1, world_size) if global_batch_size % n == 0][-1]
         above = -(-global_batch_size // world_size) * world_size
         raise UserError(
-            f"--global-batch-size {global_batch_size}: not divisible by {world_size} processes. Use {below} "
-            f"processes, or --global-batch-size {above}"
+            f"--global-batch-size {global_batch_size}: not divisible by {world_size} processes",
+            f"use {below} processes, or --global-batch-size {above}",
         )
 
 

@@ -56,7 +56,7 @@ def check_writable(flag: str, file: str) -> None:
     if not file:
         return
     if Path(file).is_dir():
-        raise UserError(f"{flag} {file}: that is a folder; name a file")
+        raise UserError(f"{flag} {file}: that is a folder", "name a file")
     folder = next(folder for folder in Path(file).absolute().parents if folder.exists())
     if not folder.is_dir():
         raise UserError(f"{flag} {file}: {folder} is a file, not a folder")

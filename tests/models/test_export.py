@@ -206,8 +206,8 @@ def test_nothing_is_overwritten(trained, tmp_path, capsys):
     target.write_bytes(b"precious")
     lines = refused(capsys, "export", "--checkpoint", str(trained), "--safetensors", str(target))
     assert lines == [
-        f"launch.py: --safetensors {target}: there is such a file already",
-        "remove it, or name another one",
+        f"launch.py: --safetensors {target}: file exists",
+        "remove it, or name another file",
     ]
     assert target.read_bytes() == b"precious"
 
@@ -216,7 +216,7 @@ def test_nothing_is_overwritten(trained, tmp_path, capsys):
     ("words", "expected"),
     [
         (["--onnx", "file/m.onnx"], "file is a file, not a folder"),
-        (["--onnx", "folder.onnx"], "--onnx folder.onnx: that is a folder; name a file"),
+        (["--onnx", "folder.onnx"], "--onnx folder.onnx: that is a folder"),
         (["--onnx", "m.onnx", "--arch", "resnet34"], "contains a resnet18, but --arch is resnet34"),
         (["--onnx", "m.onnx", "--image-size", "5000"], "--image-size 5000: must be at most 4096"),
         (["--onnx", "m.onnx", "--checkpoint", "gone.pt"], "--checkpoint gone.pt: file not found"),

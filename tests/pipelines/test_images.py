@@ -235,7 +235,7 @@ def test_a_missing_folder_is_named(tmp_path):
 def test_a_missing_split_is_named_with_what_is_there(tmp_path):
     make_split(tmp_path, "training/a/x.jpg")
     with pytest.raises(
-        UserError, match=r"no folder train/ in it \(found: training\); expected .*/train/<class>/<image>"
+        UserError, match=r"no folder train/ in it \(found: training\)\nexpected .*/train/<class>/<image>"
     ):
         read_index(tmp_path, "train")
 
