@@ -171,8 +171,8 @@ class TrainConfig(BudgetOptions):
     )
     recipe: str = option(
         "",
-        "recipe: reference, fast, digits (see launch.py recipes) or a TOML file; flags override it. By default "
-        "reference, digits for --data digits, or one that suits the budget",
+        "recipe: reference, fast, digits, digits_linear (see launch.py recipes) or a TOML file; flags override it. "
+        "By default reference, digits for --data digits, or one that suits the budget",
         section="schedule",
         metavar="NAME",
         identity=False,  # its values are compared instead
