@@ -48,7 +48,8 @@ class Command:
 
 def options_of(*kinds: type, without: Sequence[str] = ()) -> Options:
     """The options of one or more configurations by field name, section by section, required ones first."""
-    fields = {f.name: f for kind in kinds for f in dataclasses.fields(kind) if f.name not in without}
+    # Of options of one name, the first configuration's is described.
+    fields = {f.name: f for kind in reversed(kinds) for f in dataclasses.fields(kind) if f.name not in without}
     place = {name: SECTIONS.index(f.metadata["section"]) for name, f in fields.items()}
     return dict(sorted(fields.items(), key=lambda item: (not item[1].metadata["required"], place[item[0]])))
 

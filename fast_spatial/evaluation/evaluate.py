@@ -294,7 +294,7 @@ def summary_table(summary: Summary) -> str:
         few = f", {summary.grid_num_images} images" if summary.grid_num_images != summary.num_images else ""
         judged = f"; {summary.grid_views_per_image:.0f} views judged per image"
         if summary.grid_views_per_broken_image is not None:
-            judged += f", {summary.grid_views_per_broken_image:.1f} per broken image"
+            judged += f", {summary.grid_views_per_broken_image:.1f} per image that the grid broke"
         rows.append((f"grid of {GRID_VIEWS}", summary.grid_top1_pct, "right on every view" + few + judged))
     head = (
         f"top-1 accuracy on {summary.num_images} images, up to {summary.degrees:g} degrees and "

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import torch
 
 from fast_spatial.config.fields import identity, to_json
+from fast_spatial.config.modes import MODES
 from fast_spatial.config.train import TrainConfig
 from fast_spatial.data.decoders import keep_failure, previous_placement
 from fast_spatial.data.images import load_split
@@ -356,7 +357,8 @@ def _train(
     if world.rank == 0:
         if skipped := bad_images.paths():
             say(f"{len(skipped)} training images could not be decoded and were replaced: {some(skipped)}")
-        say(f"best model: {out / BEST} ({best_pct:.1f} % accuracy in validation); last model: {out / LAST}")
+        judged = "under the training attack" if MODES[config.mode].warps != 0 else "on natural images"
+        say(f"best model: {out / BEST} ({best_pct:.1f} % accuracy {judged}); last model: {out / LAST}")
 
 
 @contextlib.contextmanager
