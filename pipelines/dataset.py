@@ -280,7 +280,7 @@ def check_divides(global_batch_size: int, world_size: int) -> None:
         above = -(-global_batch_size // world_size) * world_size
         raise UserError(
             f"--global-batch-size {global_batch_size}: not divisible by {world_size} processes",
-            f"use {below} processes, or --global-batch-size {above}",
+            f"use {below} process{'es' * (below > 1)}, or --global-batch-size {above}",
         )
 
 

@@ -315,7 +315,7 @@ def test_evaluation_draws_depend_on_the_key_alone(evaluation):
     [(256, 3, 2, 258), (256, 7, 4, 259), (10, 4, 2, 12), (7, 2, 1, 8), (2, 8, 2, 8)],
 )
 def test_an_uneven_batch_is_refused_with_the_nearest_that_divides(global_batch_size, world_size, processes, batch):
-    with pytest.raises(UserError, match=f"Use {processes} processes, or --global-batch-size {batch}$") as error:
+    with pytest.raises(UserError, match=f"use {processes} process(es)?, or --global-batch-size {batch}$") as error:
         check_divides(global_batch_size, world_size)
     assert f"--global-batch-size {global_batch_size}: not divisible by {world_size} processes" in str(error.value)
     with pytest.raises(UserError, match="not divisible"):
