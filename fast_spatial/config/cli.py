@@ -173,7 +173,7 @@ def _lines(option: Field[Any]) -> list[str]:
     left = f"  {flag(option.name)} {'' if is_plain_switch else metavar_of(option)}".rstrip()
     text, default = option.metadata["help"], as_typed(option.default)
     if f"({default}: " in text:  # the text already explains the default
-        text = text.replace(f"({default}: ", f"(default: {default}: ")
+        text = text.replace(f"({default}: ", f"(default: {default} = ")
     elif default:
         text += f" (default: {default})"
     wrapped = textwrap.wrap(text, _WIDTH - _INDENT, break_long_words=False, break_on_hyphens=False)

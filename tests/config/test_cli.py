@@ -411,7 +411,7 @@ def test_help_lists_every_flag_with_its_text_and_no_one_letter_flag(capsys, name
     texts, options = listed(text), commands.COMMANDS[name].options
     assert set(texts) == {flag(option) for option in options}
     for option, field in options.items():
-        words = re.sub(r"\(default: (\w+): ", r"(\1: ", texts[flag(option)])
+        words = re.sub(r"\(default: (\w+) = ", r"(\1: ", texts[flag(option)])
         assert field.metadata["help"] in words
         assert "|".join(field.metadata["choices"]) in words
     assert re.findall(r"(?<![\w-])-[A-Za-z]\b", text) == []
@@ -435,7 +435,7 @@ def test_every_default_that_is_printed_is_accepted_when_it_is_typed(capsys, name
     found = {
         given: match[1]
         for given, text in listed(capsys.readouterr().out).items()
-        if (match := re.search(r"\(default: ([^ ):]+)", text))
+        if (match := re.search(r"\(default: ([^ )]+)", text))
     }
     options = commands.COMMANDS[name].options
     shown = {option for option, field in options.items() if field.default not in ("", None, ())}
