@@ -61,7 +61,8 @@ def train(config: TrainConfig, raw: dict[str, str]) -> None:
 
 def reproduce(config: ReproduceConfig, raw: dict[str, str]) -> None:
     """Train and judge rows of the published table, within a budget if there is one."""
-    flags = {name: value for name, value in raw.items() if name not in options_of(ReproduceConfig)}
+    own = options_of(ReproduceConfig)
+    flags = {name: value for name, value in raw.items() if name not in own}
     rows = requests(config, flags)
     # Wrong flags are refused before torch is imported; a budget chooses the recipe, which flags have to fit.
     trainings = [] if config.is_limited else [row.configure({}) for row in rows]

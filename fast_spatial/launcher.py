@@ -89,7 +89,7 @@ def torchrun(config: LaunchOptions, job: str, processes: int, words: list[str]) 
     try:
         run.main([*options, "-m", "fast_spatial.worker", *words])
     except ChildFailedError as error:
-        raise SystemExit(_report(error.failures, words[0])) from None
+        raise SystemExit(_report(error.failures)) from None
     except SignalException as stopped:
         raise SystemExit(128 + stopped.sigval) from None
 
@@ -111,15 +111,15 @@ def _shutdown_options() -> list[str]:
     return [f"--shutdown-timeout={SHUTDOWN_SEC}"] if known else []
 
 
-def _report(failures: dict[int, Any], task: str) -> int:
-    """Print which process of a task failed, and why; returns the exit status."""
+def _report(failures: dict[int, Any]) -> int:
+    """Print which process failed, and why; returns the exit status."""
     # A UserError takes precedence over the failures that it causes in other ranks.
     rank = min(failures, key=lambda rank: (user_error_of(failures[rank]) is None, failures[rank].timestamp))
     failure = failures[rank]
     if failure.exitcode - 128 in list(SIGNALS):
         return int(failure.exitcode)
     if error := user_error_of(failure):
-        show_error(error, f"see {NAME} {task} --help")
+        show_error(error, f"see {NAME} --help")
     else:
         reason = (str(failure.message).strip() or "no error message").splitlines()[0]  # its traceback was printed
         print(f"{NAME}: rank {rank} failed with exit status {failure.exitcode}: {reason}", file=sys.stderr)

@@ -73,9 +73,9 @@ def test_a_users_error_is_carried_as_data_and_comes_first(tmp_path, monkeypatch,
     found = user_error_of(wrong)
     assert found is not None and (found.message, found.advice) == ("--x 1: wrong\tin\nits text", "do that")
     assert user_error_of(lost) is None
-    assert launcher._report({0: lost, 1: wrong}, "train") == 1
+    assert launcher._report({0: lost, 1: wrong}) == 1
     assert capsys.readouterr().err == "launch.py: --x 1: wrong\tin\nits text\ndo that\n"
-    assert launcher._report({0: lost}, "train") == 1
+    assert launcher._report({0: lost}) == 1
     assert capsys.readouterr().err == (
         "launch.py: rank 0 failed with exit status 1: RuntimeError: the other process is gone\n"
     )
