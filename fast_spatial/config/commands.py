@@ -136,13 +136,14 @@ class LandscapeConfig(JudgeOptions):
 class ReproduceConfig(BudgetOptions):
     """Train and evaluate the rows of the published table, and print ours beside it."""
 
-    data: str = option("", DATA_FOLDER, section="data", metavar="FOLDER", required=True)
+    data: str = option("", DATA_FOLDER, section="data", metavar="FOLDER", required=True, identity=False)
     out: str = option(
         "",
         "folder of the reproduction: a run per row, results.json, report.html; finished rows are skipped",
         section="output",
         metavar="FOLDER",
         required=True,
+        identity=False,
     )
     rows: tuple[str, ...] = option(
         (),

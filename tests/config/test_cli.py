@@ -28,7 +28,7 @@ from fast_spatial.config.commands import (
     ReportConfig,
     ReproduceConfig,
 )
-from fast_spatial.config.fields import RENAMED, SECTIONS, convert, flag
+from fast_spatial.config.fields import RENAMED, SECTIONS, convert, decides_numbers, flag
 from fast_spatial.config.train import TrainConfig
 from fast_spatial.reporting import report
 
@@ -559,3 +559,13 @@ def test_a_result_that_could_not_be_written_is_refused_before_it_is_made(capsys,
 def test_reproduce_takes_its_own_options_and_those_of_the_recipe():
     expected = {k: v for k, v in TRAIN_OPTIONS.items() if k not in REPRODUCE_DECIDES}
     assert defaults("reproduce") == {**expected, "rows": (), "seeds": (0,)}
+
+
+def test_options_that_commands_share_agree_on_whether_they_decide_numbers():
+    """Plans and runs are told apart by these; which declaration a command reads must not matter."""
+    train, reproduce = (
+        {f.name: decides_numbers(f) for f in dataclasses.fields(kind)} for kind in (TrainConfig, ReproduceConfig)
+    )
+    shared = train.keys() & reproduce.keys()
+    assert {"data", "out"} <= shared
+    assert {name: train[name] for name in shared} == {name: reproduce[name] for name in shared}
