@@ -54,11 +54,18 @@ def launch(task: str, config: Any, limit: Pace | float | None = None) -> float:
         finally:
             distributed.stop()
     else:
-        # torchrun closes a rendezvous for good after its job, so every task gets its own id.
-        about = " ".join(words[:2])
-        job = f"{config.rdzv_id}-{zlib.crc32(about.encode()):08x}"
-        torchrun(config, job, preflight.local_processes(config), words)
+        torchrun(config, rendezvous_id(task, config), preflight.local_processes(config), words)
     return time.monotonic() - start
+
+
+def rendezvous_id(task: str, config: Any) -> str:
+    """A task's id at the rendezvous: the same on all nodes, although --node-rank and the like differ between them.
+
+    torchrun closes a rendezvous for good after its job, so every task gets its own id.
+    """
+    own = {f.name for f in dataclasses.fields(LaunchOptions)}
+    about = {name: value for name, value in to_json(config).items() if name not in own}
+    return f"{config.rdzv_id}-{zlib.crc32(f'{task} {json.dumps(about)}'.encode()):08x}"
 
 
 def torchrun(config: LaunchOptions, job: str, processes: int, words: list[str]) -> None:
