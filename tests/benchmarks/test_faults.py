@@ -104,7 +104,7 @@ def test_two_processes_save_and_stop_on_a_signal(tmp_path, number):
 def test_a_data_folder_that_disappears_is_named_and_the_checkpoint_stays(tmp_path):
     data, out = tmp_path / "data", tmp_path / "run"
     shutil.copytree(export_digits(), data)
-    run = start(out, data=data, side=32, lr=0.02, epochs=ENDLESS)
+    run = start(out, data=data, **{"image-size": 32}, lr=0.02, epochs=ENDLESS)
     wait_for((out / "last.pt").is_file, run)
     data.rename(tmp_path / "gone")
     stdout, stderr = run.communicate(timeout=HANG_SEC)
@@ -114,7 +114,7 @@ def test_a_data_folder_that_disappears_is_named_and_the_checkpoint_stays(tmp_pat
     assert "No such file or directory" in message
     assert checkpoint.load(out / "last.pt")["model"]
     (tmp_path / "gone").rename(data)
-    run = start(out, data=data, side=32, lr=0.02, epochs=ENDLESS)
+    run = start(out, data=data, **{"image-size": 32}, lr=0.02, epochs=ENDLESS)
     wait_for(lambda: len((out / "environment.jsonl").read_text().splitlines()) == 2, run)
     run.kill()
     run.communicate()
