@@ -149,7 +149,7 @@ def test_the_largest_image_stays_within_a_childs_memory(tmp_path):
     side = int(MAX_PIXELS**0.5)
     path = tmp_path / "large.jpg"
     path.write_bytes(with_size(jpeg(subsampling=0, progressive=True), side, side))
-    child = _Child(["cpu", "1", "60"])
+    child = _Child(["1", "60"])
     try:
         child.ask([str(path)])
         assert child.answer() is None  # it has started

@@ -82,10 +82,10 @@ def ignored(path: str, patterns: list[str]) -> bool:
 
 
 def context(root: Path) -> list[str]:
-    """The files that `docker build` gets to see."""
+    """The files and links that `docker build` gets to see."""
     lines = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
     patterns = [line for line in lines if line and not line.startswith("#")]
-    files = (path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+    files = (path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file() or path.is_symlink())
     return sorted(path for path in files if not ignored(path, patterns))
 
 
@@ -178,7 +178,10 @@ def test_the_context_holds_the_program_and_nothing_else(tmp_path):
     litter = [".git/HEAD", ".venv/bin/python", "runs/a/last.pt", "data/train/a/1.jpg", "kernels/__pycache__/warp.pyc"]
     for name in [*tracked, *litter]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
+        if (ROOT / name).is_symlink():
+            (tmp_path / name).symlink_to((ROOT / name).readlink())
+        else:
+            (tmp_path / name).touch()
     packages = ("kernels/", "pipelines/", "fast_spatial/", "benchmarks/")
     files = ("LICENSE", "launch.py", "pyproject.toml", "requirements.txt")
     wanted = [name for name in tracked if name in files or name.startswith(packages)]
@@ -245,7 +248,7 @@ class Image:
                     for path in context(ROOT):
                         if "." in sources or path in sources:
                             (folder / path).parent.mkdir(parents=True, exist_ok=True)
-                            shutil.copy(ROOT / path, folder / path)
+                            shutil.copy(ROOT / path, folder / path, follow_symlinks=False)
                 elif name == "RUN" and "apt-get" not in argument:
                     # CUDA's base has no packages for Python; this machine may.
                     command = re.sub(r"^--mount=\S+\s+|--system-site-packages ", "", argument)
