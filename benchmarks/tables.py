@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.on_gpu import goals, ran
-from fast_spatial.config.fields import RENAMED, flag
 from fast_spatial.config.modes import row_name
-from fast_spatial.config.recipes import PUBLISHED_CONDITIONS, PUBLISHED_LADDER
+from fast_spatial.config.recipes import PUBLISHED_CONDITIONS, PUBLISHED_LADDER, todays_command
 from fast_spatial.pipelines.placement import HW_DECODER_LOAD
 from fast_spatial.reporting.tables import grid_note, published_table, results_table
 from fast_spatial.runtime.text import aligned
@@ -44,9 +43,8 @@ def digits(content: dict[str, Any]) -> str:
 
 def _command(content: dict[str, Any]) -> str:
     """The command that made a result file, under today's names of its flags."""
-    words = content["command"].split()
-    old = {flag(name): flag(new) for name, new in RENAMED.items()}
-    return " ".join(old.get(word, word) for word in words) if "launch.py" in words[0] else content["command"]
+    command: str = content["command"]
+    return todays_command(command) if "launch.py" in command.split(maxsplit=1)[0] else command
 
 
 def speed(content: dict[str, Any]) -> str:

@@ -264,10 +264,10 @@ def _check_replay(config: TrainConfig) -> None:
             f"--replay {config.replay}: {file} cannot be read ({error})", "name the --out folder of a training"
         ) from None
     if changed := differences(todays_names(stored), identity(config)):
-        recipe = todays_flags({"recipe": str(stored.get("recipe"))})["recipe"]
+        trained = todays_flags({name: str(stored.get(name)) for name in ("recipe", "epochs")})
         raise UserError(
             f"--replay {config.replay}: contains a training with different settings ({changed})",
-            f"repeat its flags, with --recipe {recipe}",
+            f"repeat its flags, with --recipe {trained['recipe']} --epochs {trained['epochs']}",
         )
 
 

@@ -206,7 +206,7 @@ def list_classes(data: Path, split: str) -> list[str]:
         what = f"--data {data}: {root} contains {files} images but no class folders"
         if split == "train":
             raise UserError(what, f"sort them into {root}/<class>/")
-        need = f"put ILSVRC2012_devkit_t12.tar.gz into {data.resolve()} and sort them with the command below"
+        need = f"put ILSVRC2012_devkit_t12.tar.gz into {data.resolve()} and sort them with this command"
         raise UserError(f"{what}; {need}", FLAT_VAL_FIX.format(data=data.resolve()))
     if not classes:
         raise UserError(f"--data {data}: {root} is empty", f"expected {root}/<class>/<image>")

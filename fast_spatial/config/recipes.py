@@ -24,6 +24,8 @@ FOLDER = Path(__file__).parent / "recipes"
 REFERENCE, FAST = "reference", "fast"
 # Former recipes that differed only in their epochs; now --recipe fast --epochs N.
 _LADDER = re.compile(r"e(16|24|32|40|56|88)")
+_RECIPE_WORDS = re.compile(rf"--recipe[ =]{_LADDER.pattern}(?!\S)")
+_FLAG = re.compile(r"(?<!\S)--([a-z][\w-]*)(?![^\s=])")
 _ANY = TrainConfig(data="data", out="out", mode="standard")
 # A recipe may hold all options that change a run's numbers, except the run's subject; and the interval of evaluations.
 _OF_A_RUN = {"mode", "degrees", "translate_px", "seed", "max_classes", "max_train_images"}
@@ -84,6 +86,21 @@ def todays_flags(flags: Mapping[str, str]) -> dict[str, str]:
     if of_ladder := _LADDER.fullmatch(found.get("recipe", "")):
         found = {"epochs": of_ladder[1], **found, "recipe": FAST}
     return found
+
+
+def todays_command(command: str) -> str:
+    """A recorded command line of launch.py, with the names and recipes of older versions renamed to today's."""
+    command = _RECIPE_WORDS.sub(rf"--recipe {FAST} --epochs \1", command)
+    return _FLAG.sub(lambda found: flag(RENAMED.get(name := found[1].replace("-", "_"), name)), command)
+
+
+def described(recipe: str, epochs: int) -> str:
+    """A training's recipe as it is typed: with its epochs, where they are not the recipe's own."""
+    try:
+        own = load(recipe).get("epochs", _ANY.epochs)
+    except UserError:  # a file that is gone
+        return recipe
+    return recipe if epochs == own else f"{recipe} --epochs {epochs}"
 
 
 def default_recipe(data: str, *, limited: bool = False) -> str:

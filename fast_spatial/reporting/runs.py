@@ -158,7 +158,7 @@ def _read(folder: Path) -> Run:
 
     try:
         config = from_json(TrainConfig, content(CONFIG) or {})
-    except (OSError, UserError, UnicodeDecodeError, TypeError) as error:
+    except (OSError, UserError, ValueError, TypeError) as error:
         raise UserError(f"{folder / CONFIG}: not the file of a run ({str(error).splitlines()[0]})") from None
     return Run(
         folder,

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fast_spatial.config.modes import DIGITS, MODES, PUBLISHED
+from fast_spatial.config.recipes import described, todays_command
 from fast_spatial.evaluation.landscape import Landscape
 from fast_spatial.kernels.spatial import GRID_IDENTITY, GRID_VIEWS
 from fast_spatial.reporting import deviations, robustness
@@ -315,7 +316,7 @@ def spent(rows: Sequence[Row], budgets: Sequence[Spent]) -> list[Block]:
             lines.append(
                 [
                     row["name"],
-                    str(row["train"]["recipe"]),
+                    described(str(row["train"]["recipe"]), row["train"]["epochs"]),
                     f"{row['epochs']:.1f}",
                     DASH if run is None else f"{run.epochs_done:.1f}{', stopped' if stopped else ''}",
                     str(len(segments) or DASH),
@@ -492,7 +493,7 @@ def repeating(rows: Sequence[Row]) -> list[Block]:
     """The commands, and the machines that ran them."""
     runs = [run for row in rows for run in row.runs]
     starts = [start for run in runs for start in run.starts]
-    commands = _distinct(start["command"] for start in starts if start.get("command"))
+    commands = _distinct(todays_command(start["command"]) for start in starts if start.get("command"))
     blocks: list[Block] = [
         Code("\n".join(commands)) if commands else Text("The command is not known: nothing was started by launch.py.")
     ]

@@ -38,7 +38,7 @@ from fast_spatial.runtime.runlog import Bar, say
 
 _HEADINGS = {KILLS: "Ends a run", CHANGES: "Changes a result", NOTE: "Harmless"}
 # Part of the cache's file name, as the decoder is: a change of the rules invalidates cached findings.
-_RULES = 1
+_RULES = 2
 _SHOWN = 3
 _WRITE_EVERY_SEC = 1.0
 

@@ -171,7 +171,7 @@ def check_same_run(there: dict[str, Any], here: dict[str, Any], config: TrainCon
     if changed := differences(saved, given):
         advice = "choose another folder"
         if config.dtype == "auto" and saved["dtype"] != given["dtype"]:
-            advice = f"add --dtype {saved['dtype']}, (not this machine's default), or {advice}"
+            advice = f"add --dtype {saved['dtype']} (not this machine's default), or {advice}"
         raise UserError(f"--out {config.out}: contains a run with different settings ({changed})", advice)
 
 

@@ -105,7 +105,8 @@ def survey(data: Path, split: str) -> Survey:
     try:
         classes = list_classes(data, split)
     except UserError as error:
-        return Survey([], 0, [(str(root), Finding("no_classes", str(error).removeprefix(f"--data {data}: ")))])
+        why = f"{error.message.removeprefix(f'--data {data}: ')}: {error.advice}"
+        return Survey([], 0, [(str(root), Finding("no_classes", why))])
     findings: list[tuple[str, Finding]] = []
     images = 0
     ignored = Counter(_extension(entry.name) for entry in os.scandir(root) if not entry.is_dir())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,8 @@ def test_the_longest_recipe_that_fits_is_stretched(hours, recipe, epochs):
     else:
         assert row.epochs >= row.train.epochs
         assert total(plan) == pytest.approx(3600 * hours)
+    words = recipe if epochs in (16, 110) else f"fast --epochs {epochs}"
+    assert re.search(rf"^\| standard \| +{words} \|", text_of(plan, hours), re.MULTILINE)
 
 
 def test_milestones_are_never_rescaled():

@@ -84,6 +84,38 @@ def test_a_recipe_that_is_gone_is_refused_naming_what_replaces_it(epochs):
     assert recipes.todays_flags({"recipe": f"e{epochs}"}) == {"recipe": "fast", "epochs": str(epochs)}
 
 
+@pytest.mark.parametrize(
+    ("recorded", "today"),
+    [
+        (
+            "launch.py train --side 64 --accumulate=2 --out side",
+            "launch.py train --image-size 64 --grad-accum-steps=2 --out side",
+        ),
+        ("launch.py train --start_side 48 --lr 0.1", "launch.py train --start-size 48 --lr 0.1"),
+        ("launch.py train --recipe e24 --views 2", "launch.py train --recipe fast --epochs 24 --views 2"),
+        ("launch.py train --recipe=e16", "launch.py train --recipe fast --epochs 16"),
+        ("launch.py train --recipe e24.toml --out 'a --side'", "launch.py train --recipe e24.toml --out 'a --side'"),
+        ("launch.py train --recipe fast", "launch.py train --recipe fast"),
+    ],
+)
+def test_a_recorded_command_is_shown_as_it_is_typed_today(recorded, today):
+    assert recipes.todays_command(recorded) == today
+
+
+@pytest.mark.parametrize(
+    ("recipe", "epochs", "words"),
+    [
+        ("fast", 16, "fast"),
+        ("fast", 24, "fast --epochs 24"),
+        ("reference", 110, "reference"),
+        ("reference", 30, "reference --epochs 30"),
+        ("gone.toml", 30, "gone.toml"),
+    ],
+)
+def test_a_recipe_is_described_with_epochs_that_are_not_its_own(recipe, epochs, words):
+    assert recipes.described(recipe, epochs) == words
+
+
 def test_the_digits_have_the_recipe_that_their_published_results_were_made_with():
     config, defaults = recipes.train_config({**RUN, "data": "digits"}), parse(TrainConfig, RUN)
     changed = {

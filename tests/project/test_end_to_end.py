@@ -139,4 +139,4 @@ def test_reproduce_shows_the_trend_of_the_paper(tmp_path):
     assert rows["random"]["grid_top1_pct"] >= rows["standard"]["grid_top1_pct"] + 10
     assert rows["worst10"]["grid_top1_pct"] >= rows["random"]["grid_top1_pct"] + 10
     again = launch("reproduce", "--data", "digits", "--out", tmp_path)
-    assert again.stdout.count("done before") == 4
+    assert again.stdout.count("already done") == 4

@@ -17,10 +17,12 @@ from PIL import Image
 from fast_spatial import commands, launcher, preflight, reproduce
 from fast_spatial.config.commands import EvaluateConfig, ReproduceConfig
 from fast_spatial.config.fields import from_json, parse, to_json
+from fast_spatial.config.recipes import train_config
 from fast_spatial.config.train import TrainConfig
 from fast_spatial.evaluation.inputs import load_model_and_images
 from fast_spatial.models import checkpoint, classifier
 from fast_spatial.pipelines.dataset import check_classes_agree
+from fast_spatial.runtime.files import write_json
 from tests.config.test_cli import refused
 
 ARCH = "shufflenet_v2_x0_5"  # the smallest
@@ -296,6 +298,21 @@ def test_another_node_writes_nothing(data, started):
     words = ["--nnodes", "2", "--node-rank", "1", "--rdzv-endpoint", "host:29400"]
     assert commands.main([*TRAIN, *words]) == 0
     assert not Path("run").exists()
+
+
+@pytest.mark.parametrize("recipe", ["fast", "e24"])
+def test_the_advice_on_a_replay_is_what_has_to_be_typed(refuse, data, started, recipe):
+    """A budget chooses the recipe and its epochs; e24 is what older plans called this one."""
+    replay = [*TRAIN, "--start-size", "0", "--replay", "planned"]
+    sizes = {"global_batch_size": "4", "image_size": "32", "start_size": "0"}
+    config = train_config({"data": "data", "mode": "random", "out": "o", "recipe": "fast", "epochs": "24", **sizes})
+    write_json(Path("planned/config.json"), {**to_json(config), "recipe": recipe})
+    segment = {"event": "segment", "start": 0, "progress": 0.0, "end": 6}
+    Path("planned/log.jsonl").write_text(json.dumps(segment) + "\n")
+    reason, advice = refuse(*replay, "--recipe", "fast")
+    assert "epochs: 24 saved, 16 given" in reason
+    assert advice == "repeat its flags, with --recipe fast --epochs 24"
+    assert commands.main([*replay, *advice.split("with ")[1].split()]) == 0
 
 
 # --- processes and batches

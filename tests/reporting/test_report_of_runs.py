@@ -15,6 +15,7 @@ import pytest
 
 from fast_spatial.config.modes import PUBLISHED
 from fast_spatial.config.train import TrainConfig
+from fast_spatial.errors import UserError
 from fast_spatial.reporting import deviations
 from fast_spatial.reporting.document import Code, Section, Table, Text, points, signed, to_html, to_markdown
 from fast_spatial.reporting.report import write_report
@@ -235,6 +236,17 @@ def test_a_damaged_file_is_named_and_the_rest_shown(tmp_path, name, content, sen
     text = report_of(run)
     assert sentence in text
     assert ("90.0 [78.6, 95.7]" in text) == (name != "evaluation.json")
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"crop_scale": [0.1, 0.5, 1.0]}, {"crop_ratio": [1.0]}, {"jitter": 0}, {"mode": "worst11"}, {"epochs": "x"}],
+)
+def test_a_damaged_configuration_is_named(tmp_path, changed):
+    file = write_run(tmp_path / "run", "standard") / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changed}))
+    with pytest.raises(UserError, match=r"config\.json: not the file of a run"):
+        find_runs([tmp_path / "run"])
 
 
 def test_a_log_that_is_being_written_is_read_up_to_its_last_whole_line(tmp_path):

@@ -34,6 +34,7 @@ from fast_spatial.pipelines.inspection.findings import (
     Finding,
     inspect_header,
     read_regular,
+    survey,
 )
 from fast_spatial.pipelines.loader import Loader
 from fast_spatial.tools import check_data as check
@@ -224,6 +225,9 @@ def test_a_flat_split_is_found_and_the_other_is_checked(data):
     write(data / "train/a/4.jpg", b"")
     assert found_in(data) == {"val": ["no_classes"], "train/a/4.jpg": ["empty"]}
     assert found_in(data, splits=("train",)) == {"train/a/4.jpg": ["empty"]}
+    ((_, flat),) = survey(data, "val").findings
+    assert flat.detail.startswith(f"{data / 'val'} contains 1 images but no class folders")
+    assert "\n" not in flat.detail
 
 
 @pytest.mark.usefixtures("undecoded")
