@@ -14,7 +14,7 @@ import zlib
 from typing import Any
 
 from fast_spatial.config.cli import NAME
-from fast_spatial.config.fields import to_json
+from fast_spatial.config.fields import identity, to_json
 from fast_spatial.config.train import LaunchOptions
 from fast_spatial.errors import UserError
 from fast_spatial.kernels.host import environment_of_children, usable_cpus
@@ -59,12 +59,11 @@ def launch(task: str, config: Any, limit: Pace | float | None = None) -> float:
 
 
 def rendezvous_id(task: str, config: Any) -> str:
-    """A task's id at the rendezvous: the same on all nodes, although --node-rank and the like differ between them.
+    """A task's id at the rendezvous, of what all nodes agree on: --node-rank or --data may differ between them.
 
     torchrun closes a rendezvous for good after its job, so every task gets its own id.
     """
-    own = {f.name for f in dataclasses.fields(LaunchOptions)}
-    about = {name: value for name, value in to_json(config).items() if name not in own}
+    about = {**identity(config), "out": getattr(config, "out", "")}
     return f"{config.rdzv_id}-{zlib.crc32(f'{task} {json.dumps(about)}'.encode()):08x}"
 
 

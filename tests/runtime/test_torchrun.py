@@ -48,7 +48,7 @@ def test_the_installed_torchrun_takes_all_options():
 def test_all_nodes_name_the_same_rendezvous():
     """The options of a node may differ from another's."""
     one = TrainConfig(data="d", mode="standard", out="o", nnodes="2", rdzv_endpoint="h:1")
-    other = replace(one, node_rank=1, nproc_per_node=4, workers=3, decode="cpu", warp="dali")
+    other = replace(one, node_rank=1, nproc_per_node=4, workers=3, decode="cpu", warp="dali", data="e")
     assert launcher.rendezvous_id("train", other) == launcher.rendezvous_id("train", one)
 
 
