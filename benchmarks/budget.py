@@ -55,7 +55,7 @@ def keep(out: str, json_file: str, minutes: float = 2.0, table_minutes: float = 
     ]
     table = _timed(Path(out) / "table", table_minutes, [])
     killed = _timed(Path(out) / "killed", table_minutes, [], kill_at=0.5)
-    command = "python -m benchmarks.budget keep"
+    command = "python -m benchmarks.budget keep --out DIR --json_file FILE"
     write_json(Path(json_file), {**about, "command": command, "runs": runs, "table": table, "killed": killed})
 
 
@@ -148,7 +148,7 @@ def foresee(out: str, json_file: str, rows: str = "standard,random:30,worst10:30
             }
         )
         print(found[-1], flush=True)
-    command_line = "python -m benchmarks.budget foresee"
+    command_line = "python -m benchmarks.budget foresee --out DIR --json_file FILE"
     write_json(
         Path(json_file),
         {**about, "command": command_line, "batch": BATCH, "planning_sec": round(took, 1), "steps": found},

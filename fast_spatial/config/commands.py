@@ -232,7 +232,7 @@ class CheckConfig:
         section="output",
         metavar="FILE",
     )
-    workers: int = option(0, "decoding processes (0: one per CPU, at most 4 on a GPU)", section="processes", minimum=0)
+    workers: int = option(0, "decoding processes (0: one per CPU)", section="processes", minimum=0)
 
     def __post_init__(self) -> None:
         check_fields(self)

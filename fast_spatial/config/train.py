@@ -189,7 +189,7 @@ class TrainConfig(BudgetOptions):
     )
     views_per_forward: int = option(
         0,
-        "views per scoring forward pass (0: on GPUs the whole batch, fewer if memory runs out)",
+        "views per scoring forward pass (0: as many as are fastest and fit into memory)",
         section="attack",
         minimum=0,
         identity=False,
