@@ -23,7 +23,7 @@ from fast_spatial.config.commands import (
     ReportConfig,
 )
 from fast_spatial.config.fields import differences, flag, identity, to_json, todays_names
-from fast_spatial.config.recipes import todays_flags
+from fast_spatial.config.recipes import recipe_as_typed
 from fast_spatial.config.train import LaunchOptions, TrainConfig
 from fast_spatial.data.placing import choose_placement
 from fast_spatial.errors import UserError
@@ -264,10 +264,9 @@ def _check_replay(config: TrainConfig) -> None:
             f"--replay {config.replay}: {file} cannot be read ({error})", "name the --out folder of a training"
         ) from None
     if changed := differences(todays_names(stored), identity(config)):
-        trained = todays_flags({name: str(stored.get(name)) for name in ("recipe", "epochs")})
         raise UserError(
             f"--replay {config.replay}: contains a training with different settings ({changed})",
-            f"repeat its flags, with --recipe {trained['recipe']} --epochs {trained['epochs']}",
+            f"repeat its flags, with --recipe {recipe_as_typed(str(stored.get('recipe')), stored.get('epochs', 0))}",
         )
 
 

@@ -270,7 +270,7 @@ def count_images(data: Path, split: str, classes: list[str], *, at_most: int) ->
 
 
 def _empty(data: Path, folder: Path) -> UserError:
-    return UserError(f"--data {data}: class folder {folder} contains no images. Add images, or remove the folder")
+    return UserError(f"--data {data}: class folder {folder} contains no images", "add images, or remove the folder")
 
 
 def check_divides(global_batch_size: int, world_size: int) -> None:

@@ -132,8 +132,8 @@ class Loader:
         check_divides(global_batch_size, world_size)
         if train and len(images) < global_batch_size:
             raise UserError(
-                f"{images.root} contains {len(images)} images, less than one global batch of {global_batch_size}. "
-                f"Lower --global-batch-size"
+                f"{images.root} contains {len(images)} images, less than one global batch of {global_batch_size}",
+                "lower --global-batch-size",
             )
         assert not train or order is None
         self.images = images

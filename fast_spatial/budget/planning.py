@@ -16,7 +16,7 @@ from typing import Any
 from fast_spatial.config.commands import DEFAULT_IMAGES, EvaluateConfig
 from fast_spatial.config.fields import identity, to_json
 from fast_spatial.config.modes import DIGITS, MODES, PUBLISHED
-from fast_spatial.config.recipes import FAST, PUBLISHED_CONDITIONS, PUBLISHED_LADDER, REFERENCE, described
+from fast_spatial.config.recipes import FAST, PUBLISHED_CONDITIONS, PUBLISHED_LADDER, REFERENCE, recipe_as_typed
 from fast_spatial.config.rows import RowRequest
 from fast_spatial.config.train import TrainConfig
 from fast_spatial.errors import UserError
@@ -351,7 +351,7 @@ def describe(plan: Plan, measured: dict[str, Any], *, asked: str, used_sec: floa
         rates = [f"{row.train.global_batch_size / row.step_sec[side]:,.0f}" for side in sides]
         cells = [
             row.name,
-            described(row.train.recipe, row.train.epochs),
+            recipe_as_typed(row.train.recipe, row.train.epochs),
             f"{row.epochs:.1f}",
             "-".join(map(str, sides)),
             str(row.train.num_views),

@@ -94,8 +94,9 @@ def todays_command(command: str) -> str:
     return _FLAG.sub(lambda found: flag(RENAMED.get(name := found[1].replace("-", "_"), name)), command)
 
 
-def described(recipe: str, epochs: int) -> str:
-    """A training's recipe as it is typed: with its epochs, where they are not the recipe's own."""
+def recipe_as_typed(recipe: str, epochs: int) -> str:
+    """The value of --recipe for a training of this or an older version, with --epochs if the recipe has others."""
+    recipe = todays_flags({"recipe": recipe})["recipe"]
     try:
         own = load(recipe).get("epochs", _ANY.epochs)
     except UserError:  # a file that is gone

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fast_spatial.config.modes import DIGITS, MODES, PUBLISHED
-from fast_spatial.config.recipes import described, todays_command
+from fast_spatial.config.recipes import recipe_as_typed, todays_command
 from fast_spatial.evaluation.landscape import Landscape
 from fast_spatial.kernels.spatial import GRID_IDENTITY, GRID_VIEWS
 from fast_spatial.reporting import deviations, robustness
@@ -316,7 +316,7 @@ def spent(rows: Sequence[Row], budgets: Sequence[Spent]) -> list[Block]:
             lines.append(
                 [
                     row["name"],
-                    described(str(row["train"]["recipe"]), row["train"]["epochs"]),
+                    recipe_as_typed(str(row["train"]["recipe"]), row["train"]["epochs"]),
                     f"{row['epochs']:.1f}",
                     DASH if run is None else f"{run.epochs_done:.1f}{', stopped' if stopped else ''}",
                     str(len(segments) or DASH),

@@ -107,13 +107,14 @@ def test_a_recorded_command_is_shown_as_it_is_typed_today(recorded, today):
     [
         ("fast", 16, "fast"),
         ("fast", 24, "fast --epochs 24"),
+        ("e24", 24, "fast --epochs 24"),
         ("reference", 110, "reference"),
         ("reference", 30, "reference --epochs 30"),
         ("gone.toml", 30, "gone.toml"),
     ],
 )
-def test_a_recipe_is_described_with_epochs_that_are_not_its_own(recipe, epochs, words):
-    assert recipes.described(recipe, epochs) == words
+def test_a_recipe_is_shown_with_epochs_that_are_not_its_own(recipe, epochs, words):
+    assert recipes.recipe_as_typed(recipe, epochs) == words
 
 
 def test_the_digits_have_the_recipe_that_their_published_results_were_made_with():

@@ -286,7 +286,7 @@ def test_a_class_without_images_is_named(tmp_path):
     (tmp_path / "train" / "b" / "notes.txt").touch()
     for check in (lambda: check_not_empty(tmp_path, "train", ["a", "b", "c"]), lambda: read_index(tmp_path, "train")):
         with pytest.raises(
-            UserError, match=r"class folder .*/train/b contains no images\. Add images, or remove the folder"
+            UserError, match=r"class folder .*/train/b contains no images\nadd images, or remove the folder"
         ):
             check()
     check_not_empty(tmp_path, "train", ["a", "c"])

@@ -181,10 +181,10 @@ def test_many_classes_that_differ_are_not_all_listed(refuse):
 def test_a_class_without_images(refuse, data, split):
     for image in (data / split / "bee").iterdir():
         image.rename(image.with_suffix(".txt"))
-    assert (
-        f"--data data: class folder data/{split}/bee contains no images. Add images, or remove the folder"
-        in refuse(*TRAIN)[0]
-    )
+    assert refuse(*TRAIN) == [
+        f"launch.py: --data data: class folder data/{split}/bee contains no images",
+        "add images, or remove the folder",
+    ]
 
 
 def make_flat_val() -> None:
