@@ -125,14 +125,18 @@ print(json.dumps([json.loads((out / f"{name}.json").read_text()) for name in ("h
 
 def test_what_a_stopped_go_had_measured_is_kept(tmp_path):
     code = """
-import os, signal, threading
+import os, signal
 gpu_stages.obstacle = lambda session: ""
 gpu_stages.STAGES = {"last": Stage(900, 0), "hangs": Stage(900, 0), "late": Stage(900, 0)}
-def stop():
-    while "a" not in Session(out, False, 9, {}).measured("hangs"):
-        time.sleep(0.1)
-    os.kill(os.getpid(), signal.SIGTERM)
-threading.Thread(target=stop).start()
+wait = subprocess.Popen.wait
+
+def stopped_in_wait(self, timeout=None):
+    if "a" in Session(out, False, 9, {}).measured("hangs"):
+        subprocess.Popen.wait = wait
+        os.kill(os.getpid(), signal.SIGTERM)
+    return wait(self, timeout)
+
+subprocess.Popen.wait = stopped_in_wait
 try:
     gpu_stages.main([str(out)])
 except SystemExit as stopped:
