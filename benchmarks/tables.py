@@ -146,8 +146,8 @@ def _costs() -> list[_Cost]:
     what = f"a step of {plan['batch']} images at {size} px"
     found.append(_Cost(what, plan["hardware"], shown, steps["worst10"] / steps["standard"]))
     for result in gpu_results():
-        rates = {row.what: row.value for row in goals.rows(result)}
-        standard, worst = (rates[f"{mode}, from files"] for mode in ("standard", "worst10"))
+        trained = result["stages"].get("train", {}).get("measured", {})  # one after the other, with the same settings
+        standard, worst = (trained.get(f"train_{mode}", {}).get("images_per_sec") for mode in ("standard", "worst10"))
         if standard and worst:
             where, ratio = f"one {result['environment']['gpus'][0]}", standard / worst
             shown = [f"{rate:,.0f} images/s" for rate in (standard, worst)]
