@@ -29,8 +29,8 @@ from torch.nn.functional import interpolate
 
 from benchmarks.jpegs import write_photograph
 from fast_spatial.evaluation.attack import losses_of, worst_view
-from fast_spatial.evaluation.folded import Scorer
-from fast_spatial.evaluation.forward import Passes
+from fast_spatial.evaluation.folded import FoldedJudge
+from fast_spatial.evaluation.forward import BatchedForward
 from fast_spatial.kernels.colour import write_colour_matrix
 from fast_spatial.kernels.sampling import (
     BOX_H,
@@ -153,14 +153,14 @@ def measure(on: str, hw_decoder_load: str, warp: str, folder: str, side: str) ->
     images = read_index(Path(folder), "train")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
-    passes = Passes(Scorer(Classifier(classifier.build("resnet18", CLASSES)), torch.float32), 16)
+    passes = BatchedForward(FoldedJudge(Classifier(classifier.build("resnet18", CLASSES)), torch.float32), 16)
     print(
         json.dumps({name: _against_reference(images, name, int(side), placement, device, passes) for name in SETTINGS})
     )
 
 
 def _against_reference(
-    images: ImageIndex, name: str, side: int, placement: Placement, device: torch.device, passes: Passes
+    images: ImageIndex, name: str, side: int, placement: Placement, device: torch.device, passes: BatchedForward
 ) -> dict[str, float]:
     loader = Loader(
         images,

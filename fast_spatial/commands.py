@@ -36,7 +36,7 @@ from fast_spatial.errors import UserError
 from fast_spatial.launcher import set_environment, show_error
 
 if TYPE_CHECKING:
-    from fast_spatial.budget.spending import Spending
+    from fast_spatial.budget.active_plan import ActivePlan
 
 # The time of a budget starts here.
 STARTED = time.monotonic()
@@ -52,9 +52,9 @@ def train(config: TrainConfig, raw: dict[str, str]) -> None:
     def configure(more: Mapping[str, str]) -> TrainConfig:
         return train_config({**raw, **more})
 
-    def spend(spending: Spending) -> None:
-        (row,) = spending.plan.rows
-        launcher.launch("train", row.train, spending.of(row, []).pace())
+    def spend(active: ActivePlan) -> None:
+        (row,) = active.plan.rows
+        launcher.launch("train", row.train, active.of(row, []).pace())
 
     _in_budget(config, raw, [RowRequest(config.mode, configure)], spend, judged=False, may_drop=False)
 
@@ -89,23 +89,25 @@ def _in_budget(
     config: TrainConfig | ReproduceConfig,
     raw: dict[str, str],
     rows: list[RowRequest],
-    spend: Callable[[Spending], None],
+    spend: Callable[[ActivePlan], None],
     *,
     judged: bool,
     may_drop: bool,
 ) -> None:
     """Make or resume the plan of a budget, and run it; with --plan-only, only make the plan."""
     _check_budget_alone(raw)
-    from fast_spatial.budget import spending
-    from fast_spatial.budget.clock import Clock
+    from fast_spatial.budget import active_plan
+    from fast_spatial.budget.usage import UsageMeter
 
     known = options_of(ReproduceConfig, TrainConfig)
     kept = ("recipe", "eval_every", "exclude")
     flags = {name: value for name, value in raw.items() if name in kept or decides_numbers(known[name])}
-    asked = spending.Asked(config, Path(config.out), flags, rows, raw.get("recipe", ""), config.data, judged, may_drop)
-    budget, found = spending.check(asked)
-    with Clock(asked.out, STARTED, writes=config.node_rank == 0 and not config.plan_only) as clock:
-        opened = spending.open_plan(asked, budget, found, clock)
+    asked = active_plan.BudgetRequest(
+        config, Path(config.out), flags, rows, raw.get("recipe", ""), config.data, judged, may_drop
+    )
+    budget, found = active_plan.check(asked)
+    with UsageMeter(asked.out, STARTED, writes=config.node_rank == 0 and not config.plan_only) as usage:
+        opened = active_plan.open_plan(asked, budget, found, usage)
         if not config.plan_only:
             spend(opened)
 

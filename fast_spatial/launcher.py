@@ -21,12 +21,12 @@ from fast_spatial.kernels.host import environment_of_children, usable_cpus
 from fast_spatial.runtime.environment import COMMAND_VARIABLE
 from fast_spatial.runtime.failures import user_error_of
 from fast_spatial.runtime.signals import SIGNALS
-from fast_spatial.training.pacing import Pace
+from fast_spatial.training.pacing import TrainingDeadline
 
 SHUTDOWN_SEC = 120
 
 
-def launch(task: str, config: Any, limit: Pace | float | None = None) -> float:
+def launch(task: str, config: Any, limit: TrainingDeadline | float | None = None) -> float:
     """Check a task's configuration, then run it in this process or through torchrun; returns the wall-clock seconds.
 
     Args:
@@ -44,7 +44,7 @@ def launch(task: str, config: Any, limit: Pace | float | None = None) -> float:
     words = [
         task,
         json.dumps(to_json(config)),
-        json.dumps(dataclasses.asdict(limit) if isinstance(limit, Pace) else limit),
+        json.dumps(dataclasses.asdict(limit) if isinstance(limit, TrainingDeadline) else limit),
     ]
     if config.in_process:
         from fast_spatial.runtime import distributed

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fast_spatial import launcher
-from fast_spatial.budget.spending import Limits, Spending
+from fast_spatial.budget.active_plan import ActivePlan, TimeShare
 from fast_spatial.config.commands import EvaluateConfig, LandscapeConfig, ReproduceConfig
 from fast_spatial.config.modes import DIGITS, row_name
 from fast_spatial.config.rows import requests
@@ -64,7 +64,7 @@ def _row(name: str, train: TrainConfig, grid_per_class: int = 0) -> Row:
     return Row(name, train, evaluate)
 
 
-def reproduce(config: ReproduceConfig, rows: list[Row], spending: Spending | None = None) -> None:
+def reproduce(config: ReproduceConfig, rows: list[Row], active: ActivePlan | None = None) -> None:
     """Train and judge the unfinished rows, then print and write the table and the report.
 
     If a row fails, the others still run.
@@ -72,22 +72,22 @@ def reproduce(config: ReproduceConfig, rows: list[Row], spending: Spending | Non
     Args:
         config: the options of `reproduce`.
         rows: the rows without a budget; a budget uses the rows of its plan.
-        spending: the plan of a budget, or None.
+        active: the plan of a budget, or None.
 
     Raises:
         SystemExit: at the end, if a row failed.
 
     """
-    planned = {} if spending is None else {row.train.out: row for row in spending.plan.rows}
-    if spending is not None:
-        rows = [_row(row.name, row.train, row.grid_per_class) for row in spending.plan.rows]
+    planned = {} if active is None else {row.train.out: row for row in active.plan.rows}
+    if active is not None:
+        rows = [_row(row.name, row.train, row.grid_per_class) for row in active.plan.rows]
     results, failed = [], []
     for number, row in enumerate(rows, 1):
         title = f"[{number}/{len(rows)}] {row.name}"
         later = [other for other in rows[number:] if not other.result_file.is_file()]
         limits = None
-        if spending is not None:
-            limits = spending.of(planned[row.train.out], [planned[other.train.out] for other in later])
+        if active is not None:
+            limits = active.of(planned[row.train.out], [planned[other.train.out] for other in later])
         try:
             if row.result_file.is_file():
                 say(f"{title}: already done")
@@ -113,7 +113,7 @@ def reproduce(config: ReproduceConfig, rows: list[Row], spending: Spending | Non
     if results or any((Path(row.train.out) / CONFIG).is_file() for row in rows):
         write_report([Path(config.out)], Path(config.out), config.price)
     if failed:
-        more = "" if spending is None else ", with a larger budget"
+        more = "" if active is None else ", with a larger budget"
         say(f"failed: {'; '.join(failed)}; run the same command again to retry{more}")
         raise SystemExit(1)
 
@@ -126,7 +126,7 @@ def _read_result(file: Path) -> dict[str, Any]:
     return found
 
 
-def _train_and_evaluate(title: str, row: Row, limits: Limits | None) -> None:
+def _train_and_evaluate(title: str, row: Row, limits: TimeShare | None) -> None:
     pace = None if limits is None else limits.pace()
     say(f"{title}: training")
     launcher.launch("train", row.train, pace)
@@ -135,7 +135,7 @@ def _train_and_evaluate(title: str, row: Row, limits: Limits | None) -> None:
     write_json(row.result_file, _result(row, seconds_evaluate))
 
 
-def map_landscape(row: Row, limits: Limits | None = None) -> None:
+def map_landscape(row: Row, limits: TimeShare | None = None) -> None:
     """Judge all views of a few images, for the report, unless the row already has its landscape."""
     if (Path(row.train.out) / LANDSCAPE).is_file():
         return

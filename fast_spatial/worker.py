@@ -2,8 +2,8 @@
 
 torchrun -m fast_spatial.worker TASK CONFIGURATION LIMIT
 
-CONFIGURATION and LIMIT are JSON. LIMIT is the deadline: a time of `time.monotonic()`, the fields of a `Pace` for a
-training, or null.
+CONFIGURATION and LIMIT are JSON. LIMIT is the deadline: a time of `time.monotonic()`, the fields of a
+`TrainingDeadline` for a training, or null.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fast_spatial.runtime import distributed
 from fast_spatial.runtime.failures import leave_failure
 from fast_spatial.runtime.signals import stop_with_parent
 from fast_spatial.training.calibration import calibrate
-from fast_spatial.training.pacing import Pace
+from fast_spatial.training.pacing import TrainingDeadline
 from fast_spatial.training.train import train
 
 
@@ -64,7 +64,7 @@ def run(task: str, values: dict[str, Any], limit: Any = None) -> None:
     distributed.reset_watchdog(config.stall_minutes)
     world = find_decoding(config, world)
     if isinstance(limit, dict):
-        limit = Pace.from_json(limit)
+        limit = TrainingDeadline.from_json(limit)
     TASKS[task].run(config, world, limit)
 
 

@@ -15,8 +15,8 @@ from benchmarks.groups.rounds import spread
 from benchmarks.jobs import Findings, Job
 from benchmarks.trained import trained
 from fast_spatial.evaluation.attack import GridSurvivors
-from fast_spatial.evaluation.folded import Scorer
-from fast_spatial.evaluation.forward import Passes, default_judge_batch
+from fast_spatial.evaluation.folded import FoldedJudge
+from fast_spatial.evaluation.forward import BatchedForward, default_judge_batch
 from fast_spatial.models.classifier import Classifier
 from fast_spatial.runtime.device import exact_float32, has_bfloat16
 
@@ -25,7 +25,7 @@ class Ours:
     """Our attack: the identity view first, then the pool of survivors, which keeps its statistics between rounds."""
 
     def __init__(self, job: Job, model: Classifier, side: int, dtype: torch.dtype) -> None:
-        self._passes = Passes(Scorer(model, dtype), default_judge_batch(job.device, side), pad=True)
+        self._passes = BatchedForward(FoldedJudge(model, dtype), default_judge_batch(job.device, side), pad=True)
         self.pool = GridSurvivors(self._passes, job.limits, side)
         self.views: list[int] = []
         self.views_broken: list[int] = []

@@ -13,8 +13,8 @@ from benchmarks.groups.rounds import Contender, compare, rates_of, spread
 from benchmarks.jobs import Findings, Job
 from benchmarks.trained import trained
 from fast_spatial.evaluation.attack import losses_of, worst_view
-from fast_spatial.evaluation.folded import Scorer
-from fast_spatial.evaluation.forward import Passes, default_pass_size
+from fast_spatial.evaluation.folded import FoldedJudge
+from fast_spatial.evaluation.forward import BatchedForward, default_pass_size
 from fast_spatial.kernels.sampling import EVALUATION, draw_matrices, pack_key, view_limits
 from fast_spatial.kernels.warp import warp
 from fast_spatial.models import classifier
@@ -58,8 +58,8 @@ def run(job: Job) -> Findings:
     images, floats, labels = random_batch(job)
     dtype = dtype_of("auto", job.device)
     model = Classifier(classifier.build("resnet18", 1000)).to(job.device)
-    scorer = Scorer(model, dtype)
-    passes = Passes(scorer, default_pass_size(job.device, job.config.image_size))
+    scorer = FoldedJudge(model, dtype)
+    passes = BatchedForward(scorer, default_pass_size(job.device, job.config.image_size))
 
     def ours() -> int:
         worst_view(losses_of(passes(views_of(job, images)), labels))
@@ -96,14 +96,14 @@ def fidelity(job: Job) -> dict[str, Any]:
     """Share of images for which scoring at half size selects the same view, and share of the highest loss."""
     model, images, labels = trained(job, FIDELITY_IMAGES)
     side = images.shape[1]
-    scorer = Scorer(model, dtype_of("auto", job.device))
+    scorer = FoldedJudge(model, dtype_of("auto", job.device))
     same, picked, highest = 0, 0.0, 0.0
     for part in torch.split(torch.arange(len(images), device=images.device), 32):
         views = views_of(job, images[part])
         size = default_pass_size(job.device, side)
-        losses = losses_of(Passes(scorer, size)(views), labels[part])
+        losses = losses_of(BatchedForward(scorer, size)(views), labels[part])
         full = worst_view(losses)
-        small = worst_view(losses_of(Passes(scorer, size, side=side // 2)(views), labels[part]))
+        small = worst_view(losses_of(BatchedForward(scorer, size, side=side // 2)(views), labels[part]))
         same += int((full == small).sum())
         picked += losses.gather(1, small[:, None]).sum().item()
         highest += losses.gather(1, full[:, None]).sum().item()

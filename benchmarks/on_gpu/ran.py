@@ -64,7 +64,9 @@ PARTS = (
         r"test_nccl_.*",
     ),
     Part("stop and resume of a run (`fast_spatial/training/run_folder.py`)", ("resume",), "resume", "top1_pct"),
-    Part("a reproduction within a budget (`fast_spatial/budget/spending.py`)", ("reproduce",), "reproduce", "took_sec"),
+    Part(
+        "a reproduction within a budget (`fast_spatial/budget/active_plan.py`)", ("reproduce",), "reproduce", "took_sec"
+    ),
     Part("`launch.py export`", ("export",), r".*", "bytes"),
     Part("the query of nvJPEG (`fast_spatial/tools/doctor_checks.py`)", ("doctor",), "doctor", "jpeg_decoder"),
     Part("the energy meter (`fast_spatial/runtime/energy.py`)", ("train",), r"train_.*", "energy_kwh"),

@@ -26,8 +26,8 @@ from benchmarks.jpegs import photograph
 from benchmarks.on_gpu.record import Record
 from fast_spatial.config.commands import BenchConfig
 from fast_spatial.evaluation.attack import GridSurvivors
-from fast_spatial.evaluation.folded import Scorer
-from fast_spatial.evaluation.forward import Passes
+from fast_spatial.evaluation.folded import FoldedJudge
+from fast_spatial.evaluation.forward import BatchedForward
 from fast_spatial.evaluation.fused import ConvReLU, MaxPool, Zeros, blocks_of, kernel_of_blocks
 from fast_spatial.kernels.host import usable_cpus
 from fast_spatial.kernels.limits import SpatialLimits
@@ -232,12 +232,12 @@ def score(bench: Bench, side: int, batch: int, *, peak: float) -> dict[str, Any]
     torch.manual_seed(0)
     dtype = dtype_of("auto", bench.device)
     model = Classifier(classifier.build("resnet18", 1000)).to(bench.device)
-    scorer = Scorer(model, dtype)
-    passes = Passes(scorer, batch, pad=True)
+    scorer = FoldedJudge(model, dtype)
+    passes = BatchedForward(scorer, batch, pad=True)
     views = bench.random_views(batch, 1, side)
     # Compared with a pass over the last views alone: in the large batch, these have the largest memory offsets.
     logits, last = passes(views)[:, 0], min(batch, 64)
-    expected = Passes(Scorer(model, dtype), last)(views[-last:])[:, 0]
+    expected = BatchedForward(FoldedJudge(model, dtype), last)(views[-last:])[:, 0]
     error = ((logits[-last:] - expected).abs().max() / expected.abs().max()).item()
     if not error < 0.05:
         raise RuntimeError(f"wrong logits: they differ by {error:.3g} of the largest logit")
@@ -449,7 +449,7 @@ def _grid(bench: Bench, dtype_name: str) -> dict[str, Any]:
     model = Classifier(classifier.build("resnet18", 1000)).to(bench.device)
     images = pictures(bench.sizes.grid, bench.side).to(bench.device)
     with exact_float32(dtype_name == "float32"):
-        passes = Passes(Scorer(model, dtype), bench.sizes.grid_pass, pad=True)
+        passes = BatchedForward(FoldedJudge(model, dtype), bench.sizes.grid_pass, pad=True)
         labels = passes(images[:, None])[:, 0].argmax(dim=1).tolist()
         rates = []
         for _ in range(1 + min(bench.sizes.rounds, 3)):  # the first one is a warm-up

@@ -1,1 +1,1 @@
-"""Training within a budget: the clock, the plan, and each task's share of the time."""
+"""Training within a budget: the budget and its use, the plan, and each task's share of the time."""

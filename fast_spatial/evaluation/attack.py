@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from fast_spatial.evaluation.forward import Passes
+from fast_spatial.evaluation.forward import BatchedForward
 from fast_spatial.kernels.limits import SpatialLimits
 from fast_spatial.kernels.spatial import GRID_IDENTITY, GRID_VIEWS, grid, matrices
 
@@ -131,7 +131,7 @@ class GridSurvivors:
 
     def __init__(
         self,
-        passes: Passes,
+        passes: BatchedForward,
         limits: SpatialLimits,
         side: int,
         moved: Callable[[], None] = lambda: None,

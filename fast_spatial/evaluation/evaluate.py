@@ -23,8 +23,8 @@ from fast_spatial.data.placing import placement_of
 from fast_spatial.errors import UserError
 from fast_spatial.evaluation.attack import GridSurvivors, GridVerdict
 from fast_spatial.evaluation.deadline import RESERVE_SEC, Deadline, TimeUp
-from fast_spatial.evaluation.folded import Scorer
-from fast_spatial.evaluation.forward import FlipJudge, ModuleJudge, Passes, default_judge_batch
+from fast_spatial.evaluation.folded import FoldedJudge
+from fast_spatial.evaluation.forward import BatchedForward, FlipJudge, ModuleJudge, default_judge_batch
 from fast_spatial.evaluation.inputs import load_model_and_images
 from fast_spatial.evaluation.verdicts import (
     NEAR_TIE,
@@ -180,7 +180,7 @@ def evaluate_checkpoint(config: EvaluateConfig, world: World, until: float | Non
     if left_out and world.rank == 0:
         say(left_out)
     limits = config.limits
-    scorer = Scorer(model.to(world.device), dtype_of(config.dtype, world.device))
+    scorer = FoldedJudge(model.to(world.device), dtype_of(config.dtype, world.device))
     judge = FlipJudge(scorer) if config.flip else scorer
     meets = (set(range(len(images))) if on_grid is None else on_grid) if config.grid else set()
 
@@ -238,7 +238,9 @@ def evaluate_checkpoint(config: EvaluateConfig, world: World, until: float | Non
                 moved()
                 deadline.check()
 
-            passes = Passes(judge, config.views_per_forward or default_judge_batch(world.device, side), pad=True)
+            passes = BatchedForward(
+                judge, config.views_per_forward or default_judge_batch(world.device, side), pad=True
+            )
             right = [v.index for v in mine if v.natural and v.index in meets]
             # Every process judges the grid on its own images, so that no verdicts have to be exchanged.
             alone = dataclasses.replace(world, rank=0, world_size=1)

@@ -18,7 +18,7 @@ from fast_spatial.kernels.warp import warp_normalized
 from fast_spatial.models.classifier import Classifier, compile_network
 
 
-class Scorer(Judge):
+class FoldedJudge(Judge):
     """A model's judge, with the model's weights as of the last `refresh`.
 
     If folding does not apply (no BatchNorm after a convolution, or a network that cannot be traced), a copy of the

@@ -60,7 +60,7 @@ class Judge(ABC):
         return self.logits(self.inputs(views_NSSC))
 
 
-class Passes:
+class BatchedForward:
     """A judge's forward passes over any number of views. When memory runs out, the pass size is halved for good.
 
     Args:

@@ -37,8 +37,8 @@ from fast_spatial.errors import UserError
 from fast_spatial.evaluation import inputs
 from fast_spatial.evaluation.attack import losses_of, worst_view
 from fast_spatial.evaluation.deadline import Deadline, TimeUp
-from fast_spatial.evaluation.folded import Scorer
-from fast_spatial.evaluation.forward import Passes, default_judge_batch
+from fast_spatial.evaluation.folded import FoldedJudge
+from fast_spatial.evaluation.forward import BatchedForward, default_judge_batch
 from fast_spatial.kernels.limits import NOMINAL_SIDE, SpatialLimits
 from fast_spatial.kernels.spatial import GRID_ANGLES, GRID_IDENTITY, GRID_SHIFTS, GRID_VIEWS, grid, matrices
 from fast_spatial.kernels.warp import warp
@@ -106,8 +106,8 @@ def landscape(config: LandscapeConfig, world: World, until: float | None = None)
     dtype = dtype_of(config.dtype, world.device)
     model, images, per_class, side = load_model_and_subset(config)
     start = time.monotonic()
-    passes = Passes(
-        Scorer(model.to(world.device), dtype),
+    passes = BatchedForward(
+        FoldedJudge(model.to(world.device), dtype),
         config.views_per_forward or default_judge_batch(world.device, side),
         pad=True,
     )
@@ -185,7 +185,7 @@ def sample_positions(count: int) -> list[int]:
 
 
 def judge_all_views(
-    passes: Passes,
+    passes: BatchedForward,
     batches: Iterable[Batch],
     limits: SpatialLimits,
     side: int,

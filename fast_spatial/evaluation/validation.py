@@ -8,8 +8,8 @@ from fast_spatial.config.train import TrainConfig
 from fast_spatial.data.loading import evaluation_loader, training_limits
 from fast_spatial.data.placing import placement_of
 from fast_spatial.evaluation.attack import verdicts
-from fast_spatial.evaluation.folded import Scorer
-from fast_spatial.evaluation.forward import FlipJudge, Passes, default_pass_size
+from fast_spatial.evaluation.folded import FoldedJudge
+from fast_spatial.evaluation.forward import BatchedForward, FlipJudge, default_pass_size
 from fast_spatial.pipelines.dataset import ImageIndex
 from fast_spatial.runtime.distributed import World
 from fast_spatial.runtime.metrics import EachOnce, Tally
@@ -33,7 +33,7 @@ class Validation:
         config: TrainConfig,
         world: World,
         images: ImageIndex,
-        judge: Scorer,
+        judge: FoldedJudge,
         *,
         on_gpu_failure: Callable[[str], None] = say,
     ) -> None:
@@ -42,7 +42,7 @@ class Validation:
         self._warps = int((limits_V2 != 0).any(axis=1).sum())
         # On GPUs, passes have the shape of the training's passes.
         size = config.views_per_forward or default_pass_size(world.device, side)
-        self._passes = Passes(
+        self._passes = BatchedForward(
             FlipJudge(judge) if config.eval_flip else judge,
             size or config.global_batch_size // world.world_size * len(limits_V2),
             pad=judge.compiled,  # another shape would be compiled again

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from fast_spatial.evaluation.attack import GridSurvivors, GridVerdict, verdicts
 from fast_spatial.evaluation.deadline import TimeUp
-from fast_spatial.evaluation.forward import Judge, Passes, default_judge_batch
+from fast_spatial.evaluation.forward import BatchedForward, Judge, default_judge_batch
 from fast_spatial.kernels.limits import SpatialLimits
 from fast_spatial.pipelines.dataset import ImageIndex
 from fast_spatial.pipelines.loader import Batch
@@ -96,13 +96,13 @@ def judge_batches(
         moved: called after every batch, and before every forward pass over the grid.
 
     """
-    passes: Passes | None = None
+    passes: BatchedForward | None = None
     survivors: GridSurvivors | None = None
     waiting: dict[int, ImageVerdict] = {}
     for batch in batches:
         if passes is None:
             size = judge_batch or default_judge_batch(batch.labels.device, batch.side)
-            passes = Passes(judge, size, pad=True)
+            passes = BatchedForward(judge, size, pad=True)
         found = verdicts(passes(batch.views), batch.labels)
         columns = zip(
             batch.index.tolist(),

@@ -117,7 +117,7 @@ def all_equal(value: int, device: torch.device) -> bool:
     return int(extremes[0]) == -int(extremes[1])
 
 
-class Ballot:
+class StepAgreement:
     """A non-blocking all-reduce (maximum) of a few integers per step, so that all processes decide alike.
 
     Every process submits its values once per step, and gets the maxima of the previous step.

@@ -18,8 +18,8 @@ from fast_spatial.config.fields import from_json, identity
 from fast_spatial.config.train import TrainConfig
 from fast_spatial.data.images import load_split
 from fast_spatial.data.loading import training_loader
-from fast_spatial.evaluation.folded import Scorer
-from fast_spatial.evaluation.forward import Passes, default_judge_batch
+from fast_spatial.evaluation.folded import FoldedJudge
+from fast_spatial.evaluation.forward import BatchedForward, default_judge_batch
 from fast_spatial.evaluation.validation import Validation
 from fast_spatial.kernels.limits import SpatialLimits
 from fast_spatial.kernels.spatial import GRID_VIEWS, grid, matrices
@@ -129,7 +129,7 @@ def measure_validation(config: TrainConfig, images: ImageIndex, world: World) ->
         len(images), world.world_size * _images_per_process(config, world, config.eval_size or config.image_size)
     )
     part = images.random_subset(count)
-    judge = Scorer(Classifier(classifier.build(config.arch, len(images.classes))).to(device), dtype)
+    judge = FoldedJudge(Classifier(classifier.build(config.arch, len(images.classes))).to(device), dtype)
     validate = Validation(
         dataclasses.replace(
             config, global_batch_size=max(world.world_size, count // world.world_size * world.world_size)
@@ -152,7 +152,9 @@ def measure_verdicts(config: TrainConfig, num_classes: int, world: World, *, sec
     dtype = dtype_of("float32", device)
     side = config.eval_size or config.image_size
     size = default_judge_batch(device, side)
-    passes = Passes(Scorer(Classifier(classifier.build(config.arch, num_classes)).to(device), dtype), size, pad=True)
+    passes = BatchedForward(
+        FoldedJudge(Classifier(classifier.build(config.arch, num_classes)).to(device), dtype), size, pad=True
+    )
     matrices_G23 = torch.from_numpy(matrices(grid(SpatialLimits.from_px(30.0)), side)).to(device)
     views = matrices_G23[torch.arange(size, device=device) % GRID_VIEWS][None]
     image = torch.randint(256, (1, side, side, 3), dtype=torch.uint8, device=device)

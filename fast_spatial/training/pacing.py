@@ -1,8 +1,8 @@
 """Training to a deadline: measures the step time and plans the number of remaining steps.
 
 At intervals, rank 0 plans a new last step from the measured step time and the time left. All processes learn of it
-through `distributed.Ballot`, and a new segment of the training's timeline begins. Learning rate and image size follow
-the timeline, so both reach their final values at any speed.
+through `distributed.StepAgreement`, and a new segment of the training's timeline begins. Learning rate and image size
+follow the timeline, so both reach their final values at any speed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _LEAST_AFTER = 0.75
 
 
 @dataclass(frozen=True)
-class Pace:
+class TrainingDeadline:
     """A training's deadline and its calibrated times.
 
     Attributes:
@@ -54,19 +54,19 @@ class Pace:
     interval_sec: float
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Pace:
+    def from_json(cls, values: dict[str, Any]) -> TrainingDeadline:
         """The inverse of `dataclasses.asdict`, over JSON."""
         return cls(**{**values, "step_sec": {int(side): seconds for side, seconds in values["step_sec"].items()}})
 
 
-class Decision(NamedTuple):
+class NewEnd(NamedTuple):
     """From step `start` on, training ends at step `end`. Both 0: no change. Equal: stop at that step."""
 
     start: int = 0
     end: int = 0
 
 
-class Pacemaker:
+class Pacer:
     """Plans the number of remaining steps.
 
     Args:
@@ -80,7 +80,7 @@ class Pacemaker:
 
     def __init__(
         self,
-        pace: Pace,
+        pace: TrainingDeadline,
         config: TrainConfig,
         timeline: Timeline,
         steps_per_epoch: int,
@@ -112,7 +112,7 @@ class Pacemaker:
         """The initial plan: the last step, counted from the start of the training, after `done` steps."""
         return done + max(1, self._affordable(done, self._left_sec()))
 
-    def after_step(self, done: int, side: int) -> Decision:
+    def after_step(self, done: int, side: int) -> NewEnd:
         """Record the end of a step at an image size; returns what is decided now."""
         now = self._clock()
         took, self._step_ended = now - self._step_ended, now
@@ -123,16 +123,16 @@ class Pacemaker:
         else:
             self._note(took, self._pace.step_sec[side])
         if self._pace.until - now < _LEAST_AFTER * self._pace.after_sec and done + 1 < self._timeline.end:
-            return Decision(done + 1, done + 1)
+            return NewEnd(done + 1, done + 1)
         if self._config.schedule == "milestones" or now - self._decided < self._pace.interval_sec:
-            return Decision()
+            return NewEnd()
         start = done + (_LEAD_STEPS if self._side_is_final(done) else _LEAD_STEPS_OF_SIDES)
         if start >= self._timeline.end or self._timeline.segments[-1].start > done:
-            return Decision()
+            return NewEnd()
         self._decided = now
         shortest = int(_MOST_SHORTENED * (self._timeline.end - done))
         end = max(start + 1, done + shortest, done + self._affordable(done, self._left_sec()))
-        return Decision() if end == self._timeline.end else Decision(start, end)
+        return NewEnd() if end == self._timeline.end else NewEnd(start, end)
 
     def _note(self, took: float, expected: float) -> None:
         kept = 0.5 ** (took / self._half_life_sec)

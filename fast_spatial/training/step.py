@@ -15,8 +15,8 @@ from torch.profiler import record_function
 
 from fast_spatial.config.train import TrainConfig
 from fast_spatial.evaluation.attack import losses_of, take_views, worst_view
-from fast_spatial.evaluation.folded import Scorer
-from fast_spatial.evaluation.forward import Passes, default_pass_size
+from fast_spatial.evaluation.folded import FoldedJudge
+from fast_spatial.evaluation.forward import BatchedForward, default_pass_size
 from fast_spatial.kernels.crops import Crops
 from fast_spatial.models import classifier, surgery
 from fast_spatial.models.classifier import Classifier, compile_network
@@ -69,7 +69,7 @@ class TrainStep:
         score_size: image size for scoring; training uses the full size; 0: score at the full size.
         label_smoothing: share of the training target spread over all classes. It changes only the gradient: plain
             cross-entropy selects the views and is the returned loss.
-        compiled: compile the network with torch.compile, and the scorer as in `Scorer`.
+        compiled: compile the network with torch.compile, and the scorer as in `FoldedJudge`.
 
     """
 
@@ -90,9 +90,9 @@ class TrainStep:
         self._grad_accum_steps, self._label_smoothing = grad_accum_steps, label_smoothing
         self._device = model.scale.device
         self.scaler = torch.amp.GradScaler(self._device.type, enabled=dtype == torch.float16)
-        self.scorer = Scorer(model, dtype, compiled=compiled) if scored else None
+        self.scorer = FoldedJudge(model, dtype, compiled=compiled) if scored else None
         self._views_per_forward, self._score_size = views_per_forward, score_size
-        self._passes: dict[int, Passes] = {}  # by image size, which may grow during training
+        self._passes: dict[int, BatchedForward] = {}  # by image size, which may grow during training
         if compiled:
             compile_network(model.net)
         self._parallel: nn.Module = model
@@ -147,13 +147,13 @@ class TrainStep:
         choice = self._worst(batch, lambda passes: passes(batch.views))
         return take_views(batch.views, choice), choice
 
-    def _worst(self, batch: Batch, logits: Callable[[Passes], Tensor]) -> Tensor:
+    def _worst(self, batch: Batch, logits: Callable[[BatchedForward], Tensor]) -> Tensor:
         if self.scorer is None:
             return torch.zeros_like(batch.labels)
         side = batch.side
         if side not in self._passes:
             size = self._views_per_forward or default_pass_size(self._device, self._score_size or side)
-            self._passes[side] = Passes(self.scorer, size, pad=self.scorer.compiled, side=self._score_size)
+            self._passes[side] = BatchedForward(self.scorer, size, pad=self.scorer.compiled, side=self._score_size)
         return worst_view(losses_of(logits(self._passes[side]), batch.labels))
 
     def _autocast(self) -> Any:

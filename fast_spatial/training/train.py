@@ -19,14 +19,14 @@ from fast_spatial.data.images import load_split
 from fast_spatial.data.loading import training_loader
 from fast_spatial.data.placing import placement_of
 from fast_spatial.errors import UserError
-from fast_spatial.evaluation.folded import Scorer
+from fast_spatial.evaluation.folded import FoldedJudge
 from fast_spatial.evaluation.validation import Validation
 from fast_spatial.models import checkpoint
 from fast_spatial.models.ema import WeightEma
 from fast_spatial.pipelines.text import some
 from fast_spatial.runtime import distributed
 from fast_spatial.runtime.device import dtype_of, seed_everything, seed_step
-from fast_spatial.runtime.distributed import Ballot, World
+from fast_spatial.runtime.distributed import StepAgreement, World
 from fast_spatial.runtime.files import write_json
 from fast_spatial.runtime.metrics import Divergence, Tally
 from fast_spatial.runtime.run_files import BEST, CONFIG, ENVIRONMENT, LAST, PREVIOUS, PROFILE
@@ -36,7 +36,7 @@ from fast_spatial.runtime.waiting import clock_of
 from fast_spatial.training.bad_images import BadImages
 from fast_spatial.training.messages import describe, describe_resume, diverged, time_was_up
 from fast_spatial.training.optim import set_lr
-from fast_spatial.training.pacing import Decision, Pace, Pacemaker
+from fast_spatial.training.pacing import NewEnd, Pacer, TrainingDeadline
 from fast_spatial.training.run_folder import (
     CheckpointTimer,
     Saver,
@@ -52,7 +52,7 @@ from fast_spatial.training.step import make_step
 PROFILE_AFTER_STEPS = 10
 
 
-def train(config: TrainConfig, world: World, pace: Pace | None = None) -> None:
+def train(config: TrainConfig, world: World, pace: TrainingDeadline | None = None) -> None:
     """Train a model; write `best.pt`, `last.pt`, `log.jsonl` and TensorBoard scalars into its folder.
 
     With a pace, the deadline sets the number of steps instead of the recipe's epochs.
@@ -72,7 +72,7 @@ def train(config: TrainConfig, world: World, pace: Pace | None = None) -> None:
 
 
 def _train(
-    config: TrainConfig, world: World, pace: Pace | None, request: StopRequest, opened: contextlib.ExitStack
+    config: TrainConfig, world: World, pace: TrainingDeadline | None, request: StopRequest, opened: contextlib.ExitStack
 ) -> None:
     # --- set up
     seed_everything(config.seed, deterministic=config.deterministic)
@@ -84,9 +84,9 @@ def _train(
     net, optimizer = step.model.net, step.optimizer
     average = WeightEma(step.model, config.ema) if config.ema else None
     if average is None:
-        judge = step.scorer or Scorer(step.model, dtype)
+        judge = step.scorer or FoldedJudge(step.model, dtype)
     else:
-        judge = Scorer(average.model, dtype, compiled=config.is_compiled(on_gpu=world.device.type == "cuda"))
+        judge = FoldedJudge(average.model, dtype, compiled=config.is_compiled(on_gpu=world.device.type == "cuda"))
     steps_per_epoch = len(train_images) // config.global_batch_size
     timeline = Timeline.of_steps(config.epochs * steps_per_epoch)
 
@@ -184,13 +184,13 @@ def _train(
             runlog.note("segment", done, **segment._asdict())
 
     # --- what happens between steps
-    ballot, divergence = Ballot(wishes=4), Divergence(world.device)
-    pacemaker = None if pace is None else Pacemaker(pace, config, timeline, steps_per_epoch)
+    ballot, divergence = StepAgreement(wishes=4), Divergence(world.device)
+    pacemaker = None if pace is None else Pacer(pace, config, timeline, steps_per_epoch)
     due = CheckpointTimer(
         config.checkpoint_steps if world.rank == 0 else 0, config.checkpoint_sec if world.rank == 0 else 0
     )
 
-    def follow(decision: Decision) -> None:
+    def follow(decision: NewEnd) -> None:
         """Add a decision's segment to the timeline, unless the current plan ends before it starts."""
         if decision.end and decision.start < timeline.end:
             segment = timeline.replan(*decision)
@@ -257,7 +257,7 @@ def _train(
 
     # --- train
     if pacemaker is not None and done < timeline.end and config.schedule != "milestones":
-        follow(Decision(done, distributed.broadcast(pacemaker.first_end(done), world.device)))
+        follow(NewEnd(done, distributed.broadcast(pacemaker.first_end(done), world.device)))
     epoch = first_epoch
     while epoch * steps_per_epoch < timeline.end:
         start_step = first_step if epoch == first_epoch else 0
@@ -296,11 +296,11 @@ def _train(
                     runlog.scalars("train_step", done, **means, lr=lr, side=batch.side)
                 if profiler is not None:
                     profiler.step()
-                decision = Decision()
+                decision = NewEnd()
                 if pacemaker is not None and world.rank == 0:
                     decision = pacemaker.after_step(done, batch.side)
                 save_now, stop_signal, *decided = ballot(due(done), request.signal_number, *decision)
-                follow(Decision(*decided))
+                follow(NewEnd(*decided))
                 if (save_now or stop_signal) and number + 1 < steps_per_epoch:
                     save(epoch, number + 1, tally)
                     if stop_signal:
@@ -308,7 +308,7 @@ def _train(
         bar.close()
         _, late_signal, *decided = ballot.outstanding()
         stop_signal = stop_signal or late_signal
-        follow(Decision(*decided))
+        follow(NewEnd(*decided))
         check_finite()
         last = done >= timeline.end
         steps_of_epoch = done - epoch * steps_per_epoch

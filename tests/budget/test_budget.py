@@ -1,4 +1,4 @@
-"""What may be spent, and the clock that counts what was."""
+"""What may be spent, and the meter that counts what was."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from fast_spatial.budget import clock as budget
-from fast_spatial.budget.clock import Clock, budget_of, moment_of
+from fast_spatial.budget import usage as budget
+from fast_spatial.budget.usage import UsageMeter, budget_of, moment_of
 from fast_spatial.config.train import BudgetOptions
 from fast_spatial.errors import UserError
 from fast_spatial.runtime.run_files import USAGE
@@ -117,16 +117,16 @@ def hands(monkeypatch):
 
 
 def test_the_time_between_two_starts_does_not_count(tmp_path, hands):
-    with Clock(tmp_path, hands.sec - 100.0):
+    with UsageMeter(tmp_path, hands.sec - 100.0):
         pass
     hands.sec += 5.0
-    with Clock(tmp_path, hands.sec - 20.0) as clock:
-        assert clock.used_sec == 120.0
+    with UsageMeter(tmp_path, hands.sec - 20.0) as usage:
+        assert usage.used_sec == 120.0
         hours = budget_of(BudgetOptions(hours=0.1), 0)
-        assert hours.until(clock) - hands.sec == pytest.approx(240.0)
+        assert hours.until(usage) - hands.sec == pytest.approx(240.0)
         hands.sec += 7.0
-        assert clock.used_sec == 127.0
-        assert hours.until(clock) - hands.sec == pytest.approx(233.0)
+        assert usage.used_sec == 127.0
+        assert hours.until(usage) - hands.sec == pytest.approx(233.0)
     assert [(part["seconds"], part["ended"]) for part in parts(tmp_path)] == [(100, True), (27, True)]
 
 
@@ -134,10 +134,10 @@ def test_the_time_of_a_process_that_was_killed_counts(tmp_path):
     code = """
 import pathlib, sys, time
 from types import SimpleNamespace
-from fast_spatial.budget import clock as budget
+from fast_spatial.budget import usage as budget
 now = [0.0]
 budget._BEAT_SEC, budget.time = 0.02, SimpleNamespace(monotonic=lambda: now[0])
-with budget.Clock(pathlib.Path(sys.argv[1]), -50.0):
+with budget.UsageMeter(pathlib.Path(sys.argv[1]), -50.0):
     now[0] = 3.0
     time.sleep(600)
 """
@@ -152,7 +152,7 @@ with budget.Clock(pathlib.Path(sys.argv[1]), -50.0):
         process.wait()
     assert parts(tmp_path)[0]["ended"] is False
     # What it was heard of last, and the longest that it may have gone on unheard.
-    assert Clock(tmp_path, time.monotonic()).used_before_sec == 53.0 + budget._BEAT_SEC
+    assert UsageMeter(tmp_path, time.monotonic()).used_before_sec == 53.0 + budget._BEAT_SEC
 
 
 def test_another_time_of_the_clock_does_not_depend_on_use(tmp_path, hands):
@@ -162,21 +162,21 @@ def test_another_time_of_the_clock_does_not_depend_on_use(tmp_path, hands):
     known = (first.moment - datetime.timedelta(days=1)).isoformat()
     again = budget_of(options, 0, known)  # a restart after midnight means the same time
     assert again.moment == first.moment - datetime.timedelta(days=1)
-    with Clock(tmp_path, hands.sec - 1000.0) as clock:
-        assert first.until(clock) - hands.sec == 5400.0  # it is 17:00
+    with UsageMeter(tmp_path, hands.sec - 1000.0) as usage:
+        assert first.until(usage) - hands.sec == 5400.0  # it is 17:00
         hands.sec += 60.0
-        assert first.until(clock) - hands.sec == 5340.0
+        assert first.until(usage) - hands.sec == 5340.0
 
 
 def test_a_record_that_cannot_be_read_is_no_free_time(tmp_path):
     (tmp_path / USAGE).write_text("{")
     with pytest.raises(UserError, match="the used part of the budget is unknown\nname a new folder"):
-        Clock(tmp_path, time.monotonic())
+        UsageMeter(tmp_path, time.monotonic())
 
 
 def test_a_record_that_cannot_be_written_any_more_does_not_end_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(budget, "_BEAT_SEC", 0.02)
-    with Clock(tmp_path, time.monotonic()):
+    with UsageMeter(tmp_path, time.monotonic()):
         tries = threading.Semaphore(0)
 
         def full(*_: object) -> None:

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from fast_spatial.budget import spending
-from fast_spatial.budget.clock import Budget, Clock
+from fast_spatial.budget import active_plan
 from fast_spatial.budget.planning import Plan, candidate_recipes, describe, duration, expectation, make_plan
+from fast_spatial.budget.usage import Budget, UsageMeter
 from fast_spatial.config.commands import ReproduceConfig
 from fast_spatial.config.rows import requests
 from fast_spatial.errors import UserError
@@ -229,10 +229,10 @@ def spent(tmp_path, monkeypatch):
         for number, row in enumerate(plan.rows)
     ]
     plan = Plan(rows, [], plan.end_sec)
-    opened = spending.Spending(
+    opened = active_plan.ActivePlan(
         plan,
         Budget("--hours 0.25", 0.25, None, 0),
-        Clock(tmp_path, 1000.0),
+        UsageMeter(tmp_path, 1000.0),
         views_per_sec=3000.0,
         classes=10,
         most_per_class=22,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fast_spatial.evaluation.attack import GridSurvivors, losses_of, take_views, verdicts, worst_view
-from fast_spatial.evaluation.forward import Judge, ModuleJudge, Passes, even_pass, largest_pass
+from fast_spatial.evaluation.forward import BatchedForward, Judge, ModuleJudge, even_pass, largest_pass
 from fast_spatial.evaluation.verdicts import ImageVerdict, judge_batches, summarize
 from fast_spatial.kernels.limits import SpatialLimits
 from fast_spatial.kernels.sampling import EVALUATION, draw_matrices, pack_key, view_limits
@@ -61,7 +61,7 @@ def test_the_view_of_highest_loss_is_picked(k):
     views, judge, _ = planted(losses)
     labels = torch.zeros(6, dtype=torch.long)
     for chunk in (0, 1, 5, 1000):
-        logits = Passes(judge, chunk)(views)
+        logits = BatchedForward(judge, chunk)(views)
         torch.testing.assert_close(losses_of(logits, labels), losses)
         choice = worst_view(losses_of(logits, labels))
         assert choice.tolist() == losses.numpy().argmax(axis=1).tolist()
@@ -78,9 +78,9 @@ def test_the_first_of_equal_losses_wins_and_not_a_number_is_the_worst():
 def test_padded_passes_have_one_shape_and_change_nothing():
     losses = torch.rand(7, 3) + 0.1
     views, judge, calls = planted(losses)
-    padded = Passes(judge, 8, pad=True)(views)
+    padded = BatchedForward(judge, 8, pad=True)(views)
     assert calls == [8, 8, 8]
-    torch.testing.assert_close(padded, Passes(judge, 0)(views), rtol=0, atol=0)
+    torch.testing.assert_close(padded, BatchedForward(judge, 0)(views), rtol=0, atol=0)
 
 
 def test_padded_passes_have_one_layout_in_memory():
@@ -96,7 +96,7 @@ def test_padded_passes_have_one_layout_in_memory():
         return inputs.flatten(1)
 
     judge = Layouts(look)
-    Passes(judge, 4, pad=True)(torch.zeros(3, 2, 5, 5, 3, dtype=torch.uint8))
+    BatchedForward(judge, 4, pad=True)(torch.zeros(3, 2, 5, 5, 3, dtype=torch.uint8))
     assert len(strides) == 2
     assert len(set(strides)) == 1
 
@@ -119,12 +119,12 @@ def test_passes_that_are_too_large_are_halved_and_stay_so(caplog, pad, error, to
             raise error
         return judge(inputs)
 
-    passes = Passes(FunctionJudge(small), 0, pad=pad)
+    passes = BatchedForward(FunctionJudge(small), 0, pad=pad)
     with caplog.at_level(logging.WARNING):
         found = [passes(views), passes(views)]
     assert calls == [5, 5, 5, 5] * 2
     for logits in found:
-        torch.testing.assert_close(logits, Passes(judge, 0)(views), rtol=0, atol=0)
+        torch.testing.assert_close(logits, BatchedForward(judge, 0)(views), rtol=0, atol=0)
     assert [record.getMessage() for record in caplog.records] == [
         f"{told} in a forward pass over {failed} views; continuing with {failed // 2} views" for failed in (20, 10)
     ]
@@ -133,14 +133,14 @@ def test_passes_that_are_too_large_are_halved_and_stay_so(caplog, pad, error, to
         raise error
 
     with pytest.raises(type(error), match=str(error)):
-        Passes(FunctionJudge(never), 0, pad=pad)(views)
+        BatchedForward(FunctionJudge(never), 0, pad=pad)(views)
 
 
 def test_other_errors_of_a_pass_are_no_reason_to_halve_it():
     def broken(inputs):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    passes = Passes(FunctionJudge(broken), 0)
+    passes = BatchedForward(FunctionJudge(broken), 0)
     with pytest.raises(RuntimeError, match="cannot be multiplied"):
         passes(torch.zeros(2, 2, 5, 5, 3, dtype=torch.uint8))
     assert passes.size == 0
@@ -170,7 +170,7 @@ def test_passes_without_a_size_keep_to_the_largest(monkeypatch, side):
     monkeypatch.setattr("fast_spatial.evaluation.forward.largest_pass", largest)
     views, judge, calls = planted(torch.rand(5, 4) + 0.1)
     shape = views.shape[2]
-    Passes(judge, 0, side=side)(views)
+    BatchedForward(judge, 0, side=side)(views)
     assert calls == [5, 5, 5, 5]
     assert asked == [side or shape]
 
@@ -182,7 +182,7 @@ def test_warps_are_judged_alike_in_any_number_of_passes(size):
     judge = FunctionJudge(lambda views: views.flatten(1).float())
     expected = warp(images, rows).flatten(2).float()
     for pad in (False, True):
-        torch.testing.assert_close(Passes(judge, size, pad=pad).warped(images, rows), expected, rtol=0, atol=0)
+        torch.testing.assert_close(BatchedForward(judge, size, pad=pad).warped(images, rows), expected, rtol=0, atol=0)
 
 
 def test_views_are_shrunk_as_a_mean_of_their_pixels():
@@ -194,12 +194,12 @@ def test_views_are_shrunk_as_a_mean_of_their_pixels():
         return small.flatten(1).float()
 
     judge = FunctionJudge(look)
-    Passes(judge, 0, side=8)(views)
+    BatchedForward(judge, 0, side=8)(views)
     assert seen[0].dtype == torch.uint8
     assert seen[0].shape == (6, 8, 8, 3)
     assert (seen[0].float().mean((1, 2)) - views.flatten(0, 1).float().mean((1, 2))).abs().max() < 3
     flat = torch.full((1, 1, 16, 16, 3), 77, dtype=torch.uint8)
-    Passes(judge, 0, side=5)(flat)
+    BatchedForward(judge, 0, side=5)(flat)
     assert (seen[1] == 77).all()
 
 
@@ -207,7 +207,7 @@ def test_verdicts_follow_the_original_definition():
     # Columns: untouched, first random view, second; a loss above log 2 = 0.69 is a wrong answer.
     losses = torch.tensor([[0.1, 0.2, 0.3], [0.1, 0.9, 0.3], [0.9, 0.1, 0.1], [0.1, 0.2, 0.8]])
     views, judge, _ = planted(losses)
-    found = verdicts(Passes(judge, 0)(views), torch.zeros(4, dtype=torch.long))
+    found = verdicts(BatchedForward(judge, 0)(views), torch.zeros(4, dtype=torch.long))
     assert found.natural.tolist() == [True, True, False, True]
     assert found.random.tolist() == [True, False, True, True]
     assert found.worst.tolist() == [True, False, False, False]
@@ -276,7 +276,7 @@ def test_the_planted_crowd_is_worth_testing(crowd):
 def test_pooled_survivors_equal_brute_force(crowd, batch, portion):
     images, labels, judge, brute_BG = crowd
     natural = brute_BG[:, GRID_IDENTITY].nonzero()[:, 0]
-    pool = GridSurvivors(Passes(judge, batch, pad=True), LIMITS, 9)
+    pool = GridSurvivors(BatchedForward(judge, batch, pad=True), LIMITS, 9)
     found = []
     for part in natural.split(portion):
         pool.add(images[part], labels[part].tolist(), part.tolist())
@@ -297,7 +297,7 @@ def test_the_first_to_come_are_the_first_to_be_settled():
     """What is in flight when the time is up is lost; all at once, nothing would be settled for 194 turns."""
     turns: list[None] = []
     right = FunctionJudge(lambda views: torch.tensor([[1.0, 0.0]]).expand(len(views), 2))
-    pool = GridSurvivors(Passes(right, 64, pad=True), LIMITS, 9, moved=lambda: turns.append(None))
+    pool = GridSurvivors(BatchedForward(right, 64, pad=True), LIMITS, 9, moved=lambda: turns.append(None))
     images = torch.zeros(16, 9, 9, 3, dtype=torch.uint8)
     pool.add(images, [0] * 16, list(range(16)))
     settled, settled_at = [], []

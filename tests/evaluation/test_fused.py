@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import fx, nn
 
-from fast_spatial.evaluation.folded import Scorer
+from fast_spatial.evaluation.folded import FoldedJudge
 from fast_spatial.evaluation.fused import (
     ConvReLU,
     MaxPool,
@@ -31,7 +31,7 @@ FUSED = {"resnet18": 17, "resnet50": 49, "vgg11_bn": 8, "mobilenet_v2": 0, "regn
 @pytest.mark.parametrize("arch", FUSED)
 def test_a_fused_twin_judges_as_before(arch):
     torch.manual_seed(0)
-    scorer = Scorer(Classifier(classifier.build(arch, 10)), torch.float32)
+    scorer = FoldedJudge(Classifier(classifier.build(arch, 10)), torch.float32)
     views = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8)
     expected = scorer(views)
     assert scorer._twin is not None and fuse_relu(scorer._twin) == FUSED[arch]
@@ -42,14 +42,14 @@ def test_a_fused_twin_judges_as_before(arch):
 def test_a_fused_twin_follows_the_weights():
     torch.manual_seed(0)
     model = Classifier(classifier.build("resnet18", 10))
-    scorer = Scorer(model, torch.float32)
+    scorer = FoldedJudge(model, torch.float32)
     assert scorer._twin is not None and fuse_relu(scorer._twin)
     views = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.01 * torch.randn_like(parameter))
     scorer.refresh()
-    torch.testing.assert_close(scorer(views), Scorer(model, torch.float32)(views), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(scorer(views), FoldedJudge(model, torch.float32)(views), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "vgg11_bn"])  # convolutions without biases, and with them
@@ -57,7 +57,7 @@ def test_a_fused_twin_follows_the_weights():
 def test_folded_weights_are_those_of_each_layer_alone(arch, dtype):
     torch.manual_seed(0)
     model = Classifier(classifier.build(arch, 10))
-    scorer = Scorer(model, dtype)
+    scorer = FoldedJudge(model, dtype)
     with torch.no_grad():
         for tensor in (*model.net.parameters(), *model.net.buffers()):
             if tensor.is_floating_point():
@@ -158,9 +158,9 @@ def test_a_twin_with_an_unrolled_stem_judges_as_before(arch, monkeypatch):
     torch.manual_seed(0)
     model = Classifier(classifier.build(arch, 10))
     views = torch.randint(0, 256, (2, 65, 65, 3), dtype=torch.uint8)
-    expected = Scorer(model, torch.float32)(views)
+    expected = FoldedJudge(model, torch.float32)(views)
     monkeypatch.setattr("fast_spatial.evaluation.folded.is_fusable", lambda *_: True)
-    scorer = Scorer(model, torch.float32)
+    scorer = FoldedJudge(model, torch.float32)
     assert scorer._twin is not None
     torch.testing.assert_close(scorer(views), expected, rtol=1e-4, atol=1e-5)
     unrolled = [node for node in scorer._twin.graph.nodes if node.target is blocks_of]
@@ -206,7 +206,7 @@ def test_a_twin_that_blurs_before_its_strides_goes_on_blurring(arch, monkeypatch
     surgery.blur_before_strides(net)
     blurred = sum(bool(module._forward_pre_hooks) for module in net.modules())
     monkeypatch.setattr("fast_spatial.evaluation.folded.is_fusable", lambda *_: True)
-    twin = Scorer(Classifier(net), torch.float32)._twin
+    twin = FoldedJudge(Classifier(net), torch.float32)._twin
     assert twin is not None
     wrapped = [module.conv for module in twin.modules() if isinstance(module, ConvReLU)]
     assert wrapped and not any(conv._forward_pre_hooks for conv in wrapped)
@@ -238,10 +238,10 @@ def test_a_scorer_is_compiled_where_nothing_else_fuses_it(monkeypatch):
     compiled: list[nn.Module] = []
     monkeypatch.setattr("fast_spatial.evaluation.folded.compile_network", compiled.append)
     model = Classifier(classifier.build("resnet18", 10))
-    assert not Scorer(model, torch.float32).compiled and not compiled
-    assert Scorer(model, torch.float32, compiled=True).compiled and len(compiled) == 1
+    assert not FoldedJudge(model, torch.float32).compiled and not compiled
+    assert FoldedJudge(model, torch.float32, compiled=True).compiled and len(compiled) == 1
     monkeypatch.setattr("fast_spatial.evaluation.folded.is_fusable", lambda *_: True)
-    assert not Scorer(model, torch.float32, compiled=True).compiled and len(compiled) == 1
+    assert not FoldedJudge(model, torch.float32, compiled=True).compiled and len(compiled) == 1
 
 
 class Counted(nn.Module):
@@ -260,7 +260,7 @@ def test_a_constant_of_the_tracer_s_is_no_weight():
     torch.manual_seed(0)
     model = Classifier(Counted()).eval()
     views = torch.randint(0, 256, (2, 9, 9, 3), dtype=torch.uint8)
-    scorer = Scorer(model, torch.float32)
+    scorer = FoldedJudge(model, torch.float32)
     assert scorer._twin is not None
     torch.testing.assert_close(scorer(views), model(views))
 
@@ -275,6 +275,6 @@ def test_what_a_hook_does_after_a_convolution_or_a_norm_is_judged_too(hooked):
     net.get_submodule(hooked).register_forward_hook(lambda module, inputs, output: output + 3)
     model = Classifier(net).eval()
     views = torch.randint(0, 256, (2, 9, 9, 3), dtype=torch.uint8)
-    scorer = Scorer(model, torch.float32)
+    scorer = FoldedJudge(model, torch.float32)
     assert len(scorer._pairs) == 1
     torch.testing.assert_close(scorer(views), model(views))

@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from fast_spatial.config.commands import LandscapeConfig
 from fast_spatial.errors import UserError
 from fast_spatial.evaluation import landscape
-from fast_spatial.evaluation.forward import ModuleJudge, Passes
+from fast_spatial.evaluation.forward import BatchedForward, ModuleJudge
 from fast_spatial.evaluation.landscape import judge_all_views, read, sample_positions
 from fast_spatial.kernels.limits import SpatialLimits
 from fast_spatial.kernels.spatial import GRID_ANGLES, GRID_IDENTITY, GRID_SHIFTS, GRID_VIEWS, grid, matrices
@@ -48,7 +48,9 @@ def batches(count: int, size: int) -> list[Batch]:
 def test_every_view_has_the_loss_and_verdict_of_brute_force(size, judged):
     judge = net()
     found = list(
-        judge_all_views(Passes(ModuleJudge(judge, torch.float32), judged, pad=True), batches(5, size), LIMITS, SIDE)
+        judge_all_views(
+            BatchedForward(ModuleJudge(judge, torch.float32), judged, pad=True), batches(5, size), LIMITS, SIDE
+        )
     )
     (whole,) = batches(5, 5)
     assert [image.index for image in found] == list(range(5))
@@ -73,7 +75,7 @@ def test_a_loss_beyond_half_precision_stays_a_number():
         def forward(self, images):
             return torch.tensor([[0.0, 1e6, float("nan")]]).expand(len(images), 3)
 
-    (image,) = judge_all_views(Passes(ModuleJudge(Certain(), torch.float32), 0), batches(1, 1), LIMITS, SIDE)
+    (image,) = judge_all_views(BatchedForward(ModuleJudge(Certain(), torch.float32), 0), batches(1, 1), LIMITS, SIDE)
     assert np.isfinite(image.loss).all()
     assert image.loss.max() > 60000
 

@@ -18,7 +18,7 @@ import torch
 
 from fast_spatial import commands
 from fast_spatial.config.commands import EvaluateConfig
-from fast_spatial.evaluation.folded import Scorer
+from fast_spatial.evaluation.folded import FoldedJudge
 from fast_spatial.evaluation.inputs import load_model_and_images
 from fast_spatial.evaluation.verdicts import ImageVerdict, judge_batches
 from fast_spatial.kernels.sampling import EVALUATION, augmentation_settings, pack_key, view_limits
@@ -65,7 +65,7 @@ def draws(degrees: float, seeds: int) -> list[list[ImageVerdict]]:
         checkpoint=str(REFERENCE / "checkpoint.pt.best"), data=str(REFERENCE / "images"), allow_partial_classes=True
     )
     model, images, _, side = load_model_and_images(config)
-    scorer = Scorer(model, torch.float32)
+    scorer = FoldedJudge(model, torch.float32)
     found = []
     for seed in range(seeds):
         loader = Loader(

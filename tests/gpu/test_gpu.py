@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from fast_spatial.evaluation.evaluate import evaluate
-from fast_spatial.evaluation.folded import Scorer
-from fast_spatial.evaluation.forward import Passes
+from fast_spatial.evaluation.folded import FoldedJudge
+from fast_spatial.evaluation.forward import BatchedForward
 from fast_spatial.evaluation.fused import ConvReLU, MaxPool, Zeros, blocks_of
 from fast_spatial.kernels.crops import Crops
 from fast_spatial.kernels.limits import SpatialLimits
@@ -87,7 +87,7 @@ def test_compiled_networks_judge_and_train_as_plain_ones():
 def test_passes_that_run_out_of_gpu_memory_are_halved():
     model = Classifier(classifier.build("resnet18", 10)).to(CUDA)
     views = torch.zeros(1, 1, 224, 224, 3, dtype=torch.uint8, device=CUDA).expand(2000, 1, -1, -1, -1)
-    passes = Passes(Scorer(model, torch.float32), 0)
+    passes = BatchedForward(FoldedJudge(model, torch.float32), 0)
     torch.cuda.empty_cache()
     # The first convolution alone writes 6.4 GB.
     torch.cuda.set_per_process_memory_fraction((6 << 30) / torch.cuda.get_device_properties(CUDA).total_memory)
@@ -102,10 +102,10 @@ def test_passes_that_run_out_of_gpu_memory_are_halved():
 def test_more_views_than_one_activation_may_hold_are_judged_as_in_small_passes(dtype):
     """2,816 views of 224 px would make an activation of 2.26e9 elements in one pass."""
     torch.manual_seed(0)
-    scorer = Scorer(Classifier(classifier.build("resnet18", 10)).to(CUDA), dtype)
+    scorer = FoldedJudge(Classifier(classifier.build("resnet18", 10)).to(CUDA), dtype)
     few = torch.randint(0, 256, (16, 11, 224, 224, 3), dtype=torch.uint8, device=CUDA)
-    expected = Passes(scorer, 88)(few)
-    found = Passes(scorer, 0)(few.repeat(16, 1, 1, 1, 1))
+    expected = BatchedForward(scorer, 88)(few)
+    found = BatchedForward(scorer, 0)(few.repeat(16, 1, 1, 1, 1))
     error = (found - expected.repeat(16, 1, 1)).abs().max() / expected.abs().max()
     assert error < (0.02 if dtype == torch.bfloat16 else 2e-3), error
 
@@ -148,7 +148,7 @@ def test_nccl_collectives_of_one_give_back_what_they_got(nccl_group_of_one):
     assert distributed.all_equal(7, CUDA)
     assert distributed.gather("word") == ["word"]
     distributed.barrier()
-    ballot = distributed.Ballot(2)
+    ballot = distributed.StepAgreement(2)
     assert ballot(0, 5) == [0, 0]
     assert ballot(1, 0) == [0, 5]
     assert ballot.outstanding() == [1, 0]
@@ -209,7 +209,7 @@ def test_steps_lower_the_loss_in_every_dtype(dtype, grad_accum_steps):
     flat = views.view(-1, 64, 64, 3)
     with torch.no_grad():
         exact = model.eval()(flat.permute(0, 3, 1, 2).float() / 255)
-    assert (Scorer(model, dtype)(flat) - exact).abs().max() < 0.1 * exact.abs().max()
+    assert (FoldedJudge(model, dtype)(flat) - exact).abs().max() < 0.1 * exact.abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -288,12 +288,12 @@ def test_a_rewritten_twin_judges_as_the_model(side, blurred, fused):
         surgery.blur_before_strides(net)
     model = Classifier(net).to(CUDA)
     views = torch.randint(0, 256, (16, side, side, 3), dtype=torch.uint8, device=CUDA)
-    scorer = Scorer(model, torch.bfloat16)
+    scorer = FoldedJudge(model, torch.bfloat16)
     assert scorer._twin is not None
     kinds = [type(module) for module in scorer._twin.modules()]
     assert kinds.count(ConvReLU) == fused and kinds.count(MaxPool) == 1
     assert any(node.target is blocks_of for node in scorer._twin.graph.nodes)
-    exact = Scorer(model, torch.float32)(views)
+    exact = FoldedJudge(model, torch.float32)(views)
     assert (scorer(views) - exact).abs().max() < 0.03 * exact.abs().max()
 
 

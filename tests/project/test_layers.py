@@ -39,7 +39,7 @@ def test_no_modules_import_each_other():
         ("fast_spatial.runtime.device", "import importlib\nimportlib.import_module('fast_spatial.config.train')", True),
         ("fast_spatial.evaluation.attack", "if TYPE_CHECKING:\n    from fast_spatial.training.step import Step", True),
         ("fast_spatial.reporting.runs", "from fast_spatial.training.run_folder import find_latest", True),
-        ("fast_spatial.budget.clock", "from fast_spatial import reproduce", True),
+        ("fast_spatial.budget.usage", "from fast_spatial import reproduce", True),
         ("fast_spatial.training.train", "import launch", True),
         ("fast_spatial.training.train", "from fast_spatial import evaluate", True),
         ("fast_spatial.training.train", "from kernels.warp import warp", True),
@@ -61,9 +61,9 @@ def test_an_upward_import_would_be_found(name, source, wrong):
 
 @pytest.mark.parametrize("where", ["{}", "def f():\n    {}", "if TYPE_CHECKING:\n    {}"])
 def test_a_circle_would_be_found(where):
-    planted = {**SOURCES, "fast_spatial.budget.clock": where.format("from fast_spatial.budget import spending")}
+    planted = {**SOURCES, "fast_spatial.budget.usage": where.format("from fast_spatial.budget import active_plan")}
     found = cycle(planted)
-    assert found[0] == found[-1] and {"fast_spatial.budget.clock", "fast_spatial.budget.spending"} <= {*found}
+    assert found[0] == found[-1] and {"fast_spatial.budget.usage", "fast_spatial.budget.active_plan"} <= {*found}
 
 
 def test_no_folder_holds_more_modules_than_a_reader_can_take_in():

@@ -24,7 +24,7 @@ from fast_spatial.pipelines.loader import Batch
 from fast_spatial.runtime import distributed
 from fast_spatial.runtime.distributed import World
 from fast_spatial.training import train as training
-from fast_spatial.training.pacing import Decision, Pace, Pacemaker
+from fast_spatial.training.pacing import NewEnd, Pacer, TrainingDeadline
 from fast_spatial.training.run_folder import read_segments
 from fast_spatial.training.schedule import Segment, Timeline, lr_at, mean_over_rest, side_at
 from fast_spatial.training.step import TrainStep
@@ -103,7 +103,7 @@ class Ended:
 
 def simulate(
     config: TrainConfig,
-    pace: Pace,
+    pace: TrainingDeadline,
     step_sec: Callable[[float, int], float],
     *,
     evaluation_sec: float = 0.0,
@@ -114,10 +114,10 @@ def simulate(
     """A training on a simulated clock; `step_sec` takes (time, side), `after` takes the time of the last step."""
     now = 0.0
     timeline = Timeline.of_steps(config.epochs * STEPS_PER_EPOCH)
-    pacemaker = Pacemaker(pace, config, timeline, STEPS_PER_EPOCH, clock=lambda: now)
+    pacemaker = Pacer(pace, config, timeline, STEPS_PER_EPOCH, clock=lambda: now)
     if config.schedule == "linear":
         timeline.replan(0, pacemaker.first_end(0))
-    done, told = 0, list[Decision]()
+    done, told = 0, list[NewEnd]()
     while done < timeline.end:
         if done and done % STEPS_PER_EPOCH == 0:
             now += between_sec
@@ -128,7 +128,7 @@ def simulate(
         now += step_sec(now, side)
         done += 1
         told.append(pacemaker.after_step(done, side))
-        heard = told[-1 - lag] if len(told) > lag else Decision()
+        heard = told[-1 - lag] if len(told) > lag else NewEnd()
         if heard.end and heard.start < timeline.end:
             timeline.replan(*heard)
     return Ended(now + after(now), done, timeline)
@@ -158,7 +158,7 @@ SPEEDS = {
 @pytest.mark.parametrize("speed", SPEEDS)
 def test_the_time_is_kept_whatever_the_speed(speed, lag):
     config = config_of()
-    pace = Pace(until=120.0, after_sec=0.0, step_sec={32: 0.1}, evaluation_sec=0.0, interval_sec=1.2)
+    pace = TrainingDeadline(until=120.0, after_sec=0.0, step_sec={32: 0.1}, evaluation_sec=0.0, interval_sec=1.2)
     ended = simulate(config, pace, SPEEDS[speed], lag=lag)
     assert 118.5 <= ended.at_sec <= 121.0
     assert ended.timeline.progress(ended.steps) == 1.0
@@ -169,7 +169,7 @@ def test_the_time_is_kept_whatever_the_speed(speed, lag):
 @pytest.mark.parametrize("factor", [0.5, 0.7, 1.5])
 def test_time_for_what_comes_after_is_kept_at_other_speeds_and_the_learning_rate_is_down(factor):
     config = config_of()
-    pace = Pace(until=300.0, after_sec=100.0, step_sec={32: 0.1}, evaluation_sec=0.0, interval_sec=3.0)
+    pace = TrainingDeadline(until=300.0, after_sec=100.0, step_sec={32: 0.1}, evaluation_sec=0.0, interval_sec=3.0)
     ended = simulate(config, pace, lambda now, side: factor * 0.1)
     assert ended.at_sec == pytest.approx(300 - max(1.0, factor) * 100, abs=6.0)
     assert ended.timeline.segments[-1].start < ended.timeline.end
@@ -179,7 +179,9 @@ def test_time_for_what_comes_after_is_kept_at_other_speeds_and_the_learning_rate
 @pytest.mark.parametrize("speed", [0.5, 1.0, 2.0])
 def test_larger_sides_that_are_to_come_are_reckoned_with(speed):
     config = config_of(start_size="16")
-    pace = Pace(until=300.0, after_sec=0.0, step_sec={16: 0.1, 32: 0.4}, evaluation_sec=0.0, interval_sec=3.0)
+    pace = TrainingDeadline(
+        until=300.0, after_sec=0.0, step_sec={16: 0.1, 32: 0.4}, evaluation_sec=0.0, interval_sec=3.0
+    )
     ended = simulate(config, pace, lambda now, side: speed * (0.1 if side == 16 else 0.4))
     assert ended.at_sec == pytest.approx(300.0, abs=2.0)
     # Decisions are right from the start: they use the cost of the remaining sizes, not of the past ones.
@@ -188,7 +190,9 @@ def test_larger_sides_that_are_to_come_are_reckoned_with(speed):
 
 def test_a_long_first_step_at_a_new_side_is_no_slow_down():
     config = config_of(start_size="16")
-    pace = Pace(until=100.0, after_sec=0.0, step_sec={16: 0.1, 32: 0.4}, evaluation_sec=0.0, interval_sec=1.0)
+    pace = TrainingDeadline(
+        until=100.0, after_sec=0.0, step_sec={16: 0.1, 32: 0.4}, evaluation_sec=0.0, interval_sec=1.0
+    )
     seen: set[int] = set()
 
     def step_sec(now: float, side: int) -> float:
@@ -203,14 +207,14 @@ def test_a_long_first_step_at_a_new_side_is_no_slow_down():
 
 def test_evaluations_between_epochs_are_reckoned_with():
     config = config_of(eval_every="2")
-    pace = Pace(until=200.0, after_sec=10.0, step_sec={32: 0.1}, evaluation_sec=10.0, interval_sec=2.0)
+    pace = TrainingDeadline(until=200.0, after_sec=10.0, step_sec={32: 0.1}, evaluation_sec=10.0, interval_sec=2.0)
     ended = simulate(config, pace, lambda now, side: 0.1, evaluation_sec=8.0, after=lambda _: 8.0)
     assert ended.at_sec == pytest.approx(200.0, abs=4.0)
 
 
 def test_what_is_done_between_epochs_is_reckoned_with_from_the_start():
     config = config_of()
-    pace = Pace(until=200.0, after_sec=0.0, step_sec={32: 0.1}, evaluation_sec=0.0, interval_sec=2.0)
+    pace = TrainingDeadline(until=200.0, after_sec=0.0, step_sec={32: 0.1}, evaluation_sec=0.0, interval_sec=2.0)
     ended = simulate(config, pace, lambda now, side: 0.1, between_sec=0.5)  # to save, say
     assert ended.at_sec == pytest.approx(200.0, abs=2.0)
     # 23 steps and the final work take 2.8 s; the length is known after some epochs, not only at the end.
@@ -220,7 +224,7 @@ def test_what_is_done_between_epochs_is_reckoned_with_from_the_start():
 
 def test_what_comes_after_the_last_step_is_expected_to_be_slower_where_steps_were():
     config = config_of()
-    pace = Pace(until=120.0, after_sec=20.0, step_sec={32: 0.1}, evaluation_sec=0.0, interval_sec=1.2)
+    pace = TrainingDeadline(until=120.0, after_sec=20.0, step_sec={32: 0.1}, evaluation_sec=0.0, interval_sec=1.2)
     ended = simulate(config, pace, lambda now, side: 0.2, after=lambda _: 40.0)
     assert ended.at_sec == pytest.approx(120.0, abs=2.0)
 
@@ -228,7 +232,7 @@ def test_what_comes_after_the_last_step_is_expected_to_be_slower_where_steps_wer
 @pytest.mark.parametrize("lag", [0, 1])
 def test_far_past_its_time_a_training_is_stopped_at_once(lag):
     config = config_of()
-    pace = Pace(until=120.0, after_sec=20.0, step_sec={32: 0.1}, evaluation_sec=0.0, interval_sec=1.2)
+    pace = TrainingDeadline(until=120.0, after_sec=20.0, step_sec={32: 0.1}, evaluation_sec=0.0, interval_sec=1.2)
     ended = simulate(config, pace, lambda now, side: 0.1 if now < 99 else 4.0, lag=lag)
     assert ended.steps == ended.timeline.end
     assert ended.timeline.segments[-1].start == ended.timeline.segments[-1].end
@@ -237,7 +241,7 @@ def test_far_past_its_time_a_training_is_stopped_at_once(lag):
 
 def test_milestones_are_never_moved_only_stopped():
     config = config_of(recipe="digits", lr="0.02")
-    pace = Pace(until=200.0, after_sec=0.0, step_sec={32: 0.1}, evaluation_sec=0.0, interval_sec=2.0)
+    pace = TrainingDeadline(until=200.0, after_sec=0.0, step_sec={32: 0.1}, evaluation_sec=0.0, interval_sec=2.0)
     assert simulate(config, pace, lambda now, side: 0.1).timeline.segments == [(0, 0.0, 8 * STEPS_PER_EPOCH)]
     stopped = simulate(config, pace, lambda now, side: 2.0)
     assert stopped.at_sec == pytest.approx(204.0, abs=2.1)
@@ -267,11 +271,11 @@ class WorkClock:
             return take_step(step, batch)
 
         patch.setattr(TrainStep, "__call__", timed)
-        patch.setattr(training, "Pacemaker", functools.partial(Pacemaker, clock=lambda: self.now_sec))
+        patch.setattr(training, "Pacer", functools.partial(Pacer, clock=lambda: self.now_sec))
 
 
-def pace_of(seconds: float) -> Pace:
-    return Pace(
+def pace_of(seconds: float) -> TrainingDeadline:
+    return TrainingDeadline(
         until=seconds,
         after_sec=1.0,
         step_sec=EXPECTED_SEC,

@@ -21,7 +21,7 @@ from fast_spatial.errors import UserError
 from fast_spatial.evaluation.evaluate import evaluate_checkpoint
 from fast_spatial.models import checkpoint
 from fast_spatial.runtime import distributed
-from fast_spatial.runtime.distributed import Ballot, World
+from fast_spatial.runtime.distributed import StepAgreement, World
 from fast_spatial.runtime.files import write_atomically
 from fast_spatial.runtime.run_files import BEST, LAST, PREVIOUS
 from fast_spatial.runtime.runlog import RunLog
@@ -496,6 +496,6 @@ def test_checkpoints_are_due_by_steps_or_by_time(monkeypatch, steps, seconds, du
 
 
 def test_a_process_alone_gets_its_wishes_at_once():
-    ballot = Ballot(wishes=2)
+    ballot = StepAgreement(wishes=2)
     assert ballot(1, 0) == [1, 0]
     assert ballot(0, 15) == [0, 15]

@@ -19,8 +19,8 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 from fast_spatial.config.fields import parse
 from fast_spatial.config.train import TrainConfig
-from fast_spatial.evaluation.folded import Scorer
-from fast_spatial.evaluation.forward import FlipJudge, ModuleJudge, Passes
+from fast_spatial.evaluation.folded import FoldedJudge
+from fast_spatial.evaluation.forward import BatchedForward, FlipJudge, ModuleJudge
 from fast_spatial.kernels.limits import SpatialLimits
 from fast_spatial.kernels.spatial import matrices
 from fast_spatial.kernels.warp import warp
@@ -180,7 +180,7 @@ def test_the_folded_scorer_equals_the_model_in_evaluation_mode(trained):
     expected = exact_logits(model, views)
     scale = expected.abs().max()
     assert (step.scorer(views) - expected).abs().max() < 1e-5 * scale
-    half = Scorer(model, torch.bfloat16)
+    half = FoldedJudge(model, torch.bfloat16)
     assert (half(views) - expected).abs().max() < 3e-2 * scale
     assert half(views).dtype == torch.float32
     with torch.no_grad():
@@ -190,7 +190,7 @@ def test_the_folded_scorer_equals_the_model_in_evaluation_mode(trained):
     assert (step.scorer(views) - exact_logits(model, views)).abs().max() < 1e-5 * scale
 
 
-@pytest.mark.parametrize("make", [lambda m: Scorer(m, torch.float32), lambda m: ModuleJudge(m, torch.float32)])
+@pytest.mark.parametrize("make", [lambda m: FoldedJudge(m, torch.float32), lambda m: ModuleJudge(m, torch.float32)])
 def test_judging_leaves_modes_gradients_and_statistics_alone(trained, make):
     model, _, views = trained
     model.train()
@@ -209,7 +209,7 @@ def test_every_kind_of_network_is_judged_as_in_evaluation_mode(arch):
     model = Classifier(classifier.build(arch, 7))
     views = photographs(64, 2)
     expected = exact_logits(model, views)
-    found = Scorer(model, torch.float32)(views)
+    found = FoldedJudge(model, torch.float32)(views)
     assert (found - expected).abs().max() < 1e-4 * expected.abs().max().clamp(min=1e-3)
 
 
@@ -232,7 +232,7 @@ def test_compiled_networks_choose_and_train_as_plain_ones():
             compiled=compiled,
         )
         results = [step(batch_of(views, labels)) for _ in range(2)]
-        fresh = Scorer(model, torch.float32)(views.flatten(0, 1))
+        fresh = FoldedJudge(model, torch.float32)(views.flatten(0, 1))
         assert step.scorer is not None
         torch.testing.assert_close(step.scorer(views.flatten(0, 1)), fresh, rtol=1e-3, atol=1e-3)
         found.append(results)
@@ -254,7 +254,7 @@ def test_grouped_batch_norm_normalizes_each_group_by_itself():
     first(images[:2])
     torch.testing.assert_close(net[1].running_mean, first[1].running_mean)
     torch.testing.assert_close(net[1].running_var, first[1].running_var)
-    found = Scorer(Classifier(nn.Sequential(net, nn.Flatten())), torch.float32)(photographs(8, 2))
+    found = FoldedJudge(Classifier(nn.Sequential(net, nn.Flatten())), torch.float32)(photographs(8, 2))
     assert torch.isfinite(found).all()
 
 
@@ -305,13 +305,13 @@ def test_the_worst_view_is_the_same_whatever_the_smoothing():
 
 def test_flips_are_averaged_as_two_forward_passes_are(trained):
     model, _, views = trained
-    judge = FlipJudge(Scorer(model, torch.float32))
+    judge = FlipJudge(FoldedJudge(model, torch.float32))
     mirrored = torch.from_numpy(views.numpy()[:, :, ::-1].copy())
     expected = (exact_logits(model, views) + exact_logits(model, mirrored)) / 2
     assert (judge(views) - expected).abs().max() < 1e-5 * expected.abs().max()
     assert (judge(views) - exact_logits(model, views)).abs().max() > 1e-2 * expected.abs().max()
     images, matrices_BV23 = views[:2], torch.from_numpy(matrices(np.array([[[0, 0, 0], [20, 0.1, 0.0]]] * 2), 32))
-    found = Passes(judge, 3, pad=True).warped(images, matrices_BV23)
+    found = BatchedForward(judge, 3, pad=True).warped(images, matrices_BV23)
     assert (found - judge(warp(images, matrices_BV23).flatten(0, 1)).view_as(found)).abs().max() < 1e-5
 
 
@@ -344,7 +344,7 @@ def test_blurpool_is_the_binomial_filter_before_every_stride_but_the_first():
     # The scorer's folded copy is blurred as well.
     model, views = Classifier(net), photographs(64, 2)
     expected = exact_logits(model, views)
-    scorer = Scorer(model, torch.float32)
+    scorer = FoldedJudge(model, torch.float32)
     assert len(scorer._pairs) == 20
     assert (scorer(views) - expected).abs().max() < 1e-4 * expected.abs().max()
     assert (expected - exact_logits(Classifier(plain), views)).abs().max() > 1e-2 * expected.abs().max()

@@ -13,7 +13,7 @@ from fast_spatial import commands, launcher, preflight
 from fast_spatial.config.commands import CalibrateConfig
 from fast_spatial.runtime.files import write_json
 from fast_spatial.runtime.run_files import CALIBRATION, PLAN, USAGE
-from fast_spatial.training.pacing import Pace
+from fast_spatial.training.pacing import TrainingDeadline
 from tests.reporting.test_report import FakeLaunch
 
 ROWS = ["nocrop", "standard", "random_30", "worst10_30"]
@@ -81,7 +81,7 @@ def test_a_reproduction_is_measured_planned_and_kept_within_its_limits(monkeypat
     assert tasks.tasks == ["calibrate", *["train", "evaluate", "landscape"] * 4]
     end = commands.STARTED + 900
     paces = [limit for task, limit in tasks.limits if task == "train"]
-    assert all(isinstance(pace, Pace) and pace.step_sec == {32: 64 / 400} for pace in paces)
+    assert all(isinstance(pace, TrainingDeadline) and pace.step_sec == {32: 64 / 400} for pace in paces)
     assert all(commands.STARTED < limit < end for task, limit in tasks.limits if task in ("evaluate", "landscape"))
     # Nothing took time here, so every row could have more than the one before; the last one all that was left.
     assert paces[0].until < paces[1].until < paces[2].until < paces[3].until < end

@@ -1,4 +1,4 @@
-"""A budget, and the clock that counts its use over all starts of a command.
+"""A budget, and the meter that counts its use over all starts of a command.
 
 Hours count the running time of `launch.py`, start-up and calibration included, without the time between two starts.
 The seconds are written to the run's folder every second, so that the time of a killed process counts too.
@@ -41,10 +41,10 @@ class Budget:
     moment: datetime.datetime | None
     gpus: int
 
-    def until(self, clock: Clock) -> float:
+    def until(self, usage: UsageMeter) -> float:
         """The end, in seconds of `time.monotonic()`."""
         if self.hours is not None:
-            return clock.started - clock.used_before_sec + 3600 * self.hours
+            return usage.started - usage.used_before_sec + 3600 * self.hours
         assert self.moment is not None
         return time.monotonic() + (self.moment - datetime.datetime.now(datetime.UTC)).total_seconds()
 
@@ -100,7 +100,7 @@ def moment_of(text: str, now: datetime.datetime | None = None) -> datetime.datet
     return found
 
 
-class Clock:
+class UsageMeter:
     """Counts the running time of a run, earlier starts included, while it is open.
 
     Args:
@@ -121,14 +121,14 @@ class Clock:
         self.used_before_sec = sum(part["seconds"] + (0.0 if part["ended"] else _BEAT_SEC) for part in self._parts)
         self._since = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="clock", daemon=True)
+        self._thread = threading.Thread(target=self._beat, name="usage", daemon=True)
 
     @property
     def used_sec(self) -> float:
         """Running time until now, in seconds."""
         return self.used_before_sec + time.monotonic() - self.started
 
-    def __enter__(self) -> Clock:
+    def __enter__(self) -> UsageMeter:
         if self._writes:
             try:
                 self._write(ended=False)

@@ -2,7 +2,7 @@
 
 OUT/calibration.json   measured speeds
 OUT/plan.json          the rows, and what is left out; a restart continues it
-OUT/usage.json         the running time (`clock.Clock`)
+OUT/usage.json         the running time (`usage.UsageMeter`)
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from fast_spatial import launcher, preflight
-from fast_spatial.budget.clock import Budget, Clock, budget_of
 from fast_spatial.budget.planning import Plan, PlannedRow, Recipe, candidate_recipes, describe, make_plan
+from fast_spatial.budget.usage import Budget, UsageMeter, budget_of
 from fast_spatial.config.commands import CalibrateConfig
 from fast_spatial.config.fields import differences, to_json
 from fast_spatial.config.recipes import REFERENCE, todays_flags
@@ -27,7 +27,7 @@ from fast_spatial.kernels.spatial import GRID_VIEWS
 from fast_spatial.runtime.files import write_json
 from fast_spatial.runtime.run_files import CALIBRATION, PLAN
 from fast_spatial.runtime.runlog import say
-from fast_spatial.training.pacing import Pace
+from fast_spatial.training.pacing import TrainingDeadline
 from fast_spatial.training.run_folder import find_latest
 from fast_spatial.training.schedule import Timeline, side_starts
 
@@ -42,7 +42,7 @@ _INTERVAL = 0.01
 
 
 @dataclass(frozen=True)
-class Asked:
+class BudgetRequest:
     """A command's request for a plan.
 
     Attributes:
@@ -72,13 +72,13 @@ class Asked:
         return candidate_recipes(self.recipe, self.data, self.rows)
 
 
-class Spending:
+class ActivePlan:
     """A plan in use, and its remaining time.
 
     Args:
         plan: the plan.
         budget: the budget.
-        clock: the open clock of the run's folder.
+        usage: the open meter of the run's folder.
         views_per_sec: judged views per second, in float32.
         classes: number of classes.
         most_per_class: most images of every class that a landscape may use.
@@ -86,31 +86,31 @@ class Spending:
     """
 
     def __init__(
-        self, plan: Plan, budget: Budget, clock: Clock, *, views_per_sec: float, classes: int, most_per_class: int
+        self, plan: Plan, budget: Budget, usage: UsageMeter, *, views_per_sec: float, classes: int, most_per_class: int
     ) -> None:
-        self.plan, self._budget, self._clock = plan, budget, clock
+        self.plan, self._budget, self._usage = plan, budget, usage
         self.round_sec = GRID_VIEWS * classes / views_per_sec
         self.most_per_class = most_per_class
 
     @property
     def end(self) -> float:
         """Deadline of the last task, in seconds of `time.monotonic()`."""
-        return self._budget.until(self._clock) - self.plan.end_sec
+        return self._budget.until(self._usage) - self.plan.end_sec
 
-    def of(self, row: PlannedRow, others: Sequence[PlannedRow]) -> Limits:
+    def of(self, row: PlannedRow, others: Sequence[PlannedRow]) -> TimeShare:
         """The time limits of a row's tasks; `others` are the rows after it."""
-        return Limits(self, row, others)
+        return TimeShare(self, row, others)
 
 
 @dataclass(frozen=True)
-class Limits:
+class TimeShare:
     """Time limits of a row's tasks, computed from the current time."""
 
-    spending: Spending
+    spending: ActivePlan
     row: PlannedRow
     others: Sequence[PlannedRow]
 
-    def pace(self) -> Pace:
+    def pace(self) -> TrainingDeadline:
         """The pace of the training, with the time for judging after it.
 
         The rows share the time that remains after all judging, so that all get the same number of epochs. The finished
@@ -130,7 +130,7 @@ class Limits:
                 "run the same command with a larger budget, or see the results with launch.py report",
             )
         seconds = row.fixed_sec + epochs * mine
-        return Pace(
+        return TrainingDeadline(
             until=min(now + seconds, self.spending.end),
             after_sec=row.after_sec,
             step_sec=row.step_sec,
@@ -168,7 +168,7 @@ def _rest(row: PlannedRow) -> float:
     return 1.0 - Timeline(saved["segments"]).progress(saved["steps"])
 
 
-def check(asked: Asked) -> tuple[Budget, dict[str, Any] | None]:
+def check(asked: BudgetRequest) -> tuple[Budget, dict[str, Any] | None]:
     """The budget, and the plan of an earlier start (None on the first start). Writes nothing.
 
     Raises:
@@ -205,23 +205,23 @@ def check(asked: Asked) -> tuple[Budget, dict[str, Any] | None]:
     return budget, found
 
 
-def open_plan(asked: Asked, budget: Budget, found: dict[str, Any] | None, clock: Clock) -> Spending:
+def open_plan(asked: BudgetRequest, budget: Budget, found: dict[str, Any] | None, usage: UsageMeter) -> ActivePlan:
     """Measure and make a plan, or resume `found`; prints and writes it.
 
     Raises:
         UserError: if the budget is too small, or used up.
 
     """
-    left = budget.until(clock) - time.monotonic()
+    left = budget.until(usage) - time.monotonic()
     if left <= 0:
         over = "" if budget.moment is None else f"; it ended at {budget.moment:%Y-%m-%d %H:%M}"
         raise UserError(
-            f"{budget.asked}: the budget is used up ({clock.used_sec / 3600:.2f} hours of running time{over})",
+            f"{budget.asked}: the budget is used up ({usage.used_sec / 3600:.2f} hours of running time{over})",
             f"give a larger budget, or see the results: launch.py report {asked.out}",
         )
     recipes = asked.recipes
     if found is None:
-        measured, start_sec = _measure(asked, recipes, budget.until(clock))
+        measured, start_sec = _measure(asked, recipes, budget.until(usage))
     else:
         measured, start_sec = _read(asked.out / CALIBRATION, "left_sec", "views_per_sec"), found["start_sec"]
     plan = make_plan(
@@ -234,15 +234,15 @@ def open_plan(asked: Asked, budget: Budget, found: dict[str, Any] | None, clock:
         keep_eval_every="eval_every" in asked.flags,
     )
     if found is None:
-        since_sec = measured["left_sec"] - (budget.until(clock) - time.monotonic())
-        used_sec = clock.used_sec - since_sec  # at the time of the measurement
+        since_sec = measured["left_sec"] - (budget.until(usage) - time.monotonic())
+        used_sec = usage.used_sec - since_sec  # at the time of the measurement
         text = describe(plan, measured, asked=budget.asked, used_sec=used_sec, price=asked.options.price)
         say(text)
     else:
         text = found["text"]
         say(text)
         say(
-            f"{budget.asked}: {clock.used_sec:.0f} s used, {left:.0f} s left; "
+            f"{budget.asked}: {usage.used_sec:.0f} s used, {left:.0f} s left; "
             f"the plan above is from the first start ({asked.out / PLAN})"
         )
     if found is None or not asked.options.plan_only:
@@ -261,17 +261,17 @@ def open_plan(asked: Asked, budget: Budget, found: dict[str, Any] | None, clock:
             "text": text,
         }
         write_json(asked.out / PLAN, content)
-    return Spending(
+    return ActivePlan(
         plan,
         budget,
-        clock,
+        usage,
         views_per_sec=measured["views_per_sec"],
         classes=measured["classes"],
         most_per_class=measured["val_images_of_a_class"],
     )
 
 
-def _measure(asked: Asked, recipes: Sequence[Recipe], until: float) -> tuple[dict[str, Any], float]:
+def _measure(asked: BudgetRequest, recipes: Sequence[Recipe], until: float) -> tuple[dict[str, Any], float]:
     """Run the calibration: its findings, and the seconds to start and end a task."""
     say("measuring training and evaluation speed (seconds per row, longer on a busy machine)")
     stretched = [recipe for recipe in recipes if recipe["recipe"] != REFERENCE] or recipes
