@@ -27,8 +27,8 @@ from fast_spatial.kernels.spatial import GRID_VIEWS
 from fast_spatial.runtime.files import write_json
 from fast_spatial.runtime.run_files import CALIBRATION, PLAN
 from fast_spatial.runtime.runlog import say
+from fast_spatial.training.checkpoints import find_latest
 from fast_spatial.training.pacing import TrainingDeadline
-from fast_spatial.training.run_folder import find_latest
 from fast_spatial.training.schedule import Timeline, side_starts
 
 # Judging may exceed its expected time by this share if other rows follow, whose time it then takes.

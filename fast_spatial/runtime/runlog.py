@@ -54,6 +54,7 @@ class Bar:
         )
         self._wait = wait or HostClock()
         self.steps = 0
+        self._in_step = False
         self._start = time.perf_counter()
 
     def __iter__(self) -> Iterator[Any]:
@@ -65,14 +66,20 @@ class Bar:
             except StopIteration:
                 break
             self._wait.stop()
+            self._in_step = True
             yield batch
-            self.steps += 1
-            self._bar.update()
+            self._count()
         self.close()
 
     def close(self) -> None:
-        """Remove the bar; for loops that end early."""
+        """Count the last batch as done and remove the bar; for loops that end early."""
+        self._count()
         self._bar.close()
+
+    def _count(self) -> None:
+        if self._in_step:
+            self.steps, self._in_step = self.steps + 1, False
+            self._bar.update()
 
     @property
     def images_per_sec(self) -> float:

@@ -1,147 +1,185 @@
-"""A training run's folder: checkpoints written atomically in the background, and found again after a crash."""
+"""A training run's folder: its lock, log, checkpoints and identity."""
 
 from __future__ import annotations
 
 import datetime
-import io
 import json
 import os
-import time
 import zlib
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import TracebackType
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from fast_spatial.config.fields import differences, to_json, todays_names
+from fast_spatial.config.fields import differences, identity, to_json, todays_names
 from fast_spatial.config.train import TrainConfig
+from fast_spatial.data.decoders import keep_failure, previous_placement
+from fast_spatial.data.placing import placement_of
 from fast_spatial.errors import UserError
 from fast_spatial.models import checkpoint
+from fast_spatial.pipelines.dataset import ImageIndex
 from fast_spatial.runtime import distributed
 from fast_spatial.runtime.distributed import World
 from fast_spatial.runtime.environment import COMMAND_VARIABLE, environment
-from fast_spatial.runtime.files import remove_leftovers, write_atomically
-from fast_spatial.runtime.run_files import BEST, ENVIRONMENT, LAST, LOG, PREVIOUS
-from fast_spatial.training.schedule import Segment
+from fast_spatial.runtime.files import write_json
+from fast_spatial.runtime.run_files import CONFIG, ENVIRONMENT, LOG, PREVIOUS
+from fast_spatial.runtime.runlog import RunLog, say
+from fast_spatial.training.checkpoints import Saver, find_latest
+from fast_spatial.training.schedule import Segment, Timeline
+from fast_spatial.training.state import Position, TrainState
 
 
-class Saver:
-    """Writes a run's checkpoints: `last.pt`, its predecessor as `previous.pt`, and `best.pt`.
+def identity_of(
+    config: TrainConfig, dtype: torch.dtype, train_images: ImageIndex, val_images: ImageIndex, timeline: Timeline
+) -> dict[str, Any]:
+    """All that decides the numbers of a run, by the names that messages use; a part of every checkpoint."""
+    about = {
+        "recipe": identity(config),
+        "dtype": str(dtype).removeprefix("torch.") if config.dtype == "auto" else config.dtype,
+        "training images": train_images.fingerprint(),
+        "validation images": val_images.fingerprint(),
+    }
+    if config.replay:
+        about["replay"] = f"{len(timeline.segments)} segments, {timeline.end} steps"
+    return about
 
-    `save` copies a state to host memory; a thread writes it while training continues. The next call raises the
-    thread's error, if any.
+
+class RunFolder:
+    """The folder of a training in progress. Rank 0 alone writes to it, except for lists of bad images.
+
+    Entering it creates and locks the folder.
+
+    Args:
+        config: the options of the training.
+        world: this process and its group.
+        classes: names of the classes, for the checkpoints.
+        about: the run's identity, of `identity_of`.
+
+    Attributes:
+        out: the folder.
+        log: the run's log, while the folder is open.
+        best_pct: accuracy of `best.pt`, percent; -1 before the first evaluation.
+
     """
 
-    def __init__(self, out: Path) -> None:
-        self._out = out
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="save")
-        self._writing: Future[None] | None = None
-        for name in (LAST, BEST):
-            remove_leftovers(out / name)
+    def __init__(self, config: TrainConfig, world: World, classes: tuple[str, ...], about: dict[str, Any]) -> None:
+        self.out, self.best_pct = Path(config.out), -1.0
+        self._damaged: list[Path] = []
+        self._config, self._world, self._classes, self._identity = config, world, classes, about
+        self._saver: Saver | None = None
 
-    def save(self, state: dict[str, Any], *, best: bool = False) -> None:
-        """Save a state of tensors and plain values; with `best`, also as `best.pt`.
+    def __enter__(self) -> RunFolder:
+        gpus = self._world.world_size if self._world.device.type == "cuda" else 0
+        self.log = RunLog(self.out, rank=self._world.rank, gpus=gpus)
+        if self._world.rank == 0:
+            self._saver = Saver(self.out)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if self._saver is not None:
+            self._saver.close()
+        self.log.close()
+
+    def find_saved(self) -> dict[str, Any] | None:
+        """The newest intact checkpoint of this run, or None.
 
         Raises:
-            UserError: if the previous state could not be written.
+            UserError: if the folder holds another run, or no checkpoint can be read.
 
         """
-        self.wait()
-        self._writing = self._thread.submit(self._write, _snapshot(state), best)
+        distributed.barrier()  # rank 0 has locked the folder, and no process writes to it: all may read
+        saved, self._damaged = find_latest(self.out)
+        if saved is not None:
+            check_same_run(saved["identity"], self._identity, self._config)
+            self.best_pct = saved["best_pct"]
+        return saved
 
-    def set_aside(self, damaged: list[Path]) -> None:
-        """Rename damaged checkpoints, so that none replaces a good one. No process may be reading them."""
-        for path in damaged:
-            path.replace(path.with_name(f"{path.name}.damaged"))
+    def begin(self, saved: dict[str, Any] | None, position: Position) -> None:
+        """Continue the log at a position, and record the options and the environment.
+
+        Raises:
+            UserError: if the processes differ in what decides the numbers.
+
+        """
+        config = self._config
+        evenly = {"--log-every and --eval-every": [config.log_every, config.eval_every]}
+        check_processes_agree(self._world, {"position": position.steps_done, **self._identity, **evenly})
+        if saved is None:
+            self.log.begin()
+        else:
+            self.log.begin(elapsed_sec=saved["elapsed_sec"], size=saved["log_size"], step=position.steps_done)
+        if self._saver is None:
+            return
+        write_json(self.out / CONFIG, to_json(config))
+        warp = placement_of(config, self._world, exact=config.deterministic).warp
+        if saved is not None:
+            say_changed_placement(self.out, self._world, position.steps_done, warp)
+        record_environment(self.out, config, self._world, position.steps_done, warp)
+        for path in self._damaged:
+            say(f"{path} is damaged: resuming from the earlier {PREVIOUS}")
+        self._saver.set_aside(self._damaged)
+
+    def save(
+        self,
+        state: TrainState,
+        position: Position,
+        timeline: Timeline,
+        *,
+        tally: list[float] | None = None,
+        best: bool = False,
+    ) -> None:
+        """Save a checkpoint; the writing goes on in the background.
+
+        Args:
+            state: what is trained.
+            position: its position.
+            timeline: the planned progress.
+            tally: the running sums of the epoch, over all processes; None at the start of an epoch.
+            best: save as `best.pt`, too.
+
+        Raises:
+            UserError: if the previous checkpoint could not be written.
+
+        """
+        if self._saver is None:
+            return
+        content = {
+            "format": checkpoint.FORMAT,
+            "arch": self._config.arch,
+            "classes": list(self._classes),
+            "config": to_json(self._config),
+            "identity": self._identity,
+            "epoch": position.epoch,
+            "step": position.step,
+            "steps": position.steps_done,
+            "tally": tally,
+            "segments": [list(segment) for segment in timeline.segments],
+            "best_pct": self.best_pct,
+            "elapsed_sec": self.log.elapsed_sec,
+            "log_size": self.log.size,
+            "world_size": self._world.world_size,
+            **state.state_dict(),
+        }
+        self._saver.save(content, best=best)
+
+    def is_best(self, top1_pct: float | None) -> bool:
+        """Whether an accuracy, percent, is above all before it; the highest is kept."""
+        assert top1_pct is not None
+        is_best, self.best_pct = top1_pct > self.best_pct, max(top1_pct, self.best_pct)
+        return is_best
+
+    def note_failed_decoding(self, what: str, position: Position) -> None:
+        """Record that this process's GPU failed to decode. Ranks other than 0 have files of their own."""
+        say(what)
+        self.log.note("decoding", position.steps_done, steps_before=position.steps_done, what=what)
+        if self._world.rank:
+            keep_failure(self.out, self._world.rank, what, position.steps_done)
 
     def wait(self) -> None:
-        """Wait until the last state is on disk.
-
-        Raises:
-            UserError: if it could not be written.
-
-        """
-        writing, self._writing = self._writing, None
-        if writing is None:
-            return
-        try:
-            writing.result()
-        except OSError as error:
-            kept = [name for name in (LAST, PREVIOUS) if (self._out / name).is_file()]
-            whole = f"; the earlier {kept[0]} is intact" if kept else ""
-            raise UserError(
-                f"--out {self._out}: cannot write a checkpoint ({error.strerror or error}){whole}",
-                "free disk space or make the folder writable, then run the same command to resume",
-            ) from error
-
-    def close(self) -> None:
-        """Wait for the writing thread to end; its error, if any, is dropped."""
-        self._thread.shutdown()
-
-    def _write(self, state: dict[str, Any], best: bool) -> None:
-        buffer = io.BytesIO()  # torch.save to a file would hide the file's error
-        torch.save(state, buffer)
-        content = buffer.getbuffer()
-        if best:  # before last.pt: a run that resumes from last.pt does not evaluate this epoch again
-            write_atomically(self._out / BEST, lambda file: file.write(content))
-        last = self._out / LAST
-        write_atomically(last, lambda file: file.write(content), keep=self._out / PREVIOUS)
-
-
-class CheckpointTimer:
-    """Tells when a checkpoint is due: every `steps` steps, else every `seconds` seconds; 0: never."""
-
-    def __init__(self, steps: int, seconds: float) -> None:
-        self._steps, self._seconds, self._since = steps, seconds, time.monotonic()
-
-    def __call__(self, step: int) -> bool:
-        """Whether a checkpoint is due after a step, counted from the start of the run."""
-        if self._steps:
-            return step % self._steps == 0
-        if not self._seconds or time.monotonic() - self._since < self._seconds:
-            return False
-        self._since = time.monotonic()
-        return True
-
-
-class Found(NamedTuple):
-    """A run's newest intact checkpoint (None: none was saved), and newer ones that are damaged."""
-
-    state: dict[str, Any] | None
-    damaged: list[Path]
-
-
-def find_latest(out: Path) -> Found:
-    """The newest intact checkpoint of a run's folder.
-
-    Raises:
-        UserError: if the folder has checkpoints, but none to resume from.
-
-    """
-    damaged: list[Path] = []
-    for path in (out / LAST, out / PREVIOUS):
-        if not path.is_file():
-            continue
-        if not os.access(path, os.R_OK):
-            raise UserError(
-                f"--out {out}: permission denied for {path.name}", "make it readable, or choose another folder"
-            )
-        try:
-            return Found(checkpoint.load(path), damaged)
-        except checkpoint.DamagedCheckpoint:
-            damaged.append(path)
-    if damaged:
-        names = ", ".join(path.name for path in damaged)
-        raise checkpoint.DamagedCheckpoint(
-            f"--out {out}: its checkpoints ({names}) are damaged", "choose another folder"
-        )
-    if (out / BEST).is_file():
-        raise UserError(
-            f"--out {out}: contains {BEST}, but no {LAST} to resume from", f"choose another folder, or move {BEST} away"
-        )
-    return Found(None, [])
+        """Wait until the last checkpoint is on disk."""
+        if self._saver is not None:
+            self._saver.wait()
 
 
 def read_segments(run: str) -> list[Segment]:
@@ -185,6 +223,15 @@ def check_processes_agree(world: World, about: dict[str, Any]) -> None:
             )
 
 
+def say_changed_placement(out: Path, world: World, done: int, warp: str) -> None:
+    """Print where a resumed run decodes or warps in another place than before."""
+    decoded_by, warped_by = previous_placement(out / ENVIRONMENT)
+    if world.decoding is not None and decoded_by not in (None, world.decoding.decoding):
+        say(f"decoding changed at step {done}: from {decoded_by} to {world.decoding.decoding}")
+    if warped_by not in (None, warp):
+        say(f"warp changed at step {done}: from {warped_by} to {warp}")
+
+
 def record_environment(out: Path, config: TrainConfig, world: World, done: int, warp: str) -> None:
     """Append a line to OUT/environment.jsonl: command, options, hardware and first step of this part of the run."""
     about = {
@@ -200,13 +247,3 @@ def record_environment(out: Path, config: TrainConfig, world: World, done: int, 
     }
     with open(out / ENVIRONMENT, "a", encoding="utf-8") as file:
         file.write(json.dumps(about) + "\n")
-
-
-def _snapshot(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: _snapshot(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_snapshot(item) for item in value)
-    return value

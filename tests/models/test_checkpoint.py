@@ -20,7 +20,7 @@ from fast_spatial.errors import UserError
 from fast_spatial.models import checkpoint
 from fast_spatial.models.checkpoint import build_classifier, load, read_weights
 from fast_spatial.models.classifier import IMAGENET_MEAN, IMAGENET_STD
-from fast_spatial.training.run_folder import Saver
+from fast_spatial.training.checkpoints import Saver
 
 SMALL = "shufflenet_v2_x0_5"
 State = dict[str, Tensor]

@@ -38,7 +38,7 @@ def test_no_modules_import_each_other():
         ("fast_spatial.config.train", "from fast_spatial.runtime import distributed", True),
         ("fast_spatial.runtime.device", "import importlib\nimportlib.import_module('fast_spatial.config.train')", True),
         ("fast_spatial.evaluation.attack", "if TYPE_CHECKING:\n    from fast_spatial.training.step import Step", True),
-        ("fast_spatial.reporting.runs", "from fast_spatial.training.run_folder import find_latest", True),
+        ("fast_spatial.reporting.runs", "from fast_spatial.training.checkpoints import find_latest", True),
         ("fast_spatial.budget.usage", "from fast_spatial import reproduce", True),
         ("fast_spatial.training.train", "import launch", True),
         ("fast_spatial.training.train", "from fast_spatial import evaluate", True),

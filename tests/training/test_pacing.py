@@ -23,7 +23,7 @@ from fast_spatial.models import checkpoint
 from fast_spatial.pipelines.loader import Batch
 from fast_spatial.runtime import distributed
 from fast_spatial.runtime.distributed import World
-from fast_spatial.training import train as training
+from fast_spatial.training import control
 from fast_spatial.training.pacing import NewEnd, Pacer, TrainingDeadline
 from fast_spatial.training.run_folder import read_segments
 from fast_spatial.training.schedule import Segment, Timeline, lr_at, mean_over_rest, side_at
@@ -271,7 +271,7 @@ class WorkClock:
             return take_step(step, batch)
 
         patch.setattr(TrainStep, "__call__", timed)
-        patch.setattr(training, "Pacer", functools.partial(Pacer, clock=lambda: self.now_sec))
+        patch.setattr(control, "Pacer", functools.partial(Pacer, clock=lambda: self.now_sec))
 
 
 def pace_of(seconds: float) -> TrainingDeadline:

@@ -26,7 +26,8 @@ from fast_spatial.runtime.files import write_atomically
 from fast_spatial.runtime.run_files import BEST, LAST, PREVIOUS
 from fast_spatial.runtime.runlog import RunLog
 from fast_spatial.runtime.signals import SIGNALS, Stopped, stop_requests
-from fast_spatial.training.run_folder import CheckpointTimer, Saver, find_latest
+from fast_spatial.training.checkpoints import Saver, find_latest
+from fast_spatial.training.control import CheckpointTimer
 from fast_spatial.training.step import TrainStep
 from fast_spatial.training.train import train
 
@@ -264,7 +265,7 @@ def test_a_full_disk_is_told_even_to_a_run_that_was_asked_to_stop(tmp_path, monk
     def fail(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fast_spatial.training.run_folder.write_atomically", fail)
+    monkeypatch.setattr("fast_spatial.training.checkpoints.write_atomically", fail)
     count = 0
 
     def progress(_: float) -> None:
@@ -395,7 +396,7 @@ def test_a_full_disk_ends_in_an_error_that_says_so_and_the_older_checkpoint_is_w
         "import resource, sys, torch\n"
         "from pathlib import Path\n"
         "from fast_spatial.errors import UserError\n"
-        "from fast_spatial.training.run_folder import Saver\n"
+        "from fast_spatial.training.checkpoints import Saver\n"
         "saver = Saver(Path(sys.argv[1]))\n"
         "saver.save({'weights': torch.ones(10)}); saver.wait()\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))\n"
