@@ -30,8 +30,8 @@ from fast_spatial.evaluation.folded import FoldedJudge
 from fast_spatial.evaluation.forward import BatchedForward
 from fast_spatial.evaluation.fused import ConvReLU, MaxPool, Zeros, blocks_of, kernel_of_blocks
 from fast_spatial.kernels.host import usable_cpus
+from fast_spatial.kernels.layout import Colour
 from fast_spatial.kernels.limits import SpatialLimits
-from fast_spatial.kernels.sampling import COLOUR_WIDTH
 from fast_spatial.kernels.spatial import matrices
 from fast_spatial.models import classifier
 from fast_spatial.models.classifier import Classifier
@@ -409,7 +409,7 @@ def _dali_views(bench: Bench) -> dict[str, Any]:
     images = pictures(bench.sizes.crops, bench.side)
     crops: Any = images.to(bench.device) if on_gpu else images.numpy()
     rows = drawn_matrices(len(images), CANDIDATES, bench.side).numpy()
-    colours = np.ones((len(images), COLOUR_WIDTH), np.float32)
+    colours = np.ones((len(images), len(Colour)), np.float32)
 
     def seconds(with_views: bool) -> float:
         @pipeline_def
