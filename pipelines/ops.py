@@ -64,10 +64,14 @@ _DALI_TYPES = {
 
 
 class _Operands(NamedTuple):
-    """The arrays of an operator, of which DALI's types and the C functions' arrays are both made."""
+    """Types and ranks of an operator's arrays, by which DALI checks its inputs and the C functions read memory."""
 
     outs: tuple[Array, ...]
     ins: tuple[Array, ...]
+
+
+# numba compiles the two functions below for the operands of each table. Arrays of several types cannot be indexed in a
+# loop, so each version takes the last array, and calls the version for those before it.
 
 
 def _arrays(data: Any, shapes: Any, kinds: tuple[Array, ...]) -> Any:
