@@ -12,8 +12,13 @@ from fast_spatial.runtime.device import synchronized_time
 
 def test_the_clock_is_read_after_the_device_has_finished(monkeypatch):
     seen: list[object] = []
+
+    def read() -> float:
+        seen.append("read")
+        return 7.0
+
     monkeypatch.setattr(torch.cuda, "synchronize", seen.append)
-    monkeypatch.setattr(device, "time", SimpleNamespace(perf_counter=lambda: seen.append("read") or 7.0))
+    monkeypatch.setattr(device, "time", SimpleNamespace(perf_counter=read))
     assert synchronized_time(torch.device("cuda", 1)) == 7.0
     assert seen == [torch.device("cuda", 1), "read"]
     assert synchronized_time(torch.device("cpu")) == 7.0
