@@ -163,7 +163,7 @@ def steps(plan: str, row: int, side: int, count: int) -> None:
     from fast_spatial.config.train import TrainConfig
     from fast_spatial.data.images import load_split
     from fast_spatial.data.loading import training_loader
-    from fast_spatial.runtime.device import dtype_of, seed_everything
+    from fast_spatial.runtime.device import dtype_of, seed_everything, synchronized_time
     from fast_spatial.runtime.distributed import World
     from fast_spatial.training.step import make_step
 
@@ -177,9 +177,7 @@ def steps(plan: str, row: int, side: int, count: int) -> None:
     ended = []
     for batch in itertools.islice(loader.epoch(0), count + 2):
         step(batch)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        ended.append(time.perf_counter())
+        ended.append(synchronized_time(device))
     print(statistics.median(after - before for before, after in itertools.pairwise(ended[1:])))
 
 

@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -32,41 +31,24 @@ from fast_spatial.evaluation.attack import losses_of, worst_view
 from fast_spatial.evaluation.folded import FoldedJudge
 from fast_spatial.evaluation.forward import BatchedForward
 from fast_spatial.kernels.colour import write_colour_matrix
-from fast_spatial.kernels.sampling import (
-    BOX_H,
-    BOX_W,
-    BOX_X,
-    BOX_Y,
-    COLOUR_WIDTH,
-    CROP_X,
-    CROP_Y,
-    GEOMETRY_WIDTH,
-    HEADER_WIDTH,
-    INDEX,
-    KEY,
-    RESIZED_H,
-    RESIZED_W,
-    SIDE,
-    TRAINING,
-    augmentation_settings,
-    draw_image,
-    pack_key,
-    view_limits,
-)
+from fast_spatial.kernels.layout import Colour, Geometry, Header
+from fast_spatial.kernels.limits import SpatialLimits
+from fast_spatial.kernels.sampling import TRAINING, Augmentation, Views, draw_image, pack_key
 from fast_spatial.kernels.warp import warp_reference
 from fast_spatial.models import classifier
 from fast_spatial.models.classifier import Classifier
 from fast_spatial.pipelines.dataset import ImageIndex, read_index
 from fast_spatial.pipelines.loader import Loader
 from fast_spatial.pipelines.placement import RUNGS, WARPS, Decoding, Placement
+from fast_spatial.pipelines.sampler import BatchSampler
 from fast_spatial.runtime.environment import environment
 from fast_spatial.runtime.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
-LIMITS = view_limits(10, untouched_first=True, degrees=30.0, translate=3 / 28)
-SETTINGS = {
-    "training": augmentation_settings(center=False, flip_prob=0.5, jitter=(0.1, 0.1, 0.1), lighting_std=0.05),
-    "evaluation": augmentation_settings(center=True),
+VIEWS = Views(10, SpatialLimits(30.0, 3 / 28))
+AUGMENTATIONS = {
+    "training": Augmentation(center=False, flip_prob=0.5, jitter=(0.1, 0.1, 0.1), lighting_std=0.05),
+    "evaluation": Augmentation(center=True),
 }
 CLASSES = 10
 TIMEOUT_SEC = 300
@@ -114,7 +96,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         head = f"{row['decoding']:<42}{row['warp']:<10}"
         if "failed" in row:
             lines.append(f"{head}failed: {row['failed']}")
-        for name in SETTINGS if "failed" not in row else ():
+        for name in AUGMENTATIONS if "failed" not in row else ():
             found = row[name]
             lines.append(
                 f"{head}{name:<12}{found['max']:>8.2f}{found['mean']:>8.3f}{found['same_choice_pct']:>11.1f} %"
@@ -155,7 +137,9 @@ def measure(on: str, hw_decoder_load: str, warp: str, folder: str, side: str) ->
     torch.manual_seed(0)
     passes = BatchedForward(FoldedJudge(Classifier(classifier.build("resnet18", CLASSES)), torch.float32), 16)
     print(
-        json.dumps({name: _against_reference(images, name, int(side), placement, device, passes) for name in SETTINGS})
+        json.dumps(
+            {name: _against_reference(images, name, int(side), placement, device, passes) for name in AUGMENTATIONS}
+        )
     )
 
 
@@ -163,13 +147,10 @@ def _against_reference(
     images: ImageIndex, name: str, side: int, placement: Placement, device: torch.device, passes: BatchedForward
 ) -> dict[str, float]:
     loader = Loader(
-        images,
-        limits=LIMITS,
-        settings=SETTINGS[name],
+        BatchSampler(images, global_batch_size=min(8, len(images)), seed=0, train=True),
+        augmentation=AUGMENTATIONS[name],
+        views=VIEWS,
         side=side,
-        global_batch_size=min(8, len(images)),
-        key=pack_key(TRAINING, 0),
-        train=True,
         device=device,
         placement=placement,
     )
@@ -177,7 +158,7 @@ def _against_reference(
     for batch in loader.epoch(0):
         views_BVSSC = batch.views.cpu()
         expected_BVSSC = torch.stack(
-            [reference(images, position, SETTINGS[name], side) for position in batch.index.tolist()]
+            [reference(images, position, AUGMENTATIONS[name], side) for position in batch.index.tolist()]
         )
         difference = (views_BVSSC - expected_BVSSC).abs()
         largest = max(largest, difference.max().item())
@@ -196,19 +177,20 @@ def _against_reference(
     }
 
 
-def reference(images: ImageIndex, position: int, settings: NDArray[np.float64], side: int) -> Tensor:
+def reference(images: ImageIndex, position: int, augmentation: Augmentation, side: int) -> Tensor:
     """An image's views in the first epoch, float64 [V, S, S, 3] of 255, before the last rounding."""
     pixels = np.asarray(Image.open(images.path(position)).convert("RGB"))
-    header = np.zeros(HEADER_WIDTH, np.int64)
-    header[KEY], header[INDEX], header[SIDE] = pack_key(TRAINING, 0), position, side
-    geometry, numbers = np.zeros(GEOMETRY_WIDTH, np.int32), np.zeros(COLOUR_WIDTH, np.float32)
-    matrices_V23 = np.zeros((len(LIMITS), 2, 3), np.float32)
-    draw_image(geometry, numbers, matrices_V23, header, np.array(pixels.shape), LIMITS, settings)
-    top, left, height, width = geometry[[BOX_Y, BOX_X, BOX_H, BOX_W]]
+    header = np.zeros(len(Header), np.int64)
+    header[Header.KEY], header[Header.INDEX], header[Header.SIDE] = pack_key(TRAINING, 0), position, side
+    geometry, numbers = np.zeros(len(Geometry), np.int32), np.zeros(len(Colour), np.float32)
+    matrices_V23 = np.zeros((len(VIEWS), 2, 3), np.float32)
+    shape_HWC = np.array(pixels.shape)
+    draw_image(geometry, numbers, matrices_V23, header, shape_HWC, VIEWS.rows(), augmentation.row())
+    top, left, height, width = geometry[Geometry.BOX_Y : Geometry.BOX_W + 1]
     box = torch.from_numpy(pixels[top : top + height, left : left + width].astype(np.float64)).permute(2, 0, 1)
-    size = [int(geometry[RESIZED_H]), int(geometry[RESIZED_W])]
+    size = [int(geometry[Geometry.RESIZED_H]), int(geometry[Geometry.RESIZED_W])]
     resized = interpolate(box[None], size=size, mode="bilinear", antialias=True)[0].permute(1, 2, 0)
-    y, x = int(geometry[CROP_Y]), int(geometry[CROP_X])
+    y, x = int(geometry[Geometry.CROP_Y]), int(geometry[Geometry.CROP_X])
     crop_SSC = resized[y : y + side, x : x + side].add(0.5).floor().clamp(0, 255)
     colour_34 = np.zeros((3, 4), np.float64)
     write_colour_matrix(colour_34, numbers, crop_SSC.mean(dim=(0, 1)).numpy())

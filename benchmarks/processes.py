@@ -15,7 +15,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from fast_spatial.config.commands import BenchConfig
 from fast_spatial.kernels.host import cpus_per_process, usable_cpus
 from fast_spatial.pipelines.loader import Batch
 from fast_spatial.runtime import distributed
+from fast_spatial.runtime.device import synchronized_time
 from fast_spatial.runtime.distributed import World
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -158,19 +158,13 @@ def _seconds(world: World, work: Callable[[], None], times: int) -> float:
     """Seconds for `times` calls, in the slowest process."""
     distributed.reset_watchdog(TIMEOUT_SEC / 60)
     distributed.barrier()
-    start = _now(world)
+    start = synchronized_time(world.device)
     for _ in range(times):
         work()
-    spent = torch.tensor(_now(world) - start, dtype=torch.float64, device=world.device)
+    spent = torch.tensor(synchronized_time(world.device) - start, dtype=torch.float64, device=world.device)
     if world.world_size > 1:
         torch.distributed.all_reduce(spent, op=torch.distributed.ReduceOp.MAX)
     return spent.item()
-
-
-def _now(world: World) -> float:
-    if world.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def main(values: str) -> None:

@@ -17,9 +17,10 @@ from fast_spatial.config.modes import DIGITS
 from fast_spatial.config.train import TrainConfig
 from fast_spatial.evaluation.inputs import load_model_and_images
 from fast_spatial.kernels.host import cache_folder
-from fast_spatial.kernels.sampling import EVALUATION, augmentation_settings, pack_key, view_limits
+from fast_spatial.kernels.sampling import Augmentation, Views
 from fast_spatial.models.classifier import Classifier
 from fast_spatial.pipelines.loader import Loader
+from fast_spatial.pipelines.sampler import BatchSampler
 
 # Large enough for a realistic grid attack, small enough to train in a minute or two.
 SIDE = 64
@@ -37,13 +38,10 @@ def trained(job: Job, count: int) -> tuple[Classifier, Tensor, Tensor]:
         asked = EvaluateConfig(checkpoint=_digits_checkpoint(), data=DIGITS)
     model, images, _, side = load_model_and_images(asked)
     loader = Loader(
-        images.random_subset(min(count, len(images))),
-        limits=view_limits(0, untouched_first=True, degrees=0.0, translate=0.0),
-        settings=augmentation_settings(center=True),
+        BatchSampler(images.random_subset(min(count, len(images))), global_batch_size=32, seed=0, train=False),
+        augmentation=Augmentation(center=True),
+        views=Views(0),
         side=side,
-        global_batch_size=32,
-        key=pack_key(EVALUATION, 0),
-        train=False,
         threads=job.threads,
         device=job.device,
     )

@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from fast_spatial.kernels.sampling import COLOUR_BRIGHTNESS, COLOUR_CONTRAST, COLOUR_LIGHTING, COLOUR_SATURATION
+from fast_spatial.kernels.layout import Colour
 
 # ITU-R 601 luma, as PIL's "L".
 GREY = (0.299, 0.587, 0.114)
@@ -21,14 +21,14 @@ GREY = (0.299, 0.587, 0.114)
 @njit(cache=True, nogil=True)
 def write_colour_matrix(out_34, numbers, mean_rgb):  # type: ignore[no-untyped-def]
     """Write the float32 3x4 matrix (colours of 255) of an image's colour numbers and its mean red, green and blue."""
-    brightness, contrast = numbers[COLOUR_BRIGHTNESS], numbers[COLOUR_CONTRAST]
-    saturation = numbers[COLOUR_SATURATION]
+    brightness, contrast = numbers[Colour.BRIGHTNESS], numbers[Colour.CONTRAST]
+    saturation = numbers[Colour.SATURATION]
     mean_grey = GREY[0] * mean_rgb[0] + GREY[1] * mean_rgb[1] + GREY[2] * mean_rgb[2]
     for channel in range(3):
         for k in range(3):
             saturated = saturation * (channel == k) + (1.0 - saturation) * GREY[k]
             out_34[channel, k] = brightness * contrast * saturated
-        out_34[channel, 3] = brightness * (1.0 - contrast) * mean_grey + numbers[COLOUR_LIGHTING + channel]
+        out_34[channel, 3] = brightness * (1.0 - contrast) * mean_grey + numbers[Colour.LIGHTING_RED + channel]
 
 
 @njit(cache=True, nogil=True)
@@ -38,7 +38,7 @@ def write_colour_parts(linear_33, pivots_33, shift_3, numbers):  # type: ignore[
     write_colour_matrix(matrix, numbers, mean)
     linear_33[:], shift_3[:] = matrix[:, :3], matrix[:, 3]
     for k in range(3):
-        pivots_33[:, k] = numbers[COLOUR_BRIGHTNESS] * (1.0 - numbers[COLOUR_CONTRAST]) * GREY[k]
+        pivots_33[:, k] = numbers[Colour.BRIGHTNESS] * (1.0 - numbers[Colour.CONTRAST]) * GREY[k]
 
 
 @njit(cache=True, nogil=True)

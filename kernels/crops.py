@@ -17,7 +17,7 @@ class Crops:
     Attributes:
         images: uint8 [B, S, S, 3], with the decoded colours.
         matrices: float32 [B, V, 2, 3], target-to-source pixels (see `kernels.spatial`).
-        numbers: float32 [B, COLOUR_WIDTH], each image's colour numbers (see `kernels.sampling`).
+        numbers: float32 [B, len(Colour)], each image's colour numbers (see `kernels.layout`).
 
     """
 

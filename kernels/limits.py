@@ -39,3 +39,6 @@ class SpatialLimits:
     def translate_px(self) -> float:
         """The translation limit in nominal pixels (pixels at image size 224)."""
         return self.translate * NOMINAL_SIDE
+
+
+STILL = SpatialLimits(0.0, 0.0)

@@ -8,32 +8,20 @@ number, and none depends on batch size, number of processes or reading order.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from fast_spatial.kernels.layout import Colour, Geometry, Header, Setting
+from fast_spatial.kernels.limits import STILL, SpatialLimits
 from fast_spatial.kernels.spatial import write_matrix
 
 # One stream per quantity.
 ORDER, CROP, FLIP, JITTER, LIGHTING, WARP, NETWORK = range(7)
 # Domains: training and evaluation never share a draw, whatever their seeds.
 TRAINING, EVALUATION = 0, 1
-
-# Columns of the int64 header that describes one image of a batch.
-LABEL, INDEX, KEY, EPOCH, SIDE, TICKET = range(6)
-HEADER_WIDTH = 6
-# Columns of the float64 settings that hold a recipe's augmentation.
-CENTER, SCALE_MIN, SCALE_MAX, RATIO_MIN, RATIO_MAX, FLIP_PROB, BRIGHTNESS, CONTRAST, SATURATION, LIGHTING_STD = range(
-    10
-)
-SETTINGS_WIDTH = 10
-# Columns of the int32 geometry of `draw_image`: box to decode, size to resize it to, crop of the result.
-BOX_Y, BOX_X, BOX_H, BOX_W, RESIZED_H, RESIZED_W, CROP_Y, CROP_X, CROP_H, CROP_W = range(10)
-GEOMETRY_WIDTH = 10
-# Columns of the float32 colour numbers: three factors, and the lighting offsets of red, green and blue (of 255).
-COLOUR_BRIGHTNESS, COLOUR_CONTRAST, COLOUR_SATURATION, COLOUR_LIGHTING = range(4)
-COLOUR_WIDTH = 6
 
 _MASK = np.uint64(0xFFFFFFFF)
 _SHIFT = np.uint64(32)
@@ -44,6 +32,62 @@ _CROP_TRIES = 10
 # Principal components of ImageNet's colours, as published with AlexNet-style lighting: eigenvalues and eigenvectors.
 PCA_VALUES = (0.2175, 0.0188, 0.0045)
 PCA_VECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Crop, flip and colours of an image.
+
+    Attributes:
+        center: Resize(256) and CenterCrop(224), scaled to the image size, instead of RandomResizedCrop.
+        scale: range of the random crop's area, as a fraction of the image's area.
+        ratio: range of the random crop's aspect ratio.
+        flip_prob: probability of a horizontal flip.
+        jitter: strengths of brightness, contrast and saturation.
+        lighting_std: standard deviation of the PCA lighting.
+
+    """
+
+    center: bool
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip_prob: float = 0.0
+    jitter: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    lighting_std: float = 0.0
+
+    def row(self) -> NDArray[np.float64]:
+        """The settings that `draw_image` reads, float64 [len(Setting)]."""
+        row = np.empty(len(Setting), np.float64)
+        row[Setting.CENTER], row[Setting.FLIP_PROB] = self.center, self.flip_prob
+        row[Setting.SCALE_MIN], row[Setting.SCALE_MAX] = self.scale
+        row[Setting.RATIO_MIN], row[Setting.RATIO_MAX] = self.ratio
+        row[Setting.BRIGHTNESS], row[Setting.CONTRAST], row[Setting.SATURATION] = self.jitter
+        row[Setting.LIGHTING_STD] = self.lighting_std
+        return row
+
+
+@dataclass(frozen=True)
+class Views:
+    """The views of each image: the identity view if `untouched_first`, then random ones within the limits.
+
+    Attributes:
+        random: number of random views.
+        limits: limits of the random views.
+        untouched_first: whether the first view is the identity view.
+
+    """
+
+    random: int
+    limits: SpatialLimits = STILL
+    untouched_first: bool = True
+
+    def __len__(self) -> int:
+        return self.untouched_first + self.random
+
+    def rows(self) -> NDArray[np.float64]:
+        """The limits that `draw_image` reads, float64 [V, 2] of degrees and fraction of the image size."""
+        rows = [(0.0, 0.0)] * self.untouched_first + [(self.limits.degrees, self.limits.translate)] * self.random
+        return np.array(rows, np.float64).reshape(-1, 2)
 
 
 @njit(cache=True, nogil=True)
@@ -104,36 +148,39 @@ def epoch_order(key: int, epoch: int, count: int) -> NDArray[np.int64]:
 @njit(cache=True, nogil=True)
 def _random_box(box, height, width, settings, key, epoch, index):  # type: ignore[no-untyped-def]
     """The crop of torchvision's RandomResizedCrop: ten tries of an area and aspect ratio, then a central crop."""
-    low_ratio, high_ratio = settings[RATIO_MIN], settings[RATIO_MAX]
+    low_scale, high_scale = settings[Setting.SCALE_MIN], settings[Setting.SCALE_MAX]
+    low_ratio, high_ratio = settings[Setting.RATIO_MIN], settings[Setting.RATIO_MAX]
     for attempt in range(_CROP_TRIES):
         draw = 4 * attempt
-        area = height * width * _between(settings[SCALE_MIN], settings[SCALE_MAX], key, epoch, index, CROP, draw)
+        area = height * width * _between(low_scale, high_scale, key, epoch, index, CROP, draw)
         ratio = math.exp(_between(math.log(low_ratio), math.log(high_ratio), key, epoch, index, CROP, draw + 1))
         w, h = int(np.rint(math.sqrt(area * ratio))), int(np.rint(math.sqrt(area / ratio)))
         if 0 < w <= width and 0 < h <= height:
-            box[BOX_Y] = int(_between(0, height - h + 1, key, epoch, index, CROP, draw + 2))
-            box[BOX_X] = int(_between(0, width - w + 1, key, epoch, index, CROP, draw + 3))
-            box[BOX_H], box[BOX_W] = h, w
+            box[Geometry.BOX_Y] = int(_between(0, height - h + 1, key, epoch, index, CROP, draw + 2))
+            box[Geometry.BOX_X] = int(_between(0, width - w + 1, key, epoch, index, CROP, draw + 3))
+            box[Geometry.BOX_H], box[Geometry.BOX_W] = h, w
             return
     h, w = height, width
     if width / height < low_ratio:
         h = int(np.rint(width / low_ratio))
     elif width / height > high_ratio:
         w = int(np.rint(height * high_ratio))
-    box[BOX_Y], box[BOX_X], box[BOX_H], box[BOX_W] = (height - h) // 2, (width - w) // 2, h, w
+    box[Geometry.BOX_Y], box[Geometry.BOX_X] = (height - h) // 2, (width - w) // 2
+    box[Geometry.BOX_H], box[Geometry.BOX_W] = h, w
 
 
 @njit(cache=True, nogil=True)
 def _center_geometry(out, height, width, side):  # type: ignore[no-untyped-def]
     """Resize(256) and CenterCrop(224), with torchvision's rounding, scaled to the image size."""
     short = (side * 256 + 112) // 224
-    out[BOX_Y], out[BOX_X], out[BOX_H], out[BOX_W] = 0, 0, height, width
+    out[Geometry.BOX_Y], out[Geometry.BOX_X] = 0, 0
+    out[Geometry.BOX_H], out[Geometry.BOX_W] = height, width
     if height <= width:
-        out[RESIZED_H], out[RESIZED_W] = short, short * width // height
+        out[Geometry.RESIZED_H], out[Geometry.RESIZED_W] = short, short * width // height
     else:
-        out[RESIZED_H], out[RESIZED_W] = short * height // width, short
-    out[CROP_Y] = int(np.rint((out[RESIZED_H] - side) / 2.0))
-    out[CROP_X] = int(np.rint((out[RESIZED_W] - side) / 2.0))
+        out[Geometry.RESIZED_H], out[Geometry.RESIZED_W] = short * height // width, short
+    out[Geometry.CROP_Y] = int(np.rint((out[Geometry.RESIZED_H] - side) / 2.0))
+    out[Geometry.CROP_X] = int(np.rint((out[Geometry.RESIZED_W] - side) / 2.0))
 
 
 @njit(cache=True, nogil=True)
@@ -146,16 +193,16 @@ def _normal(key, epoch, index, stream, draw):  # type: ignore[no-untyped-def]
 @njit(cache=True, nogil=True)
 def _draw_colour(colour, settings, key, epoch, index):  # type: ignore[no-untyped-def]
     for i in range(3):
-        strength = settings[BRIGHTNESS + i]
+        strength = settings[Setting.BRIGHTNESS + i]
         colour[i] = _between(max(0.0, 1.0 - strength), 1.0 + strength, key, epoch, index, JITTER, i)
     for channel in range(3):
-        colour[COLOUR_LIGHTING + channel] = 0.0
-    if settings[LIGHTING_STD] > 0:
+        colour[Colour.LIGHTING_RED + channel] = 0.0
+    if settings[Setting.LIGHTING_STD] > 0:
         for component in range(3):
-            alpha = settings[LIGHTING_STD] * _normal(key, epoch, index, LIGHTING, component)
+            alpha = settings[Setting.LIGHTING_STD] * _normal(key, epoch, index, LIGHTING, component)
             for channel in range(3):
                 shift = 255.0 * alpha * PCA_VALUES[component] * PCA_VECTORS[channel][component]
-                colour[COLOUR_LIGHTING + channel] += shift
+                colour[Colour.LIGHTING_RED + channel] += shift
 
 
 @njit(cache=True, nogil=True)
@@ -172,21 +219,22 @@ def _draw_matrices(matrices_V23, limits_V2, side, flip, key, epoch, index):  # t
 def draw_image(geometry, colour, matrices_V23, header, shape_HWC, limits_V2, settings):  # type: ignore[no-untyped-def]
     """Draw the whole augmentation of one image.
 
-    Outputs: `geometry`, int32 [GEOMETRY_WIDTH]; `colour`, float32 [COLOUR_WIDTH]; the views' target-to-source
+    Outputs: `geometry`, int32 [len(Geometry)]; `colour`, float32 [len(Colour)]; the views' target-to-source
     `matrices_V23`, float32 [V, 2, 3], which include the horizontal flip.
 
-    Inputs: `header`, int64 [HEADER_WIDTH]; the encoded image's `shape_HWC`, int64 [3]; `limits_V2`, float64 [V, 2] of
-    degrees and fraction of the image size (zeros give the identity view); `settings`, float64 [SETTINGS_WIDTH].
+    Inputs: `header`, int64 [len(Header)]; the encoded image's `shape_HWC`, int64 [3]; `limits_V2`, float64 [V, 2] of
+    degrees and fraction of the image size (zeros give the identity view); `settings`, float64 [len(Setting)].
     """
-    key, epoch, index, side = header[KEY], header[EPOCH], header[INDEX], header[SIDE]
-    if settings[CENTER] > 0:
+    key, epoch, index, side = header[Header.KEY], header[Header.EPOCH], header[Header.INDEX], header[Header.SIDE]
+    if settings[Setting.CENTER] > 0:
         _center_geometry(geometry, shape_HWC[0], shape_HWC[1], side)
     else:
         _random_box(geometry, shape_HWC[0], shape_HWC[1], settings, key, epoch, index)
-        geometry[RESIZED_H], geometry[RESIZED_W], geometry[CROP_Y], geometry[CROP_X] = side, side, 0, 0
-    geometry[CROP_H], geometry[CROP_W] = side, side
+        geometry[Geometry.RESIZED_H], geometry[Geometry.RESIZED_W] = side, side
+        geometry[Geometry.CROP_Y], geometry[Geometry.CROP_X] = 0, 0
+    geometry[Geometry.CROP_H], geometry[Geometry.CROP_W] = side, side
     _draw_colour(colour, settings, key, epoch, index)
-    flip = uniform(key, epoch, index, FLIP, 0) < settings[FLIP_PROB]
+    flip = uniform(key, epoch, index, FLIP, 0) < settings[Setting.FLIP_PROB]
     _draw_matrices(matrices_V23, limits_V2, side, flip, key, epoch, index)
 
 
@@ -196,29 +244,8 @@ def _draw_batch(matrices_BV23, limits_V2, side, key, epoch, indices):  # type: i
         _draw_matrices(matrices_BV23[b], limits_V2, side, False, key, epoch, indices[b])
 
 
-def draw_matrices(
-    key: int, epoch: int, indices: NDArray[np.int64], limits_V2: NDArray[np.float64], side: int
-) -> NDArray[np.float32]:
+def draw_matrices(key: int, epoch: int, indices: NDArray[np.int64], views: Views, side: int) -> NDArray[np.float32]:
     """The matrices, float32 [B, V, 2, 3], that `draw_image` draws for unflipped images at `indices`, int64 [B]."""
-    out = np.empty((len(indices), len(limits_V2), 2, 3), np.float32)
-    _draw_batch(out, limits_V2, side, key, epoch, np.ascontiguousarray(indices, np.int64))
+    out = np.empty((len(indices), len(views), 2, 3), np.float32)
+    _draw_batch(out, views.rows(), side, key, epoch, np.ascontiguousarray(indices, np.int64))
     return out
-
-
-def view_limits(views: int, *, untouched_first: bool, degrees: float, translate: float) -> NDArray[np.float64]:
-    """Limits of each view, float64 [V, 2]: the identity view if `untouched_first`, then `views` random ones."""
-    rows = [(0.0, 0.0)] * untouched_first + [(degrees, translate)] * views
-    return np.array(rows, np.float64).reshape(-1, 2)
-
-
-def augmentation_settings(
-    *,
-    center: bool,
-    scale: tuple[float, float] = (0.08, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
-    flip_prob: float = 0.0,
-    jitter: tuple[float, float, float] = (0.0, 0.0, 0.0),
-    lighting_std: float = 0.0,
-) -> NDArray[np.float64]:
-    """A recipe's augmentation as the float64 [SETTINGS_WIDTH] row that `draw_image` reads."""
-    return np.array([float(center), *scale, *ratio, flip_prob, *jitter, lighting_std], np.float64)

@@ -17,23 +17,15 @@ import triton.language as tl
 from torch import Tensor
 
 from fast_spatial.kernels.colour import GREY
-from fast_spatial.kernels.sampling import (
-    COLOUR_BRIGHTNESS,
-    COLOUR_CONTRAST,
-    COLOUR_LIGHTING,
-    COLOUR_SATURATION,
-    COLOUR_WIDTH,
-)
+from fast_spatial.kernels.layout import Colour
 
 _TILE_Y, _TILE_X = 16, 64
 _BLOCK = 1024
 _GREY_R, _GREY_G, _GREY_B = (tl.constexpr(share) for share in GREY)
-_WIDTH, _BRIGHTNESS, _CONTRAST = (
-    tl.constexpr(COLOUR_WIDTH),
-    tl.constexpr(COLOUR_BRIGHTNESS),
-    tl.constexpr(COLOUR_CONTRAST),
+_WIDTH, _LIGHTING = tl.constexpr(len(Colour)), tl.constexpr(int(Colour.LIGHTING_RED))
+_BRIGHTNESS, _CONTRAST, _SATURATION = (
+    tl.constexpr(int(column)) for column in (Colour.BRIGHTNESS, Colour.CONTRAST, Colour.SATURATION)
 )
-_SATURATION, _LIGHTING = tl.constexpr(COLOUR_SATURATION), tl.constexpr(COLOUR_LIGHTING)
 
 
 @triton.jit
@@ -152,7 +144,7 @@ def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 
 def colour_matrices(images_BSSC: Tensor, numbers_BN: Tensor) -> Tensor:
-    """Each image's colour matrix, float32 [B, 3, 4], from its colour numbers, float32 [B, COLOUR_WIDTH]."""
+    """Each image's colour matrix, float32 [B, 3, 4], from its colour numbers, float32 [B, len(Colour)]."""
     B, S = images_BSSC.shape[:2]
     colours_B34 = torch.empty((B, 3, 4), dtype=torch.float32, device=images_BSSC.device)
     with current(images_BSSC.device):

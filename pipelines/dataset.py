@@ -19,10 +19,9 @@ from numpy.typing import NDArray
 
 from fast_spatial.errors import UserError
 from fast_spatial.kernels.sampling import TRAINING, epoch_order, pack_key
+from fast_spatial.pipelines.folder import EXTENSIONS, SPLITS
 from fast_spatial.pipelines.text import some
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's IMG_EXTENSIONS
-SPLITS = ("train", "val")
 _SUBSET_SEED = 2**31 - 1
 
 FLAT_VAL_FIX = (

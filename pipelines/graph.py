@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from nvidia.dali import fn, pipeline_def
 
-from fast_spatial.kernels.sampling import BOX_H, BOX_Y
+from fast_spatial.kernels.layout import Geometry
 from fast_spatial.pipelines import ops
 from fast_spatial.pipelines.ops import decode_box
 from fast_spatial.pipelines.placement import Decoding, Placement
@@ -22,7 +22,7 @@ def view_graph(
     """(views uint8 [V, S, S, 3], header int64) of each image of a batch; all but the header are on the device.
 
     With `placement.warp` "triton", the graph returns the inputs of the warp instead of the views: crop uint8 [S, S, 3],
-    matrices float32 [V, 2, 3] and colour numbers float32 [COLOUR_WIDTH].
+    matrices float32 [V, 2, 3] and colour numbers float32 [len(Colour)].
 
     `source` yields (paths, headers, limits, settings), each as one contiguous array per batch. Where our own kernel
     resizes, it also yields a canvas (see `ops.numba_views`).
@@ -34,8 +34,9 @@ def view_graph(
     geometry, colour, matrices = ops.draw(
         header, fn.peek_image_shape(encoded, adjust_orientation=False), limits, settings
     )
-    box = geometry[BOX_Y : BOX_Y + 2], geometry[BOX_H : BOX_H + 2]
-    images = decode_box(encoded, *box, placement.decoding)
+    start = geometry[Geometry.BOX_Y : Geometry.BOX_X + 1]
+    shape = geometry[Geometry.BOX_H : Geometry.BOX_W + 1]
+    images = decode_box(encoded, start, shape, placement.decoding)
 
     def delivered(node: ops.Node) -> ops.Node:
         return node.gpu() if on_gpu else node

@@ -24,9 +24,12 @@ from torch.utils.dlpack import from_dlpack
 from fast_spatial.errors import UserError
 from fast_spatial.kernels.crops import Crops
 from fast_spatial.kernels.host import cpus_per_process
-from fast_spatial.kernels.sampling import CENTER, EPOCH, HEADER_WIDTH, INDEX, KEY, LABEL, SIDE, TICKET, epoch_order
-from fast_spatial.pipelines.dataset import ImageIndex, check_divides
+from fast_spatial.kernels.layout import Header
+from fast_spatial.kernels.sampling import Augmentation, Views
+from fast_spatial.pipelines.dataset import ImageIndex
+from fast_spatial.pipelines.gpu_failures import GpuFailures
 from fast_spatial.pipelines.placement import Decoding, Placement, usual_placement
+from fast_spatial.pipelines.sampler import BatchSampler
 from fast_spatial.pipelines.text import printable
 
 # Length of DALI's queue: the batches that fit into these bytes, clipped to two to four. One of them is in use, so a
@@ -34,13 +37,8 @@ from fast_spatial.pipelines.text import printable
 _QUEUE_BYTES = 1 << 30
 _LEAST_QUEUED, _MOST_QUEUED = 2, 4
 _READ_AHEAD_BATCHES = 4
-_NONE = np.empty(0, np.int64)
 # A file is bad only if the CPU cannot decode it: a GPU decoder may fail on good files.
 ON_HOST = usual_placement(on_gpu=False)
-# After this many failures on good files, the GPU decoder is no longer used. After this many good batches in a row, the
-# count restarts.
-MOST_GPU_FAILURES = 10
-GOOD_BATCHES = 1000
 
 
 @dataclass(frozen=True)
@@ -72,115 +70,72 @@ class Batch:
 class Loader:
     """Batches of views of a split's images.
 
-    Step s of an epoch holds entries [s * G, (s + 1) * G) of the epoch's order, with G the global batch size. Rank r
-    takes the r-th slice of them.
-
     Args:
-        images: the split.
-        limits: float64 [V, 2], each view's limits (`kernels.sampling.view_limits`).
-        settings: the augmentation (`kernels.sampling.augmentation_settings`).
+        sampler: which images each batch holds.
+        augmentation: crop, flip and colours of the images.
+        views: the views of each image.
         side: image size of the views in pixels: a number, or a function of (epoch, step) for progressive resizing. The
             function is also called for batches that are prefetched, even beyond the last epoch.
         largest_side: largest value of that function; it bounds the memory of DALI's queue.
-        global_batch_size: images per step, over all ranks; `world_size` must divide it.
-        key: the generator's key (`kernels.sampling.pack_key`).
-        train: if true, shuffle, draw anew every epoch and drop the remainder. Otherwise deliver each image once, always
-            with the draws of epoch 0.
-        rank: the GLOBAL rank.
-        order: the positions that an evaluation visits, in order; default all. An image's draws depend on its position
-            in the split, not on its place in the order.
         threads: DALI's CPU threads; default this process's share of the CPUs.
         device: device of the views.
         placement: decoder and warp; default `usual_placement` for the device.
         on_bad_images: called with the images that cannot be decoded, as {position: reason}, and the positions of those
             of which no part can be decoded. If it returns, each is replaced by the next good image of the split. The
             default raises a UserError.
-        bad_images: positions of images of which no part can be decoded; replaced from the start.
         on_gpu_failure: called with a message when a GPU fails on files that the CPU can decode. The CPU then decodes
             the batch. The default logs a warning.
 
-    A damaged image is replaced only if its crop cannot be decoded. The crop depends on (key, epoch, position) alone, so
-    the stream stays a pure function of them, whenever the damage is found.
-
     Raises:
-        UserError: if the world size does not divide the batch, or the split is smaller than one batch.
         ValueError: if images are decoded on a GPU for a loader on the CPU.
 
     """
 
     def __init__(
         self,
-        images: ImageIndex,
+        sampler: BatchSampler,
         *,
-        limits: NDArray[np.float64],
-        settings: NDArray[np.float64],
+        augmentation: Augmentation,
+        views: Views,
         side: int | Callable[[int, int], int],
-        global_batch_size: int,
-        key: int,
-        train: bool,
         largest_side: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        order: NDArray[np.int64] | None = None,
         threads: int | None = None,
         device: torch.device | None = None,
         placement: Placement | None = None,
         on_bad_images: Callable[[dict[int, str], Collection[int]], None] | None = None,
-        bad_images: Collection[int] = (),
         on_gpu_failure: Callable[[str], None] | None = None,
     ) -> None:
-        check_divides(global_batch_size, world_size)
-        if train and len(images) < global_batch_size:
-            raise UserError(
-                f"{images.root} contains {len(images)} images, less than one global batch of {global_batch_size}",
-                "lower --global-batch-size",
-            )
-        assert not train or order is None
-        self.images = images
-        self._visited = np.arange(len(images)) if order is None else order
-        self._key, self._train = key, train
+        self._sampler, self._images = sampler, sampler.images
+        self.steps_per_epoch = sampler.steps_per_epoch
+        self._views = len(views)
         self._side_at: Callable[[int, int], int] = side if callable(side) else lambda epoch, step: side
-        self._global_batch_size, self._rank = global_batch_size, rank
-        self._batch_size = global_batch_size // world_size
-        self.steps_per_epoch = self._count_steps()
-        self._orders: dict[int, NDArray[np.int64]] = {}
-        self._next_ticket = 0
-        self._delivered = -1
-        self._in_flight: list[int] = []
-        self._views = len(limits)
-        self._on_bad_images = on_bad_images or self._refuse
-        self._on_gpu_failure = on_gpu_failure or logging.getLogger(__name__).warning
-        self._failures = 0
-        self._good_batches = 0  # since the last failure of the GPU
-        # For each batch that a GPU failed on: the images that it has not decoded since.
-        self._suspects: list[NDArray[np.int64]] = []
-        self._bad_images = np.array(sorted(bad_images), np.int64)
-        self._damaged: dict[int, NDArray[np.int64]] = {}  # by epoch
-        self._check_some_are_good()
-        threads = threads or cpus_per_process()
-        self._readers = ThreadPoolExecutor(4, thread_name_prefix="read-ahead")
         self._device = device or torch.device("cpu")
         on_gpu = self._device.type == "cuda"
         self._device_id = (self._device.index or 0) if on_gpu else None
         self._placement = placement or usual_placement(on_gpu=on_gpu)
         if self._placement.decoding.on != "cpu" and not on_gpu:
             raise ValueError(f"images for {self._device} cannot be decoded on the {self._placement.decoding}")
+        self._on_bad_images = on_bad_images or self._refuse
+        self._on_gpu_failure = on_gpu_failure or logging.getLogger(__name__).warning
+        self._gpu_failures = GpuFailures()
+        self._next_ticket = 0
+        self._delivered = -1
+        self._in_flight: list[int] = []
         # The same for all images, but DALI takes one array per image.
-        self._constants = [np.repeat(row[None], self._batch_size, axis=0) for row in (limits, settings)]
-        largest = largest_side if callable(side) else side
-        assert largest > 0
-        kept = 1 if self._placement.warp == "triton" else len(limits)
-        batch_bytes = self._batch_size * kept * largest**2 * 3
+        self._constants = [
+            np.repeat(row[None], sampler.batch_size, axis=0) for row in (views.rows(), augmentation.row())
+        ]
+        self._readers = ThreadPoolExecutor(4, thread_name_prefix="read-ahead")
+        self._ahead = self._queue_length(largest_side if callable(side) else side)
         from fast_spatial.pipelines.graph import view_graph  # here, so that `Batch` imports without DALI
 
         self._build: Callable[..., Any] = partial(
             view_graph,
-            views=len(limits),
-            center=bool(settings[CENTER]),
-            num_threads=threads,
+            views=len(views),
+            center=augmentation.center,
+            num_threads=threads or cpus_per_process(),
             exec_dynamic=True,
         )
-        self._ahead = int(np.clip(_QUEUE_BYTES // batch_bytes, _LEAST_QUEUED, _MOST_QUEUED))
         self._pipeline = self._start()
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
@@ -190,10 +145,10 @@ class Loader:
             if ticket != self._delivered + 1:
                 self._next_ticket = ticket  # a jump: batches already in flight are dropped below
             made, header = self._run(ticket)
-            labels = header[:, LABEL].contiguous()
+            labels = header[:, Header.LABEL].contiguous()
             if self._device.type == "cuda":  # from pinned memory: a copy from pageable memory would block
                 labels = labels.pin_memory().to(self._device, non_blocking=True)
-            yield Batch(made, labels, header[:, INDEX])
+            yield Batch(made, labels, header[:, Header.INDEX])
 
     def _run(self, ticket: int) -> tuple[Tensor | Crops, Tensor]:
         """Views or crops, and headers, of one batch; earlier batches in flight are dropped."""
@@ -209,14 +164,20 @@ class Loader:
                     continue
                 made, header = self._decoded_on_cpu(ticket, error)
             else:
-                self._count_good(header[:, INDEX].numpy())
-            self._delivered = int(header[0, TICKET])
+                self._gpu_failures.add_good(header[:, Header.INDEX].numpy())
+            self._delivered = int(header[0, Header.TICKET])
             self._in_flight.remove(self._delivered)
             if self._delivered == ticket:
                 return made, header
 
+    def _queue_length(self, largest_side: int) -> int:
+        assert largest_side > 0
+        kept = 1 if self._placement.warp == "triton" else self._views
+        batch_bytes = self._sampler.batch_size * kept * largest_side**2 * 3
+        return int(np.clip(_QUEUE_BYTES // batch_bytes, _LEAST_QUEUED, _MOST_QUEUED))
+
     def _start(self) -> Any:
-        return self._pipeline_of(self._source, self._batch_size, self._placement, ahead=self._ahead)
+        return self._pipeline_of(self._source, self._sampler.batch_size, self._placement, ahead=self._ahead)
 
     def _pipeline_of(self, source: Callable[[Any], Any], size: int, placement: Placement, *, ahead: int) -> Any:
         return self._build(
@@ -235,7 +196,7 @@ class Loader:
             outputs = pipeline.run()
         # Copied, because DALI may keep the header in pinned memory, which DLPack cannot import.
         header = torch.from_numpy(np.array(outputs[-1].as_tensor()))
-        B, side = len(header), int(header[0, SIDE])
+        B, side = len(header), int(header[0, Header.SIDE])
         tensors = [self._tensor(output.as_tensor()) for output in outputs[:-1]]
         # An exception inside a numba operator is only printed, and leaves an empty output: check shapes.
         if self._placement.warp == "triton":
@@ -264,8 +225,7 @@ class Loader:
     def _decoded_on_cpu(self, ticket: int, error: RuntimeError) -> tuple[Tensor | Crops, Tensor]:
         """Decode on the CPU a batch of good files that the GPU failed on, and start a new pipeline.
 
-        After `MOST_GPU_FAILURES` failures, the CPU decodes all batches. Repeated failures that the same file can
-        explain count once.
+        After `gpu_failures.MOST_GPU_FAILURES` failures, the CPU decodes all batches.
         """
         from fast_spatial.pipelines.inspection.decoding import reason_of
 
@@ -277,37 +237,15 @@ class Loader:
             made, header = self._outputs(self._pipeline_of(lambda _: arrays, len(arrays[0]), on_cpu, ahead=1))
         except RuntimeError:  # not caused by the GPU decoder
             raise error from None
-        last = self._is_new_failure(header[:, INDEX].numpy()) and self._failures == MOST_GPU_FAILURES
-        if last:
+        what = "the CPU decodes this batch"
+        if self._gpu_failures.add_failure(header[:, Header.INDEX].numpy()):
             self._placement = on_cpu
-        what = f"this was failure {self._failures}, so the CPU decodes all batches from now on" if last else ""
-        message = f"the GPU failed to decode good files ({reason_of(error)})"
-        self._on_gpu_failure(f"{message}: {what or 'the CPU decodes this batch'}")
+            what = f"this was failure {self._gpu_failures.count}, so the CPU decodes all batches from now on"
+        self._on_gpu_failure(f"the GPU failed to decode good files ({reason_of(error)}): {what}")
         self._in_flight[:] = [ticket]
         self._next_ticket = ticket + 1
         self._pipeline = self._start()
         return made, header
-
-    def _count_good(self, positions: NDArray[np.int64]) -> None:
-        """Count a batch that was decoded as configured: none of its files explains a failure."""
-        self._good_batches += 1
-        if self._good_batches == GOOD_BATCHES:
-            self._failures = 0
-        if self._suspects:
-            left = (np.setdiff1d(suspects, positions) for suspects in self._suspects)
-            self._suspects = [suspects for suspects in left if len(suspects)]
-
-    def _is_new_failure(self, positions: NDArray[np.int64]) -> bool:
-        """Whether a failure counts: no file is common to it and an earlier one, or no batch succeeded in between."""
-        went_on, self._good_batches = self._good_batches > 0, 0
-        for number, suspects in enumerate(self._suspects):
-            common = np.intersect1d(suspects, positions)
-            if went_on and len(common):
-                self._suspects[number] = common
-                return False
-        self._suspects.append(positions)
-        self._failures += 1
-        return True
 
     def _without_bad_images(self) -> bool:
         """Find undecodable images in flight; if there are any, start a new pipeline without them and return True.
@@ -320,20 +258,17 @@ class Loader:
 
         found: dict[int, list[int]] = {}  # epochs, by position
         for ticket in self._in_flight:
-            epoch, positions = self._positions(ticket)
+            epoch, positions = self._sampler.batch(ticket)
             for row in self._bad_rows(ticket, range(len(positions))):
                 found.setdefault(int(positions[row]), []).append(epoch)
         if not found:
             return False
-        reasons = dict(decode_files([self.images.path(position) for position in found]))
-        bad = {p: reasons[self.images.path(p)] or "part of it cannot be decoded" for p in found}
-        hopeless = [p for p in found if not has_first_pixel(self.images.paths[p], ON_HOST.decoding, device_id=None)]
+        images = self._images
+        reasons = dict(decode_files([images.path(position) for position in found]))
+        bad = {p: reasons[images.path(p)] or "part of it cannot be decoded" for p in found}
+        hopeless = [p for p in found if not has_first_pixel(images.paths[p], ON_HOST.decoding, device_id=None)]
         self._on_bad_images(bad, hopeless)
-        self._bad_images = np.union1d(self._bad_images, np.array(hopeless, np.int64))
-        for position, epochs in found.items():
-            for epoch in epochs:
-                self._damaged[epoch] = np.union1d(self._damaged.get(epoch, _NONE), position)
-        self._check_some_are_good()
+        self._sampler.replace(found, hopeless)
         self._in_flight.clear()
         self._pipeline = self._start()
         return True
@@ -350,58 +285,27 @@ class Loader:
             return [rows.start] if len(rows) == 1 else [row for half in halves for row in self._bad_rows(ticket, half)]
         return []
 
-    def _check_some_are_good(self) -> None:
-        if len(self._bad_images) == len(self.images):
-            raise UserError(
-                f"{self.images.root}: none of the {len(self.images)} images can be decoded",
-                f"inspect the data: launch.py check-data --data {self.images.root.parent}",
-            )
-
     def _refuse(self, bad: dict[int, str], _: Collection[int]) -> None:
-        raise undecodable(self.images, bad)
-
-    def _count_steps(self) -> int:
-        if self._train:
-            return len(self.images) // self._global_batch_size
-        full, rest = divmod(len(self._visited), self._global_batch_size)
-        return full + (rest > self._rank * self._batch_size)
-
-    def _positions(self, ticket: int) -> tuple[int, NDArray[np.int64]]:
-        """(epoch, positions in the split) of one batch of this rank."""
-        epoch, positions = self._planned(ticket)
-        bad = np.union1d(self._bad_images, self._damaged.get(epoch, _NONE))
-        while len(bad) and (replaced := np.isin(positions, bad)).any():
-            positions = np.where(replaced, (positions + 1) % len(self.images), positions)
-        return epoch, positions
-
-    def _planned(self, ticket: int) -> tuple[int, NDArray[np.int64]]:
-        epoch, step = divmod(ticket, self.steps_per_epoch)
-        begin = step * self._global_batch_size + self._rank * self._batch_size
-        end = begin + self._batch_size
-        if not self._train:
-            return 0, self._visited[begin:end]
-        if epoch not in self._orders:  # reading ahead crosses the end of an epoch
-            self._orders = {e: order for e, order in self._orders.items() if e == epoch - 1}
-            self._orders[epoch] = epoch_order(self._key, epoch, len(self.images))
-        return epoch, self._orders[epoch][begin:end]
+        raise undecodable(self._images, bad)
 
     def _source(self, _: Any) -> tuple[NDArray[Any], ...]:
         ticket = self._next_ticket
         self._next_ticket += 1
         self._in_flight.append(ticket)
-        self._readers.submit(_read_ahead, self.images.paths, self._positions(ticket + _READ_AHEAD_BATCHES)[1])
+        self._readers.submit(_read_ahead, self._images.paths, self._sampler.batch(ticket + _READ_AHEAD_BATCHES)[1])
         return self._arrays(ticket, self._placement)
 
     def _arrays(self, ticket: int, placement: Placement) -> tuple[NDArray[Any], ...]:
         """The graph's inputs for one batch."""
-        epoch, positions = self._positions(ticket)
+        epoch, positions = self._sampler.batch(ticket)
         side = self._side_at(*divmod(ticket, self.steps_per_epoch))
-        headers = np.zeros((len(positions), HEADER_WIDTH), np.int64)
-        headers[:, LABEL], headers[:, INDEX] = self.images.labels[positions], positions
-        headers[:, KEY], headers[:, EPOCH], headers[:, SIDE], headers[:, TICKET] = self._key, epoch, side, ticket
+        headers = np.empty((len(positions), len(Header)), np.int64)
+        headers[:, Header.LABEL], headers[:, Header.INDEX] = self._images.labels[positions], positions
+        headers[:, Header.KEY], headers[:, Header.EPOCH] = self._sampler.key, epoch
+        headers[:, Header.SIDE], headers[:, Header.TICKET] = side, ticket
         canvas = [np.zeros((len(positions), side), np.uint8)] if placement.resizes_on_host else []
         constants = (array[: len(positions)] for array in self._constants)
-        return self.images.paths[positions], headers, *constants, *canvas
+        return self._images.paths[positions], headers, *constants, *canvas
 
 
 def undecodable(images: ImageIndex, bad: dict[int, str], otherwise: str = "") -> UserError:

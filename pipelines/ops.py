@@ -8,28 +8,20 @@ interface of DALI's `NumbaFuncImpl` (as `nvidia.dali.plugin.numba` calls it): ar
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from numba import carray, cfunc, njit
-from numba import types as numba_types
+from numba import carray, cfunc, float32, float64, int32, int64, njit, uint8, uint64, void
+from numba.core.types import Array
+from numba.extending import overload
+from numba.np.unsafe.ndarray import to_fixed_tuple
 from nvidia.dali import fn, types
 from nvidia.dali.plugin.numba import NumbaFunction, address_as_void_pointer  # type: ignore[attr-defined]
 
 from fast_spatial.kernels.colour import write_colour_matrix, write_colour_parts, write_mean_rgb
+from fast_spatial.kernels.layout import Colour, Geometry
 from fast_spatial.kernels.resize import resize_window
-from fast_spatial.kernels.sampling import (
-    COLOUR_WIDTH,
-    CROP_H,
-    CROP_X,
-    CROP_Y,
-    GEOMETRY_WIDTH,
-    HEADER_WIDTH,
-    RESIZED_H,
-    RESIZED_W,
-    SETTINGS_WIDTH,
-    draw_image,
-)
+from fast_spatial.kernels.sampling import draw_image
 from fast_spatial.kernels.warp_cpu import warp_image
 from fast_spatial.pipelines.placement import Decoding
 
@@ -58,28 +50,74 @@ def decode_box(encoded: Any, start: Any, shape: Any, decoding: Decoding) -> Any:
 Node = Any  # DALI's DataNode
 
 # (out data, out shapes, out ndims, outs, in data, in shapes, in ndims, ins) of one sample.
-_RUN = numba_types.void(*(numba_types.uint64, numba_types.uint64, numba_types.uint64, numba_types.int32) * 2)
+_RUN = void(*(uint64, uint64, uint64, int32) * 2)
 # (out shapes, out ndims, outs, in shapes, in ndims, ins, samples) of a batch.
-_SETUP = numba_types.void(*(numba_types.uint64, numba_types.uint64, numba_types.int32) * 2, numba_types.int32)
+_SETUP = void(*(uint64, uint64, int32) * 2, int32)
+
+_DALI_TYPES = {
+    uint8: types.UINT8,
+    int32: types.INT32,
+    int64: types.INT64,
+    float32: types.FLOAT,
+    float64: types.FLOAT64,
+}
+
+
+class _Operands(NamedTuple):
+    """Types and ranks of an operator's arrays, by which DALI checks its inputs and the C functions read memory."""
+
+    outs: tuple[Array, ...]
+    ins: tuple[Array, ...]
+
+
+# numba compiles the two functions below for the operands of each table. Arrays of several types cannot be indexed in a
+# loop, so each version takes the last array, and calls the version for those before it.
+
+
+def _arrays(data: Any, shapes: Any, kinds: tuple[Array, ...]) -> Any:
+    """The inputs or outputs of a sample, as arrays of these kinds, in a run function."""
+    raise NotImplementedError("for compiled functions")
+
+
+@overload(_arrays)
+def _compile_arrays(data, shapes, kinds):  # type: ignore[no-untyped-def]
+    last = len(kinds) - 1
+    if last < 0:
+        return lambda data, shapes, kinds: ()
+    dtype, ndim = kinds[last].instance_type.dtype, kinds[last].instance_type.ndim
+
+    def arrays(data, shapes, kinds):  # type: ignore[no-untyped-def]
+        shape = to_fixed_tuple(_pointed_at(shapes, last, ndim), ndim)
+        pointer = carray(address_as_void_pointer(data), last + 1, np.int64)[last]
+        return (*_arrays(data, shapes, kinds[:-1]), carray(address_as_void_pointer(pointer), shape, dtype))
+
+    return arrays
+
+
+def _shapes(pointers: Any, sample: Any, samples: Any, kinds: tuple[Array, ...]) -> Any:
+    """The shapes of a sample's inputs or outputs, int64 [ndim], to read or to set, in a setup function."""
+    raise NotImplementedError("for compiled functions")
+
+
+@overload(_shapes)
+def _compile_shapes(pointers, sample, samples, kinds):  # type: ignore[no-untyped-def]
+    last = len(kinds) - 1
+    if last < 0:
+        return lambda pointers, sample, samples, kinds: ()
+    ndim = kinds[last].instance_type.ndim
+
+    def shapes(pointers, sample, samples, kinds):  # type: ignore[no-untyped-def]
+        shape = _pointed_at(pointers, last * samples + sample, ndim)
+        return (*_shapes(pointers, sample, samples, kinds[:-1]), shape)
+
+    return shapes
 
 
 @njit(cache=True)
-def _data_pointer(pointers, position):  # type: ignore[no-untyped-def]
-    """The address of one input's or output's data, in a run function."""
-    return address_as_void_pointer(carray(address_as_void_pointer(pointers), position + 1, np.int64)[position])
-
-
-@njit(cache=True)
-def _shape_of(shapes, position, ndim):  # type: ignore[no-untyped-def]
-    """One input's or output's shape, int64 [ndim], in a run function."""
-    pointer = carray(address_as_void_pointer(shapes), position + 1, np.int64)[position]
-    return carray(address_as_void_pointer(pointer), ndim, np.int64)
-
-
-@njit(cache=True)
-def _sample_shape(shapes, position, sample, samples, ndim):  # type: ignore[no-untyped-def]
-    """One sample's shape, int64 [ndim], to read or to set, in a setup function."""
-    return _shape_of(shapes, position * samples + sample, ndim)
+def _pointed_at(pointers, position, length):  # type: ignore[no-untyped-def]
+    """The int64 [length] array at one of several pointers."""
+    pointer = carray(address_as_void_pointer(pointers), position + 1, np.int64)[position]
+    return carray(address_as_void_pointer(pointer), length, np.int64)
 
 
 class _CachedNumbaFunction(NumbaFunction):  # type: ignore[misc]
@@ -92,163 +130,129 @@ class _CachedNumbaFunction(NumbaFunction):  # type: ignore[misc]
         return int(setup_fn.address)
 
 
+@cache
+def _operator(operands: _Operands, setup: Any, run: Any) -> Any:
+    """DALI's operator of two C functions that read and write these arrays."""
+    return _CachedNumbaFunction(
+        run_fn=run,
+        setup_fn=setup,
+        out_types=[_DALI_TYPES[kind.dtype] for kind in operands.outs],
+        outs_ndim=[kind.ndim for kind in operands.outs],
+        in_types=[_DALI_TYPES[kind.dtype] for kind in operands.ins],
+        ins_ndim=[kind.ndim for kind in operands.ins],
+    )
+
+
+# (geometry, colour numbers, matrices) of (limits, header, shape, settings).
+_DRAW = _Operands(
+    outs=(int32[::1], float32[::1], float32[:, :, ::1]),
+    ins=(float64[:, ::1], int64[::1], int64[::1], float64[::1]),
+)
+_GEOMETRY_WIDTH, _COLOUR_WIDTH = len(Geometry), len(Colour)
+
+
 @cfunc(_SETUP, cache=True)
 def _draw_setup(out_shapes, _out_ndims, _outs, in_shapes, _in_ndims, _ins, samples):  # type: ignore[no-untyped-def]
     for sample in range(samples):
-        _sample_shape(out_shapes, 0, sample, samples, 1)[0] = GEOMETRY_WIDTH
-        _sample_shape(out_shapes, 1, sample, samples, 1)[0] = COLOUR_WIDTH
-        matrices = _sample_shape(out_shapes, 2, sample, samples, 3)
-        matrices[0] = _sample_shape(in_shapes, 0, sample, samples, 2)[0]
-        matrices[1], matrices[2] = 2, 3
+        geometry, colour, matrices = _shapes(out_shapes, sample, samples, _DRAW.outs)
+        limits, _header, _shape, _settings = _shapes(in_shapes, sample, samples, _DRAW.ins)
+        geometry[0], colour[0] = _GEOMETRY_WIDTH, _COLOUR_WIDTH
+        matrices[0], matrices[1], matrices[2] = limits[0], 2, 3
 
 
 @cfunc(_RUN, cache=True)
-def _draw_run(outs, _out_shapes, _out_ndims, _outs, ins, in_shapes, _in_ndims, _ins):  # type: ignore[no-untyped-def]
-    views = _shape_of(in_shapes, 0, 2)[0]
-    draw_image(
-        carray(_data_pointer(outs, 0), GEOMETRY_WIDTH, np.int32),
-        carray(_data_pointer(outs, 1), COLOUR_WIDTH, np.float32),
-        carray(_data_pointer(outs, 2), (views, 2, 3), np.float32),
-        carray(_data_pointer(ins, 1), HEADER_WIDTH, np.int64),
-        carray(_data_pointer(ins, 2), 3, np.int64),
-        carray(_data_pointer(ins, 0), (views, 2), np.float64),
-        carray(_data_pointer(ins, 3), SETTINGS_WIDTH, np.float64),
-    )
-
-
-@cache
-def _draw_operator() -> Any:
-    return _CachedNumbaFunction(
-        run_fn=_draw_run,
-        setup_fn=_draw_setup,
-        out_types=[types.INT32, types.FLOAT, types.FLOAT],
-        outs_ndim=[1, 1, 3],
-        in_types=[types.FLOAT64, types.INT64, types.INT64, types.FLOAT64],
-        ins_ndim=[2, 1, 1, 1],
-    )
+def _draw_run(outs, out_shapes, _out_ndims, _outs, ins, in_shapes, _in_ndims, _ins):  # type: ignore[no-untyped-def]
+    geometry, colour, matrices = _arrays(outs, out_shapes, _DRAW.outs)
+    limits, header, shape, settings = _arrays(ins, in_shapes, _DRAW.ins)
+    draw_image(geometry, colour, matrices, header, shape, limits, settings)
 
 
 def draw(header: Node, shape: Node, limits: Node, settings: Node) -> tuple[Node, Node, Node]:
     """(geometry, colour numbers, matrices) of each image; see `kernels.sampling.draw_image`."""
-    geometry, colour, matrices = _draw_operator()(limits, header, shape, settings)
+    geometry, colour, matrices = _operator(_DRAW, _draw_setup, _draw_run)(limits, header, shape, settings)
     return geometry, colour, matrices
+
+
+@njit(cache=True)
+def _resize(resized, image, geometry):  # type: ignore[no-untyped-def]
+    """The crop of a decoded image at the size of the views."""
+    resize_window(
+        resized,
+        image,
+        geometry[Geometry.RESIZED_H],
+        geometry[Geometry.RESIZED_W],
+        geometry[Geometry.CROP_Y],
+        geometry[Geometry.CROP_X],
+    )
+
+
+# (views, the warp's words, resized image) of (canvas, matrices, image, geometry, colour numbers).
+_VIEWS = _Operands(
+    outs=(uint8[:, :, :, ::1], int32[:, ::1], uint8[:, :, ::1]),
+    ins=(uint8[::1], float32[:, :, ::1], uint8[:, :, ::1], int32[::1], float32[::1]),
+)
 
 
 @cfunc(_SETUP, cache=True)
 def _views_setup(out_shapes, _out_ndims, _outs, in_shapes, _in_ndims, _ins, samples):  # type: ignore[no-untyped-def]
     for sample in range(samples):
-        side = _sample_shape(in_shapes, 0, sample, samples, 1)[0]
-        views = _sample_shape(out_shapes, 0, sample, samples, 4)
-        views[0] = _sample_shape(in_shapes, 1, sample, samples, 3)[0]
-        views[1], views[2], views[3] = side, side, 3
-        words = _sample_shape(out_shapes, 1, sample, samples, 2)
+        views, words, resized = _shapes(out_shapes, sample, samples, _VIEWS.outs)
+        canvas, matrices, _image, _geometry, _colour = _shapes(in_shapes, sample, samples, _VIEWS.ins)
+        side = canvas[0]
+        views[0], views[1], views[2], views[3] = matrices[0], side, side, 3
         words[0], words[1] = side + 2, side + 2
-        resized = _sample_shape(out_shapes, 2, sample, samples, 3)
         resized[0], resized[1], resized[2] = side, side, 3
 
 
 @cfunc(_RUN, cache=True)
-def _views_run(outs, _out_shapes, _out_ndims, _outs, ins, in_shapes, _in_ndims, _ins):  # type: ignore[no-untyped-def]
-    side, views = _shape_of(in_shapes, 0, 1)[0], _shape_of(in_shapes, 1, 3)[0]
-    shape = _shape_of(in_shapes, 2, 3)
-    geometry = carray(_data_pointer(ins, 3), GEOMETRY_WIDTH, np.int32)
-    resized = carray(_data_pointer(outs, 2), (side, side, 3), np.uint8)
-    resize_window(
-        resized,
-        carray(_data_pointer(ins, 2), (shape[0], shape[1], 3), np.uint8),
-        geometry[RESIZED_H],
-        geometry[RESIZED_W],
-        geometry[CROP_Y],
-        geometry[CROP_X],
-    )
+def _views_run(outs, out_shapes, _out_ndims, _outs, ins, in_shapes, _in_ndims, _ins):  # type: ignore[no-untyped-def]
+    views, words, resized = _arrays(outs, out_shapes, _VIEWS.outs)
+    _canvas, matrices, image, geometry, colour = _arrays(ins, in_shapes, _VIEWS.ins)
+    _resize(resized, image, geometry)
     mean = np.empty(3, np.float32)
-    matrix = np.empty((3, 4), np.float32)
+    colour_34 = np.empty((3, 4), np.float32)
     write_mean_rgb(mean, resized)
-    write_colour_matrix(matrix, carray(_data_pointer(ins, 4), COLOUR_WIDTH, np.float32), mean)
-    warp_image(
-        carray(_data_pointer(outs, 0), (views, side, side, 3), np.uint8),
-        carray(_data_pointer(outs, 1), (side + 2, side + 2), np.int32),
-        resized,
-        carray(_data_pointer(ins, 1), (views, 2, 3), np.float32),
-        matrix,
-    )
+    write_colour_matrix(colour_34, colour, mean)
+    warp_image(views, words, resized, matrices, colour_34)
 
 
-@cache
-def _views_operator() -> Any:
-    return _CachedNumbaFunction(
-        run_fn=_views_run,
-        setup_fn=_views_setup,
-        out_types=[types.UINT8, types.INT32, types.UINT8],
-        outs_ndim=[4, 2, 3],
-        in_types=[types.UINT8, types.FLOAT, types.UINT8, types.INT32, types.FLOAT],
-        ins_ndim=[1, 3, 3, 1, 1],
-    )
+# (resized image) of (canvas, image, geometry).
+_RESIZE = _Operands(outs=(uint8[:, :, ::1],), ins=(uint8[::1], uint8[:, :, ::1], int32[::1]))
 
 
 @cfunc(_SETUP, cache=True)
 def _resize_setup(out_shapes, _out_ndims, _outs, in_shapes, _in_ndims, _ins, samples):  # type: ignore[no-untyped-def]
     for sample in range(samples):
-        side = _sample_shape(in_shapes, 0, sample, samples, 1)[0]
-        resized = _sample_shape(out_shapes, 0, sample, samples, 3)
-        resized[0], resized[1], resized[2] = side, side, 3
+        (resized,) = _shapes(out_shapes, sample, samples, _RESIZE.outs)
+        canvas, _image, _geometry = _shapes(in_shapes, sample, samples, _RESIZE.ins)
+        resized[0], resized[1], resized[2] = canvas[0], canvas[0], 3
 
 
 @cfunc(_RUN, cache=True)
-def _resize_run(outs, _out_shapes, _out_ndims, _outs, ins, in_shapes, _in_ndims, _ins):  # type: ignore[no-untyped-def]
-    side, shape = _shape_of(in_shapes, 0, 1)[0], _shape_of(in_shapes, 1, 3)
-    geometry = carray(_data_pointer(ins, 2), GEOMETRY_WIDTH, np.int32)
-    resize_window(
-        carray(_data_pointer(outs, 0), (side, side, 3), np.uint8),
-        carray(_data_pointer(ins, 1), (shape[0], shape[1], 3), np.uint8),
-        geometry[RESIZED_H],
-        geometry[RESIZED_W],
-        geometry[CROP_Y],
-        geometry[CROP_X],
-    )
+def _resize_run(outs, out_shapes, _out_ndims, _outs, ins, in_shapes, _in_ndims, _ins):  # type: ignore[no-untyped-def]
+    (resized,) = _arrays(outs, out_shapes, _RESIZE.outs)
+    _canvas, image, geometry = _arrays(ins, in_shapes, _RESIZE.ins)
+    _resize(resized, image, geometry)
 
 
-@cache
-def _resize_operator() -> Any:
-    return _CachedNumbaFunction(
-        run_fn=_resize_run,
-        setup_fn=_resize_setup,
-        out_types=[types.UINT8],
-        outs_ndim=[3],
-        in_types=[types.UINT8, types.UINT8, types.INT32],
-        ins_ndim=[1, 3, 1],
-    )
+# (linear, pivots, shift) of (colour numbers).
+_COLOUR = _Operands(outs=(float32[:, ::1], float32[:, ::1], float32[::1]), ins=(float32[::1],))
 
 
 @cfunc(_SETUP, cache=True)
 def _colour_setup(out_shapes, _out_ndims, _outs, _in_shapes, _in_ndims, _ins, samples):  # type: ignore[no-untyped-def]
     for sample in range(samples):
-        for output in range(2):
-            matrix = _sample_shape(out_shapes, output, sample, samples, 2)
-            matrix[0], matrix[1] = 3, 3
-        _sample_shape(out_shapes, 2, sample, samples, 1)[0] = 3
+        linear, pivots, shift = _shapes(out_shapes, sample, samples, _COLOUR.outs)
+        linear[0], linear[1] = 3, 3
+        pivots[0], pivots[1] = 3, 3
+        shift[0] = 3
 
 
 @cfunc(_RUN, cache=True)
-def _colour_run(outs, _out_shapes, _out_ndims, _outs, ins, _in_shapes, _in_ndims, _ins):  # type: ignore[no-untyped-def]
-    write_colour_parts(
-        carray(_data_pointer(outs, 0), (3, 3), np.float32),
-        carray(_data_pointer(outs, 1), (3, 3), np.float32),
-        carray(_data_pointer(outs, 2), 3, np.float32),
-        carray(_data_pointer(ins, 0), COLOUR_WIDTH, np.float32),
-    )
-
-
-@cache
-def _colour_operator() -> Any:
-    return _CachedNumbaFunction(
-        run_fn=_colour_run,
-        setup_fn=_colour_setup,
-        out_types=[types.FLOAT, types.FLOAT, types.FLOAT],
-        outs_ndim=[2, 2, 1],
-        in_types=[types.FLOAT],
-        ins_ndim=[1],
-    )
+def _colour_run(outs, out_shapes, _out_ndims, _outs, ins, in_shapes, _in_ndims, _ins):  # type: ignore[no-untyped-def]
+    linear, pivots, shift = _arrays(outs, out_shapes, _COLOUR.outs)
+    (colour,) = _arrays(ins, in_shapes, _COLOUR.ins)
+    write_colour_parts(linear, pivots, shift, colour)
 
 
 def numba_views(canvas: Node, images: Node, geometry: Node, matrices: Node, colour: Node) -> Node:
@@ -256,28 +260,30 @@ def numba_views(canvas: Node, images: Node, geometry: Node, matrices: Node, colo
 
     `canvas` is uint8 [S]: an operator learns the shapes of its inputs, not what is in them, before it says its own.
     """
-    views, _words, _resized = _views_operator()(canvas, matrices, images, geometry, colour)
+    views, _words, _resized = _operator(_VIEWS, _views_setup, _views_run)(canvas, matrices, images, geometry, colour)
     return views
 
 
 def numba_resize(canvas: Node, images: Node, geometry: Node) -> Node:
     """Decoded uint8 images in host memory at the side of the views, uint8 [S, S, 3]; `canvas` as `numba_views`."""
-    return _resize_operator()(canvas, images, geometry)
+    return _operator(_RESIZE, _resize_setup, _resize_run)(canvas, images, geometry)
 
 
 def dali_resize(images: Node, geometry: Node, *, center: bool) -> Node:
     """Decoded images at the side of the views, from DALI's own operators, in host or GPU memory."""
-    size = fn.cast(geometry[RESIZED_H : RESIZED_H + 2], dtype=types.FLOAT)
+    size = fn.cast(geometry[Geometry.RESIZED_H : Geometry.RESIZED_W + 1], dtype=types.FLOAT)
     images = fn.resize(images, size=size, interp_type=types.INTERP_LINEAR, antialias=True)
     if center:
-        images = fn.slice(images, start=geometry[CROP_Y : CROP_Y + 2], shape=geometry[CROP_H : CROP_H + 2], axes=(0, 1))
+        start = geometry[Geometry.CROP_Y : Geometry.CROP_X + 1]
+        shape = geometry[Geometry.CROP_H : Geometry.CROP_W + 1]
+        images = fn.slice(images, start=start, shape=shape, axes=(0, 1))
     return images
 
 
 def dali_views(images: Node, matrices: Node, colour: Node, views: int) -> Node:
     """uint8 [V, S, S, 3] views of uint8 [S, S, 3] images, from DALI's own operators, in host or GPU memory."""
     # What is asked of the CPU does not hang on the mean, or the CPU's operators would wait for the GPU's.
-    linear, pivots, shift = _colour_operator()(colour)
+    linear, pivots, shift = _operator(_COLOUR, _colour_setup, _colour_run)(colour)
     mean = fn.reductions.mean(images, axes=(0, 1), keep_dims=True)
     moved = fn.coord_transform(images, M=linear, dtype=types.FLOAT) + fn.coord_transform(mean, M=pivots, T=shift)
     images = fn.cast(moved, dtype=types.UINT8)

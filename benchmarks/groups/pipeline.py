@@ -22,10 +22,11 @@ from benchmarks.jobs import Findings, Job
 from fast_spatial.config.modes import MODES
 from fast_spatial.data.placing import choose_placement
 from fast_spatial.kernels.limits import SpatialLimits
-from fast_spatial.kernels.sampling import TRAINING, augmentation_settings, pack_key, view_limits
+from fast_spatial.kernels.sampling import Augmentation, Views
 from fast_spatial.pipelines.dataset import ImageIndex, read_index
 from fast_spatial.pipelines.loader import Loader
 from fast_spatial.pipelines.placement import Placement
+from fast_spatial.pipelines.sampler import BatchSampler
 
 # Limited, because a batch of 11 views takes 0.4 GB of the workers' shared memory.
 TORCHVISION_BATCH = 64
@@ -100,25 +101,10 @@ def make_loader(
     """A loader with the settings of training in a mode."""
     warps = MODES[mode].warps
     return Loader(
-        index,
-        limits=view_limits(
-            10 if warps is None else warps,
-            untouched_first=MODES[mode].untouched,
-            degrees=limits.degrees,
-            translate=limits.translate,
-        ),
-        settings=augmentation_settings(
-            center=False,
-            scale=(0.08, 1.0),
-            ratio=(3 / 4, 4 / 3),
-            flip_prob=0.5,
-            jitter=(0.1, 0.1, 0.1),
-            lighting_std=0.05,
-        ),
+        BatchSampler(index, global_batch_size=batch, seed=0, train=True),
+        augmentation=Augmentation(center=False, flip_prob=0.5, jitter=(0.1, 0.1, 0.1), lighting_std=0.05),
+        views=Views(10 if warps is None else warps, limits, untouched_first=MODES[mode].untouched),
         side=side,
-        global_batch_size=batch,
-        key=pack_key(TRAINING, 0),
-        train=True,
         threads=threads,
         device=device,
         placement=placement,

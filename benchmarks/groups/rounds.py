@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from fast_spatial.runtime.device import synchronized_time
 
 
 @dataclass(frozen=True)
@@ -49,18 +50,13 @@ def rates_of(contenders: Sequence[Contender], *, rounds: int, seconds: float) ->
 
 
 def _rate(work: Callable[[], int], seconds: float) -> float:
-    items, start = 0, _now()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    items, start = 0, synchronized_time(device)
     while True:
         items += work()
-        spent = _now() - start
+        spent = synchronized_time(device) - start
         if spent >= seconds:
             return items / spent
-
-
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def compare(

@@ -15,7 +15,7 @@ from benchmarks.trained import trained
 from fast_spatial.evaluation.attack import losses_of, worst_view
 from fast_spatial.evaluation.folded import FoldedJudge
 from fast_spatial.evaluation.forward import BatchedForward, default_pass_size
-from fast_spatial.kernels.sampling import EVALUATION, draw_matrices, pack_key, view_limits
+from fast_spatial.kernels.sampling import EVALUATION, Views, draw_matrices, pack_key
 from fast_spatial.kernels.warp import warp
 from fast_spatial.models import classifier
 from fast_spatial.models.classifier import Classifier
@@ -27,9 +27,8 @@ FIDELITY_IMAGES = 256
 
 def views_of(job: Job, images: torch.Tensor) -> torch.Tensor:
     """The identity view and random warps of each image: uint8 [B, 11, S, S, 3]."""
-    limits = job.limits
-    limits_V2 = view_limits(TRIES, untouched_first=True, degrees=limits.degrees, translate=limits.translate)
-    drawn = draw_matrices(pack_key(EVALUATION, 0), 0, np.arange(len(images)), limits_V2, images.shape[1])
+    views = Views(TRIES, job.limits)
+    drawn = draw_matrices(pack_key(EVALUATION, 0), 0, np.arange(len(images)), views, images.shape[1])
     return warp(images, torch.from_numpy(drawn).to(images.device))
 
 

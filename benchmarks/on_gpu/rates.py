@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -30,13 +29,13 @@ from fast_spatial.evaluation.folded import FoldedJudge
 from fast_spatial.evaluation.forward import BatchedForward
 from fast_spatial.evaluation.fused import ConvReLU, MaxPool, Zeros, blocks_of, kernel_of_blocks
 from fast_spatial.kernels.host import usable_cpus
+from fast_spatial.kernels.layout import Colour
 from fast_spatial.kernels.limits import SpatialLimits
-from fast_spatial.kernels.sampling import COLOUR_WIDTH
 from fast_spatial.kernels.spatial import matrices
 from fast_spatial.models import classifier
 from fast_spatial.models.classifier import Classifier
 from fast_spatial.pipelines.loader import Batch
-from fast_spatial.runtime.device import dtype_of, exact_float32
+from fast_spatial.runtime.device import dtype_of, exact_float32, synchronized_time
 
 CANDIDATES = 11
 LIMITS = SpatialLimits.from_px(30)
@@ -141,22 +140,15 @@ class Bench:
         """Median seconds per call, over rounds of at least `sizes.seconds` each."""
 
         def spent(calls: int) -> float:
-            self.wait()
-            start = time.perf_counter()
+            start = synchronized_time(self.device)
             for _ in range(calls):
                 work()
-            self.wait()
-            return time.perf_counter() - start
+            return synchronized_time(self.device) - start
 
         for _ in range(2):
             spent(1)
         calls = max(1, math.ceil(self.sizes.seconds / max(spent(1), 1e-7)))
         return statistics.median(spent(calls) / calls for _ in range(self.sizes.rounds))
-
-    def wait(self) -> None:
-        """Synchronize the device."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
     def random_views(self, count: int, views: int, side: int) -> torch.Tensor:
         """Random views, uint8 [count, views, side, side, 3]."""
@@ -409,7 +401,7 @@ def _dali_views(bench: Bench) -> dict[str, Any]:
     images = pictures(bench.sizes.crops, bench.side)
     crops: Any = images.to(bench.device) if on_gpu else images.numpy()
     rows = drawn_matrices(len(images), CANDIDATES, bench.side).numpy()
-    colours = np.ones((len(images), COLOUR_WIDTH), np.float32)
+    colours = np.ones((len(images), len(Colour)), np.float32)
 
     def seconds(with_views: bool) -> float:
         @pipeline_def
@@ -454,12 +446,11 @@ def _grid(bench: Bench, dtype_name: str) -> dict[str, Any]:
         rates = []
         for _ in range(1 + min(bench.sizes.rounds, 3)):  # the first one is a warm-up
             pool = GridSurvivors(passes, LIMITS, bench.side)
-            bench.wait()
-            start = time.perf_counter()
+            start = synchronized_time(bench.device)
             pool.add(images, labels, list(range(len(images))))
             while pool.pending:
                 pool.turn()
-            spent = time.perf_counter() - start
+            spent = synchronized_time(bench.device) - start
             verdicts = pool.take_verdicts()
             rates.append(sum(verdict.views_judged for verdict in verdicts) / spent)
     work = flops(bench.side, training=False)

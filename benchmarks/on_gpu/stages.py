@@ -36,6 +36,7 @@ from benchmarks.on_gpu.gpu_stages import DRY_FACTOR, end
 from benchmarks.on_gpu.record import Record, first_line
 from fast_spatial.kernels.host import usable_cpus
 from fast_spatial.pipelines.placement import Decoding, Placement
+from fast_spatial.runtime.device import synchronized_time
 from fast_spatial.runtime.environment import environment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -412,13 +413,11 @@ def _loader(stage: Stage, mode: str, placement: Placement) -> dict[str, Any]:
     batches = (batch for epoch in itertools.count() for batch in made.epoch(epoch))
     for _ in range(6):  # drop prefetched batches
         next(batches)
-    bench, images = stage.bench, 0
-    bench.wait()
-    start = time.perf_counter()
+    images, start = 0, synchronized_time(stage.device)
     while time.perf_counter() - start < stage.scale.loader_sec:
         images += len(next(batches).labels)  # only labels: Triton would make views on access
-    bench.wait()
-    return {"images_per_sec": round(images / (time.perf_counter() - start), 1), "threads": usable_cpus()}
+    spent = synchronized_time(stage.device) - start
+    return {"images_per_sec": round(images / spent, 1), "threads": usable_cpus()}
 
 
 def train(stage: Stage) -> None:

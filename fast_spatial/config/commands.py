@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fast_spatial.config.fields import as_typed, check_fields, flag, option
-from fast_spatial.config.modes import SPLITS, split_row
+from fast_spatial.config.modes import split_row
 from fast_spatial.config.train import (
     DATA_FOLDER,
     EXCLUDE,
@@ -20,6 +20,7 @@ from fast_spatial.config.train import (
 )
 from fast_spatial.errors import UserError
 from fast_spatial.kernels.limits import SpatialLimits
+from fast_spatial.pipelines.folder import SPLITS
 
 CHECKPOINT = "checkpoint of this project or the original code, or a plain state dict (.pt or .safetensors)"
 VAL_FOLDER = "folder with val/, with a folder per class; or digits"

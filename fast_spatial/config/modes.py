@@ -1,4 +1,4 @@
-"""The training modes, the rows of the published table, and the names of splits and of the digits."""
+"""The training modes, the rows of the published table, and the name of the digits."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from fast_spatial.errors import UserError
 
 DIGITS = "digits"
-SPLITS = ("train", "val")
 
 
 @dataclass(frozen=True)

@@ -10,24 +10,20 @@ from numpy.typing import NDArray
 from fast_spatial.config.modes import MODES
 from fast_spatial.config.train import TrainConfig
 from fast_spatial.data.placing import placement_of
-from fast_spatial.kernels.limits import SpatialLimits
-from fast_spatial.kernels.sampling import EVALUATION, TRAINING, augmentation_settings, pack_key, view_limits
+from fast_spatial.kernels.limits import STILL, SpatialLimits
+from fast_spatial.kernels.sampling import Augmentation, Views
 from fast_spatial.pipelines.dataset import ImageIndex
 from fast_spatial.pipelines.loader import Loader
 from fast_spatial.pipelines.placement import Placement
+from fast_spatial.pipelines.sampler import BatchSampler, Shard
 from fast_spatial.runtime.distributed import World
 from fast_spatial.runtime.runlog import say
 
 
-def training_limits(config: TrainConfig) -> NDArray[np.float64]:
-    """Warp limits of each training view, float64 [V, 2]."""
+def training_views(config: TrainConfig) -> Views:
+    """The views of each training image."""
     untouched = MODES[config.mode].untouched
-    return view_limits(
-        config.num_views - untouched,
-        untouched_first=untouched,
-        degrees=config.limits.degrees,
-        translate=config.limits.translate,
-    )
+    return Views(config.num_views - untouched, config.limits, untouched_first=untouched)
 
 
 def training_loader(
@@ -50,14 +46,21 @@ def training_loader(
         side: image size in pixels, as in `Loader`.
         global_batch_size: replaces the training's; 0: the training's.
         on_bad_images: as in `Loader`.
-        bad_images: as in `Loader`.
+        bad_images: as in `BatchSampler`.
         on_gpu_failure: as in `Loader`.
 
     """
-    return Loader(
+    sampler = BatchSampler(
         images,
-        limits=training_limits(config),
-        settings=augmentation_settings(
+        global_batch_size=global_batch_size or config.global_batch_size,
+        seed=config.seed,
+        train=True,
+        shard=Shard(world.rank, world.world_size),
+        bad_images=bad_images,
+    )
+    return Loader(
+        sampler,
+        augmentation=Augmentation(
             center=MODES[config.mode].center,
             scale=config.crop_scale,
             ratio=config.crop_ratio,
@@ -65,23 +68,15 @@ def training_loader(
             jitter=config.jitter,
             lighting_std=config.lighting,
         ),
+        views=training_views(config),
         side=side,
         largest_side=config.image_size,
-        global_batch_size=global_batch_size or config.global_batch_size,
-        key=pack_key(TRAINING, config.seed),
-        train=True,
-        rank=world.rank,
-        world_size=world.world_size,
         threads=config.workers or None,
         device=world.device,
         placement=placement_of(config, world, exact=config.deterministic),
         on_bad_images=on_bad_images,
-        bad_images=bad_images,
         on_gpu_failure=on_gpu_failure,
     )
-
-
-_STILL = SpatialLimits(0.0, 0.0)
 
 
 def evaluation_loader(
@@ -91,7 +86,7 @@ def evaluation_loader(
     side: int,
     batch_size_per_process: int,
     warps: int = 0,
-    limits: SpatialLimits = _STILL,
+    limits: SpatialLimits = STILL,
     seed: int = 0,
     order: NDArray[np.int64] | None = None,
     threads: int = 0,
@@ -114,17 +109,19 @@ def evaluation_loader(
         on_gpu_failure: as in `Loader`.
 
     """
-    return Loader(
+    sampler = BatchSampler(
         images,
-        limits=view_limits(warps, untouched_first=True, degrees=limits.degrees, translate=limits.translate),
-        settings=augmentation_settings(center=True),
-        side=side,
         global_batch_size=batch_size_per_process * world.world_size,
-        key=pack_key(EVALUATION, seed),
+        seed=seed,
         train=False,
-        rank=world.rank,
-        world_size=world.world_size,
+        shard=Shard(world.rank, world.world_size),
         order=order,
+    )
+    return Loader(
+        sampler,
+        augmentation=Augmentation(center=True),
+        views=Views(warps, limits),
+        side=side,
         threads=threads or None,
         device=world.device,
         placement=placement,

@@ -37,7 +37,7 @@ from fast_spatial.evaluation.verdicts import (
     summarize,
 )
 from fast_spatial.kernels.limits import NOMINAL_SIDE, SpatialLimits
-from fast_spatial.kernels.sampling import EVALUATION, draw_matrices, pack_key, view_limits
+from fast_spatial.kernels.sampling import EVALUATION, Views, draw_matrices, pack_key
 from fast_spatial.kernels.spatial import GRID_VIEWS
 from fast_spatial.kernels.warp import warp
 from fast_spatial.models.surgery import has_blurpool
@@ -88,12 +88,11 @@ def evaluate(
     """
     limits = SpatialLimits.from_px(degrees, translate_px)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    limits_V2 = view_limits(views, untouched_first=True, degrees=limits.degrees, translate=limits.translate)
     with exact_float32(dtype == torch.float32):
         found = list(
             judge_batches(
                 ModuleJudge(model, dtype),
-                _views_of(batches, limits_V2, pack_key(EVALUATION, seed), device),
+                _views_of(batches, Views(views, limits), pack_key(EVALUATION, seed), device),
                 limits,
                 judge_batch=judge_batch,
                 wants_grid=(lambda index: True) if grid else None,
@@ -138,7 +137,7 @@ def _no_time(config: EvaluateConfig) -> UserError:
 
 
 def _views_of(
-    batches: Iterable[tuple[Tensor, Tensor]], limits_V2: np.ndarray[Any, Any], key: int, device: torch.device
+    batches: Iterable[tuple[Tensor, Tensor]], views: Views, key: int, device: torch.device
 ) -> Iterator[Batch]:
     """Views of a user's images."""
     seen = 0
@@ -153,7 +152,7 @@ def _views_of(
         pixels_BSSC = images.to(device).permute(0, 2, 3, 1).mul(255).round().to(torch.uint8).contiguous()
         indices = np.arange(seen, seen + B)
         seen += B
-        matrices_BV23 = torch.from_numpy(draw_matrices(key, 0, indices, limits_V2, S)).to(device)
+        matrices_BV23 = torch.from_numpy(draw_matrices(key, 0, indices, views, S)).to(device)
         yield Batch(warp(pixels_BSSC, matrices_BV23), labels.to(device), torch.from_numpy(indices))
 
 

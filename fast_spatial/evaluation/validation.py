@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fast_spatial.config.train import TrainConfig
-from fast_spatial.data.loading import evaluation_loader, training_limits
+from fast_spatial.data.loading import evaluation_loader, training_views
 from fast_spatial.data.placing import placement_of
 from fast_spatial.evaluation.attack import verdicts
 from fast_spatial.evaluation.folded import FoldedJudge
 from fast_spatial.evaluation.forward import BatchedForward, FlipJudge, default_pass_size
+from fast_spatial.kernels.limits import STILL
 from fast_spatial.pipelines.dataset import ImageIndex
 from fast_spatial.runtime.distributed import World
 from fast_spatial.runtime.metrics import EachOnce, Tally
@@ -38,13 +39,13 @@ class Validation:
         on_gpu_failure: Callable[[str], None] = say,
     ) -> None:
         self._config, self._world, self._images, self._judge = config, world, images, judge
-        limits_V2, side = training_limits(config), config.eval_size or config.image_size
-        self._warps = int((limits_V2 != 0).any(axis=1).sum())
+        views, side = training_views(config), config.eval_size or config.image_size
+        self._warps = 0 if config.limits == STILL else views.random
         # On GPUs, passes have the shape of the training's passes.
         size = config.views_per_forward or default_pass_size(world.device, side)
         self._passes = BatchedForward(
             FlipJudge(judge) if config.eval_flip else judge,
-            size or config.global_batch_size // world.world_size * len(limits_V2),
+            size or config.global_batch_size // world.world_size * len(views),
             pad=judge.compiled,  # another shape would be compiled again
         )
         self._epochs = 0

@@ -1,10 +1,11 @@
-"""Settings of a device: precision and random seeds."""
+"""Settings of a device: precision and random seeds; timing of its work."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import random
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -65,3 +66,10 @@ def seed_everything(seed: int, *, deterministic: bool) -> None:
 def seed_step(seed: int, epoch: int, step: int, rank: int) -> None:
     """Make the network's own random draws (dropout) a function of the position, like all draws of the stream."""
     torch.manual_seed(int(draw_bits(pack_key(TRAINING, seed), epoch, step, NETWORK, rank)) >> 1)
+
+
+def synchronized_time(device: torch.device) -> float:
+    """The time in seconds at which a device has finished all work; differences measure work on it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -419,19 +419,18 @@ def check_loader() -> Finding:
 
 def _colours_seen(folder: Path, device: Any) -> Any:
     """The middle pixel of every image, as the loader delivers it: float [B, 3]."""
-    from fast_spatial.kernels.sampling import EVALUATION, augmentation_settings, pack_key, view_limits
+    from fast_spatial.kernels.limits import SpatialLimits
+    from fast_spatial.kernels.sampling import Augmentation, Views
     from fast_spatial.pipelines.dataset import read_index
     from fast_spatial.pipelines.loader import Loader
+    from fast_spatial.pipelines.sampler import BatchSampler
 
     images = read_index(folder, "train")
     loader = Loader(
-        images,
-        limits=view_limits(1, untouched_first=True, degrees=30.0, translate=0.1),
-        settings=augmentation_settings(center=True),
+        BatchSampler(images, global_batch_size=len(images), seed=0, train=False),
+        augmentation=Augmentation(center=True),
+        views=Views(1, SpatialLimits(30.0, 0.1)),
         side=32,
-        global_batch_size=len(images),
-        key=pack_key(EVALUATION, 0),
-        train=False,
         device=device,
     )
     (batch,) = loader.epoch(0)

@@ -14,7 +14,6 @@ GPU. This command neither reads nor writes the cache.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import hashlib
 import json
 import math
@@ -36,6 +35,7 @@ from typing import Any
 from fast_spatial.errors import UserError
 from fast_spatial.kernels.host import environment_of_children, one_at_a_time, recall, remember
 from fast_spatial.pipelines.inspection.specimens import FAR, MOST_FAR_SHARE, MOST_MEAN, Difference
+from fast_spatial.pipelines.nvml import gpus_and_driver
 from fast_spatial.pipelines.placement import HW_DECODER_LOAD, RUNGS, Decoding
 
 TIMEOUT_SEC = 60.0
@@ -170,24 +170,9 @@ def _about() -> dict[str, Any]:
 
 
 def _gpus() -> dict[str, Any]:
-    """The machine's GPUs and driver from NVML, which does not initialize CUDA; the host name if NVML fails."""
-    unknown = {"gpus": [], "driver": f"of {platform.node()}"}
-    try:
-        nvml = ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError:
-        return unknown
-    count, text = ctypes.c_uint(), ctypes.create_string_buffer(256)
-    if nvml.nvmlInit_v2() or nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)):
-        return unknown
-    if nvml.nvmlSystemGetDriverVersion(text, len(text)):
-        return unknown
-    driver, names = text.value.decode(), set()
-    for index in range(count.value):
-        device = ctypes.c_void_p()
-        found = not nvml.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(device))
-        if found and not nvml.nvmlDeviceGetName(device, text, len(text)):
-            names.add(text.value.decode())
-    return {"gpus": sorted(names), "driver": driver}
+    """The models of the machine's GPUs, and their driver; without one, the name of the host."""
+    names, driver = gpus_and_driver() or ([], f"of {platform.node()}")
+    return {"gpus": sorted(set(names)), "driver": driver}
 
 
 def _file(rung: Decoding, about: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ from fast_spatial.config.commands import EvaluateConfig, ReproduceConfig
 from fast_spatial.config.fields import from_json, identity, parse, to_json
 from fast_spatial.config.modes import MODES, PUBLISHED
 from fast_spatial.config.train import TrainConfig
-from fast_spatial.data.loading import training_limits
+from fast_spatial.data.loading import training_views
 from fast_spatial.errors import UserError
 
 TRAIN = {"data": "d", "out": "o", "mode": "worst10"}
@@ -109,7 +109,7 @@ def train_config(**raw: str) -> TrainConfig:
 )
 def test_a_mode_is_its_crop_and_its_views(mode, center, views):
     assert MODES[mode].center is center
-    np.testing.assert_allclose(training_limits(train_config(mode=mode)), views, rtol=1e-12, strict=True)
+    np.testing.assert_allclose(training_views(train_config(mode=mode)).rows(), views, rtol=1e-12, strict=True)
 
 
 def test_there_are_four_modes():
@@ -117,7 +117,7 @@ def test_there_are_four_modes():
 
 
 def test_worst10_has_as_many_random_views_as_asked_for_after_the_untouched_one():
-    limits = training_limits(train_config(views="3", degrees="40"))
+    limits = training_views(train_config(views="3", degrees="40")).rows()
     np.testing.assert_allclose(limits, np.array([[0, 0], *[[40, 32 / 224]] * 3]), rtol=1e-12, strict=True)
 
 

@@ -194,7 +194,7 @@ class Failing(Loader):
 
 def failing(*, train: bool) -> Callable[..., Loader]:
     """Loaders: those for training, or those for evaluation, report a failure."""
-    return lambda *words, **options: (Failing if options["train"] is train else Loader)(*words, **options)
+    return lambda sampler, **options: (Failing if sampler.train is train else Loader)(sampler, **options)
 
 
 def test_a_gpu_that_fails_is_named_by_training_evaluation_and_landscape(tmp_path, monkeypatch):

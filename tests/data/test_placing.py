@@ -16,12 +16,14 @@ from fast_spatial.config.train import LaunchOptions, TrainConfig
 from fast_spatial.data.placing import choose_placement, placement_of
 from fast_spatial.errors import UserError
 from fast_spatial.kernels.crops import Crops
-from fast_spatial.kernels.sampling import TRAINING, augmentation_settings, pack_key, view_limits
+from fast_spatial.kernels.limits import SpatialLimits
+from fast_spatial.kernels.sampling import Augmentation, Views
 from fast_spatial.pipelines.dataset import read_index
 from fast_spatial.pipelines.digits import export_digits
 from fast_spatial.pipelines.inspection.probe import Choice
 from fast_spatial.pipelines.loader import Loader
 from fast_spatial.pipelines.placement import HW_DECODER_LOAD, Decoding, Placement, usual_placement
+from fast_spatial.pipelines.sampler import BatchSampler
 from fast_spatial.preflight import check_launch
 from fast_spatial.runtime.distributed import World
 
@@ -111,18 +113,13 @@ def test_a_process_places_its_stages_by_what_was_found_on_its_device():
     assert placement_of(LaunchOptions(), alone, exact=True) == usual_placement(on_gpu=False)
 
 
-def loader(**options) -> Loader:
+def loader(placement: Placement | None = None) -> Loader:
     return Loader(
-        read_index(export_digits(), "train"),
-        **{
-            "limits": view_limits(10, untouched_first=True, degrees=30, translate=0.1),
-            "settings": augmentation_settings(center=True),
-            "side": 32,
-            "global_batch_size": 4,
-            "key": pack_key(TRAINING, 0),
-            "train": True,
-            **options,
-        },
+        BatchSampler(read_index(export_digits(), "train"), global_batch_size=4, seed=0, train=True),
+        augmentation=Augmentation(center=True),
+        views=Views(10, SpatialLimits(30, 0.1)),
+        side=32,
+        placement=placement,
     )
 
 

@@ -15,7 +15,7 @@ from fast_spatial.evaluation.attack import GridSurvivors, losses_of, take_views,
 from fast_spatial.evaluation.forward import BatchedForward, Judge, ModuleJudge, even_pass, largest_pass
 from fast_spatial.evaluation.verdicts import ImageVerdict, judge_batches, summarize
 from fast_spatial.kernels.limits import SpatialLimits
-from fast_spatial.kernels.sampling import EVALUATION, draw_matrices, pack_key, view_limits
+from fast_spatial.kernels.sampling import EVALUATION, Views, draw_matrices, pack_key
 from fast_spatial.kernels.spatial import GRID_IDENTITY, GRID_VIEWS, grid, matrices
 from fast_spatial.kernels.warp import warp
 from fast_spatial.pipelines.loader import Batch
@@ -312,10 +312,9 @@ def test_the_first_to_come_are_the_first_to_be_settled():
 
 
 def batches_of(images, labels, views, size, limits=LIMITS):
-    limits_V2 = view_limits(views, untouched_first=True, degrees=limits.degrees, translate=limits.translate)
     for begin in range(0, len(images), size):
         index = np.arange(begin, min(begin + size, len(images)))
-        drawn = draw_matrices(pack_key(EVALUATION, 0), 0, index, limits_V2, images.shape[1])
+        drawn = draw_matrices(pack_key(EVALUATION, 0), 0, index, Views(views, limits), images.shape[1])
         part = slice(begin, begin + size)
         yield Batch(warp(images[part], torch.from_numpy(drawn)), labels[part], torch.from_numpy(index))
 
@@ -330,8 +329,7 @@ def test_one_pass_gives_every_image_one_verdict_whatever_the_batches(crowd, size
     for verdict in found:
         assert verdict.natural == bool(brute_BG[verdict.index, GRID_IDENTITY])
         assert verdict.grid == bool(brute_BG[verdict.index].all())
-    limits_V2 = view_limits(10, untouched_first=True, degrees=30, translate=LIMITS.translate)
-    drawn = torch.from_numpy(draw_matrices(pack_key(EVALUATION, 0), 0, np.arange(40), limits_V2, 9))
+    drawn = torch.from_numpy(draw_matrices(pack_key(EVALUATION, 0), 0, np.arange(40), Views(10, LIMITS), 9))
     logits = judge(warp(images, drawn).view(-1, 9, 9, 3)).view(40, 11, 3)
     loss = -logits.log_softmax(dim=2)[torch.arange(40)[:, None], torch.arange(11), labels[:, None]]
     worst = logits.argmax(dim=2)[torch.arange(40), loss.argmax(dim=1)] == labels

@@ -21,8 +21,10 @@ from fast_spatial.config.commands import EvaluateConfig
 from fast_spatial.evaluation.folded import FoldedJudge
 from fast_spatial.evaluation.inputs import load_model_and_images
 from fast_spatial.evaluation.verdicts import ImageVerdict, judge_batches
-from fast_spatial.kernels.sampling import EVALUATION, augmentation_settings, pack_key, view_limits
+from fast_spatial.kernels.limits import SpatialLimits
+from fast_spatial.kernels.sampling import Augmentation, Views
 from fast_spatial.pipelines.loader import Loader
+from fast_spatial.pipelines.sampler import BatchSampler
 
 REFERENCE = Path(os.environ.get("FAST_SPATIAL_REFERENCE", "nowhere"))
 NEAR_TIE = 1e-3
@@ -69,13 +71,10 @@ def draws(degrees: float, seeds: int) -> list[list[ImageVerdict]]:
     found = []
     for seed in range(seeds):
         loader = Loader(
-            images,
-            limits=view_limits(10, untouched_first=True, degrees=degrees, translate=(degrees / 10) / 28),
-            settings=augmentation_settings(center=True),
+            BatchSampler(images, global_batch_size=25, seed=seed, train=False),
+            augmentation=Augmentation(center=True),
+            views=Views(10, SpatialLimits.from_px(degrees)),
             side=side,
-            global_batch_size=25,
-            key=pack_key(EVALUATION, seed),
-            train=False,
         )
         found.append(list(judge_batches(scorer, loader.epoch(0), config.limits, judge_batch=64, wants_grid=None)))
     return found

@@ -14,7 +14,7 @@ from fast_spatial.evaluation.forward import BatchedForward
 from fast_spatial.evaluation.fused import ConvReLU, MaxPool, Zeros, blocks_of
 from fast_spatial.kernels.crops import Crops
 from fast_spatial.kernels.limits import SpatialLimits
-from fast_spatial.kernels.sampling import TRAINING, augmentation_settings, pack_key, view_limits
+from fast_spatial.kernels.sampling import Augmentation, Views
 from fast_spatial.kernels.spatial import matrices
 from fast_spatial.kernels.warp import warp, warp_normalized, warp_reference
 from fast_spatial.models import classifier, surgery
@@ -23,6 +23,7 @@ from fast_spatial.pipelines.dataset import read_index
 from fast_spatial.pipelines.digits import export_digits
 from fast_spatial.pipelines.loader import Batch, Loader
 from fast_spatial.pipelines.placement import Decoding, Placement
+from fast_spatial.pipelines.sampler import BatchSampler
 from fast_spatial.runtime import distributed
 from fast_spatial.runtime.waiting import StreamClock
 from fast_spatial.training.step import TrainStep
@@ -174,13 +175,10 @@ def test_the_gpu_stream_has_the_draws_of_the_cpu_and_nearly_its_pixels(placement
     batches = []
     for device, placed in ((torch.device("cpu"), None), (CUDA, placement)):
         loader = Loader(
-            index,
-            limits=view_limits(3, untouched_first=True, degrees=LIMITS.degrees, translate=LIMITS.translate),
-            settings=augmentation_settings(center=center, flip_prob=0.5, jitter=(0.1, 0.1, 0.1), lighting_std=0.05),
+            BatchSampler(index, global_batch_size=32, seed=0, train=True),
+            augmentation=Augmentation(center, flip_prob=0.5, jitter=(0.1, 0.1, 0.1), lighting_std=0.05),
+            views=Views(3, LIMITS),
             side=64,
-            global_batch_size=32,
-            key=pack_key(TRAINING, 0),
-            train=True,
             device=device,
             placement=placed,
         )

@@ -103,8 +103,8 @@ BUGS = (
     Bug(
         "local for global rank",
         "fast_spatial/data/loading.py",
-        "rank=world.rank,\n        world_size",
-        "rank=world.local_rank,\n        world_size",
+        "Shard(world.rank,",
+        "Shard(world.local_rank,",
         "tests/training/test_train.py",
     ),
     Bug(

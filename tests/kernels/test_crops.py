@@ -17,7 +17,7 @@ import numpy as np, torch
 from fast_spatial.kernels import warp_cuda
 from fast_spatial.kernels.colour import write_colour_matrix, write_mean_rgb
 from fast_spatial.kernels.crops import Crops
-from fast_spatial.kernels.sampling import COLOUR_WIDTH
+from fast_spatial.kernels.layout import Colour
 from fast_spatial.kernels.spatial import matrices
 from fast_spatial.kernels.warp import normalize, warp_reference
 
@@ -26,7 +26,7 @@ for side in (1, 9, 70):
     B, V = 3, 4
     images = torch.from_numpy(rng.integers(0, 256, (B, side, side, 3)).astype(np.uint8))
     images[2] = 255  # the largest sums
-    numbers = rng.uniform(0.5, 1.5, (B, COLOUR_WIDTH)).astype(np.float32)
+    numbers = rng.uniform(0.5, 1.5, (B, len(Colour))).astype(np.float32)
     numbers[:, 3:] = rng.normal(0, 9, (B, 3))
     expected, mean = np.empty((B, 3, 4), np.float32), np.empty(3, np.float32)
     for b in range(B):
@@ -56,21 +56,20 @@ from torch import nn
 from fast_spatial.models.classifier import Classifier
 from fast_spatial.training.step import TrainStep
 from fast_spatial.kernels.crops import Crops
-from fast_spatial.kernels.sampling import TRAINING, augmentation_settings, pack_key, view_limits
+from fast_spatial.kernels.limits import SpatialLimits
+from fast_spatial.kernels.sampling import Augmentation, Views
 from fast_spatial.pipelines.dataset import read_index
 from fast_spatial.pipelines.digits import export_digits
 from fast_spatial.pipelines.loader import Batch, Loader
 from fast_spatial.pipelines.placement import Decoding, Placement
+from fast_spatial.pipelines.sampler import BatchSampler
 
 warps, options = int(sys.argv[1]), json.loads(sys.argv[2])
 loader = Loader(
-    read_index(export_digits(), "train"),
-    limits=view_limits(warps, untouched_first=warps > 1, degrees=30, translate=3 / 28),
-    settings=augmentation_settings(center=False, flip_prob=0.5, jitter=(0.1, 0.1, 0.1), lighting_std=0.05),
+    BatchSampler(read_index(export_digits(), "train"), global_batch_size=8, seed=0, train=True),
+    augmentation=Augmentation(center=False, flip_prob=0.5, jitter=(0.1, 0.1, 0.1), lighting_std=0.05),
+    views=Views(warps, SpatialLimits(30, 3 / 28), untouched_first=warps > 1),
     side=16,
-    global_batch_size=8,
-    key=pack_key(TRAINING, 0),
-    train=True,
     placement=Placement(Decoding("cpu"), "triton"),
 )
 torch.manual_seed(0)

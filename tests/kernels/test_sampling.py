@@ -15,28 +15,13 @@ from PIL import Image
 from torchvision.transforms import CenterCrop, ColorJitter, RandomResizedCrop, Resize
 
 from fast_spatial.kernels import sampling
+from fast_spatial.kernels.layout import Colour, Geometry, Header, Setting
+from fast_spatial.kernels.limits import SpatialLimits
 from fast_spatial.kernels.sampling import (
-    BOX_H,
-    BOX_W,
-    BOX_X,
-    BOX_Y,
-    COLOUR_LIGHTING,
-    COLOUR_WIDTH,
-    CROP_H,
-    CROP_W,
-    CROP_X,
-    CROP_Y,
-    EPOCH,
     EVALUATION,
-    GEOMETRY_WIDTH,
-    HEADER_WIDTH,
-    INDEX,
-    KEY,
-    RESIZED_H,
-    RESIZED_W,
-    SIDE,
     TRAINING,
-    augmentation_settings,
+    Augmentation,
+    Views,
     draw_bits,
     draw_image,
     draw_matrices,
@@ -44,12 +29,12 @@ from fast_spatial.kernels.sampling import (
     pack_key,
     philox,
     uniform,
-    view_limits,
 )
 
 IMAGES = 20_000
 DEGREES, TRANSLATE = 30.0, 3 / 28
-STANDARD = augmentation_settings(center=False, flip_prob=0.5, jitter=(0.1, 0.2, 0.3), lighting_std=0.05)
+LIMITS = SpatialLimits(DEGREES, TRANSLATE)
+STANDARD = Augmentation(center=False, flip_prob=0.5, jitter=(0.1, 0.2, 0.3), lighting_std=0.05)
 # Deterministic draws, so a claim that holds once holds always: how many standard errors are let pass.
 SIGMAS = 4.0
 
@@ -63,7 +48,7 @@ class Draws(NamedTuple):
 
 
 def draw(
-    settings: NDArray[np.float64],
+    augmentation: Augmentation,
     *,
     count: int = IMAGES,
     shape: tuple[int, int] = (375, 500),
@@ -74,15 +59,15 @@ def draw(
 ) -> Draws:
     if limits is None:
         limits = np.zeros((1, 2))
-    geometry = np.zeros((count, GEOMETRY_WIDTH), np.int32)
-    colour = np.zeros((count, COLOUR_WIDTH), np.float32)
+    geometry = np.zeros((count, len(Geometry)), np.int32)
+    colour = np.zeros((count, len(Colour)), np.float32)
     matrices = np.zeros((count, len(limits), 2, 3), np.float32)
-    header = np.zeros(HEADER_WIDTH, np.int64)
-    header[KEY], header[EPOCH], header[SIDE] = key, epoch, side
+    header = np.zeros(len(Header), np.int64)
+    header[Header.KEY], header[Header.EPOCH], header[Header.SIDE] = key, epoch, side
     shape_HWC = np.array([*shape, 3], np.int64)
     for index in range(count):
-        header[INDEX] = index
-        draw_image(geometry[index], colour[index], matrices[index], header, shape_HWC, limits, settings)
+        header[Header.INDEX] = index
+        draw_image(geometry[index], colour[index], matrices[index], header, shape_HWC, limits, augmentation.row())
     return Draws(geometry, colour, matrices)
 
 
@@ -225,7 +210,7 @@ def test_orders_are_permutations_that_differ_by_epoch_seed_and_domain():
 
 @pytest.fixture(scope="module")
 def standard() -> Draws:
-    return draw(STANDARD, limits=view_limits(3, untouched_first=True, degrees=DEGREES, translate=TRANSLATE))
+    return draw(STANDARD, limits=Views(3, LIMITS).rows())
 
 
 @pytest.mark.parametrize("shape", [(375, 500), (500, 200)])
@@ -235,21 +220,21 @@ def test_crop_boxes_are_distributed_as_torchvisions(shape):
     torch.manual_seed(0)
     theirs = np.array([RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(IMAGES)], float)
     top, left, height, width = theirs.T
-    assert_same_distribution(box[:, BOX_H] * box[:, BOX_W], height * width)
-    assert_same_distribution(box[:, BOX_W] / box[:, BOX_H], width / height)
-    assert_same_distribution(box[:, BOX_Y], top)
-    assert_same_distribution(box[:, BOX_X], left)
-    assert ((box[:, BOX_Y] >= 0) & (box[:, BOX_Y] + box[:, BOX_H] <= shape[0])).all()
-    assert ((box[:, BOX_X] >= 0) & (box[:, BOX_X] + box[:, BOX_W] <= shape[1])).all()
+    assert_same_distribution(box[:, Geometry.BOX_H] * box[:, Geometry.BOX_W], height * width)
+    assert_same_distribution(box[:, Geometry.BOX_W] / box[:, Geometry.BOX_H], width / height)
+    assert_same_distribution(box[:, Geometry.BOX_Y], top)
+    assert_same_distribution(box[:, Geometry.BOX_X], left)
+    assert ((box[:, Geometry.BOX_Y] >= 0) & (box[:, Geometry.BOX_Y] + box[:, Geometry.BOX_H] <= shape[0])).all()
+    assert ((box[:, Geometry.BOX_X] >= 0) & (box[:, Geometry.BOX_X] + box[:, Geometry.BOX_W] <= shape[1])).all()
 
 
 def test_every_crop_position_is_equally_likely_both_ends_included():
-    settings = augmentation_settings(center=False, scale=(0.81, 0.81), ratio=(1, 1))
-    geometry = draw(settings, shape=(100, 100)).geometry
-    assert (geometry[:, [BOX_H, BOX_W]] == 90).all()
-    assert_equally_often(geometry[:, BOX_Y], 11)
-    assert_equally_often(geometry[:, BOX_X], 11)
-    assert_equally_often(geometry[:, BOX_Y] * 11 + geometry[:, BOX_X], 121)
+    augmentation = Augmentation(center=False, scale=(0.81, 0.81), ratio=(1, 1))
+    geometry = draw(augmentation, shape=(100, 100)).geometry
+    assert (geometry[:, [Geometry.BOX_H, Geometry.BOX_W]] == 90).all()
+    assert_equally_often(geometry[:, Geometry.BOX_Y], 11)
+    assert_equally_often(geometry[:, Geometry.BOX_X], 11)
+    assert_equally_often(geometry[:, Geometry.BOX_Y] * 11 + geometry[:, Geometry.BOX_X], 121)
 
 
 @pytest.mark.parametrize("shape", [(30, 3000), (3000, 30), (37, 1001), (1001, 38), (1, 500), (500, 1), (64, 64)])
@@ -257,12 +242,21 @@ def test_where_no_try_fits_the_crop_is_torchvisions_central_one(shape):
     """An area of more than twice the image never fits. The narrow images also fail with the default areas."""
     for scale in [(0.08, 1.0)] * (min(shape) < 40) + [(2.0, 2.0)]:
         expected = RandomResizedCrop.get_params(torch.empty(1, *shape), list(scale), [3 / 4, 4 / 3])
-        boxes = draw(augmentation_settings(center=False, scale=scale), shape=shape, count=20).geometry
-        np.testing.assert_array_equal(boxes[:, [BOX_Y, BOX_X, BOX_H, BOX_W]], np.tile(expected, (20, 1)))
+        boxes = draw(Augmentation(center=False, scale=scale), shape=shape, count=20).geometry
+        np.testing.assert_array_equal(
+            boxes[:, [Geometry.BOX_Y, Geometry.BOX_X, Geometry.BOX_H, Geometry.BOX_W]], np.tile(expected, (20, 1))
+        )
 
 
 def test_random_crops_are_resized_to_the_side_and_kept_whole(standard):
-    for column, value in {RESIZED_H: 224, RESIZED_W: 224, CROP_Y: 0, CROP_X: 0, CROP_H: 224, CROP_W: 224}.items():
+    for column, value in {
+        Geometry.RESIZED_H: 224,
+        Geometry.RESIZED_W: 224,
+        Geometry.CROP_Y: 0,
+        Geometry.CROP_X: 0,
+        Geometry.CROP_H: 224,
+        Geometry.CROP_W: 224,
+    }.items():
         assert (standard.geometry[:, column] == value).all()
 
 
@@ -272,20 +266,25 @@ def test_center_geometry_is_torchvisions_resize_and_center_crop():
     shapes = [(256, 256), (257, 256), (256, 257), (375, 500), (500, 375), (427, 301), (50, 60), (20, 333)]
     shapes += [(int(h), int(w)) for h, w in rng.integers(30, 700, (60, 2))]
     for height, width in shapes:
-        got = draw(augmentation_settings(center=True), shape=(height, width), count=1).geometry[0]
+        got = draw(Augmentation(center=True), shape=(height, width), count=1).geometry[0]
         resized = Resize(256)(Image.new("L", (width, height)))
         y, x = torch.meshgrid(torch.arange(resized.height), torch.arange(resized.width), indexing="ij")
         corner = CenterCrop(224)(torch.stack([y, x]))
-        assert (got[RESIZED_H], got[RESIZED_W]) == (resized.height, resized.width)
-        assert (got[CROP_Y], got[CROP_X]) == tuple(corner[:, 0, 0].tolist()), (height, width)
-        assert tuple(got[[BOX_Y, BOX_X, BOX_H, BOX_W]]) == (0, 0, height, width)
-        assert tuple(got[[CROP_H, CROP_W]]) == (224, 224)
+        assert (got[Geometry.RESIZED_H], got[Geometry.RESIZED_W]) == (resized.height, resized.width)
+        assert (got[Geometry.CROP_Y], got[Geometry.CROP_X]) == tuple(corner[:, 0, 0].tolist()), (height, width)
+        assert tuple(got[[Geometry.BOX_Y, Geometry.BOX_X, Geometry.BOX_H, Geometry.BOX_W]]) == (0, 0, height, width)
+        assert tuple(got[[Geometry.CROP_H, Geometry.CROP_W]]) == (224, 224)
 
 
 def test_center_geometry_scales_with_the_side():
     for side, short in ((32, 37), (64, 73), (112, 128), (224, 256), (448, 512)):
-        got = draw(augmentation_settings(center=True), shape=(300, 300), side=side, count=1).geometry[0]
-        assert tuple(got[[RESIZED_H, RESIZED_W, CROP_H, CROP_W]]) == (short, short, side, side)
+        got = draw(Augmentation(center=True), shape=(300, 300), side=side, count=1).geometry[0]
+        assert tuple(got[[Geometry.RESIZED_H, Geometry.RESIZED_W, Geometry.CROP_H, Geometry.CROP_W]]) == (
+            short,
+            short,
+            side,
+            side,
+        )
 
 
 # Flip, colours
@@ -293,7 +292,7 @@ def test_center_geometry_scales_with_the_side():
 
 @pytest.mark.parametrize("flip_prob", [0.0, 0.3, 0.5, 1.0])
 def test_flip_rate(flip_prob):
-    matrices = draw(augmentation_settings(center=False, flip_prob=flip_prob)).matrices
+    matrices = draw(Augmentation(center=False, flip_prob=flip_prob)).matrices
     flipped = np.linalg.det(matrices[:, 0, :, :2].astype(float)) < 0
     assert abs(flipped.mean() - flip_prob) <= SIGMAS * math.sqrt(flip_prob * (1 - flip_prob) / IMAGES)
 
@@ -316,7 +315,7 @@ def test_jitter_factors_are_distributed_as_torchvisions(standard):
 
 
 def test_jitter_factors_never_fall_below_zero():
-    colour = draw(augmentation_settings(center=False, jitter=(1.5, 0, 0)), count=5000).colour
+    colour = draw(Augmentation(center=False, jitter=(1.5, 0, 0)), count=5000).colour
     assert_uniform(colour[:, 0].astype(float), 0.0, 2.5)
     assert (colour[:, 1:3] == 1.0).all()
 
@@ -325,7 +324,7 @@ def test_lighting_has_the_published_covariance(standard):
     values = np.diag([0.2175, 0.0188, 0.0045])
     vectors = np.array([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]])
     expected = (255 * 0.05) ** 2 * vectors @ values**2 @ vectors.T
-    offsets = standard.colour[:, COLOUR_LIGHTING : COLOUR_LIGHTING + 3].astype(float)
+    offsets = standard.colour[:, Colour.LIGHTING_RED : Colour.LIGHTING_BLUE + 1].astype(float)
     variances = np.diag(expected)
     assert (np.abs(offsets.mean(axis=0)) <= SIGMAS * np.sqrt(variances / IMAGES)).all()
     error = np.sqrt((np.outer(variances, variances) + expected**2) / IMAGES)
@@ -339,7 +338,7 @@ def test_lighting_has_the_published_covariance(standard):
 
 
 def test_no_lighting_and_no_jitter_leave_the_colours():
-    colour = draw(augmentation_settings(center=False), count=100).colour
+    colour = draw(Augmentation(center=False), count=100).colour
     np.testing.assert_array_equal(colour, np.tile([1, 1, 1, 0, 0, 0], (100, 1)))
 
 
@@ -358,9 +357,9 @@ def angles_and_translations(matrices: NDArray[np.float32], side: int) -> NDArray
 @pytest.fixture(scope="module")
 def view_params() -> NDArray[np.float64]:
     """(degrees, tx, ty) of the identity view and four random views: [N, 5, 3]."""
-    settings = augmentation_settings(center=True)
-    limits = view_limits(4, untouched_first=True, degrees=DEGREES, translate=TRANSLATE)
-    return angles_and_translations(draw(settings, limits=limits).matrices, 224)
+    augmentation = Augmentation(center=True)
+    limits = Views(4, LIMITS).rows()
+    return angles_and_translations(draw(augmentation, limits=limits).matrices, 224)
 
 
 def test_rotations_and_translations_are_uniform_within_the_limits(view_params):
@@ -378,19 +377,19 @@ def test_views_angles_and_translations_are_independent(view_params):
 
 
 def test_other_epochs_seeds_and_domains_draw_other_views():
-    limits, indices = np.array([[DEGREES, TRANSLATE]]), np.arange(2000)
+    views, indices = Views(1, LIMITS, untouched_first=False), np.arange(2000)
     keys = [pack_key(TRAINING, 0), pack_key(TRAINING, 1), pack_key(EVALUATION, 0)]
-    sets = [draw_matrices(key, epoch, indices, limits, 224) for key in keys for epoch in (0, 1)]
+    sets = [draw_matrices(key, epoch, indices, views, 224) for key in keys for epoch in (0, 1)]
     for one, other in itertools.combinations(sets, 2):
         angles, others = (angles_and_translations(each, 224)[:, 0, 0] for each in (one, other))
         assert abs(np.corrcoef(angles, others)[0, 1]) <= SIGMAS / math.sqrt(2000)
 
 
 def test_limits_of_zero_leave_the_view_exactly_untouched():
-    settings = augmentation_settings(center=False, jitter=(0.1, 0.1, 0.1), lighting_std=0.05)
+    augmentation = Augmentation(center=False, jitter=(0.1, 0.1, 0.1), lighting_std=0.05)
     limits = np.array([(0, 0), (DEGREES, TRANSLATE), (0, 0)], np.float64)
     for side in (32, 33, 224):
-        matrices = draw(settings, limits=limits, side=side, count=200).matrices
+        matrices = draw(augmentation, limits=limits, side=side, count=200).matrices
         for view in (0, 2):
             np.testing.assert_array_equal(matrices[:, view], np.tile(np.eye(2, 3), (200, 1, 1)))
         assert (matrices[:, 1] != np.eye(2, 3)).any(axis=(1, 2)).all()
@@ -398,7 +397,7 @@ def test_limits_of_zero_leave_the_view_exactly_untouched():
 
 def test_one_limit_alone():
     limits = np.array([(DEGREES, 0), (0, TRANSLATE)], np.float64)
-    params = angles_and_translations(draw(augmentation_settings(center=True), limits=limits, count=2000).matrices, 224)
+    params = angles_and_translations(draw(Augmentation(center=True), limits=limits, count=2000).matrices, 224)
     assert np.abs(params[:, 0, 1:]).max() < 1e-6
     assert np.abs(params[:, 1, 0]).max() == 0
     assert np.abs(params[:, 0, 0]).min() > 0
@@ -406,16 +405,41 @@ def test_one_limit_alone():
 
 
 def test_draw_matrices_are_those_of_draw_image():
-    limits = view_limits(10, untouched_first=True, degrees=40, translate=4 / 28)
+    views = Views(10, SpatialLimits(40, 4 / 28))
     key = pack_key(EVALUATION, 3)
-    draws = draw(augmentation_settings(center=True), limits=limits, side=64, count=300, key=key, epoch=5)
+    draws = draw(Augmentation(center=True), limits=views.rows(), side=64, count=300, key=key, epoch=5)
     indices = np.array([299, 0, 17, 18, 5])
-    np.testing.assert_array_equal(draw_matrices(key, 5, indices, limits, 64), draws.matrices[indices])
+    np.testing.assert_array_equal(draw_matrices(key, 5, indices, views, 64), draws.matrices[indices])
 
 
-def test_view_limits_puts_the_untouched_image_first():
-    np.testing.assert_array_equal(
-        view_limits(2, untouched_first=True, degrees=30, translate=0.1), [(0, 0), (30, 0.1), (30, 0.1)]
-    )
-    np.testing.assert_array_equal(view_limits(1, untouched_first=False, degrees=30, translate=0.1), [(30, 0.1)])
-    assert view_limits(0, untouched_first=True, degrees=30, translate=0.1).shape == (1, 2)
+def test_the_untouched_view_comes_first():
+    limits = SpatialLimits(30, 0.1)
+    np.testing.assert_array_equal(Views(2, limits).rows(), [(0, 0), (30, 0.1), (30, 0.1)])
+    np.testing.assert_array_equal(Views(1, limits, untouched_first=False).rows(), [(30, 0.1)])
+    for views in (Views(0), Views(2, limits), Views(1, limits, untouched_first=False)):
+        assert views.rows().shape == (len(views), 2) and views.rows().dtype == np.float64
+
+
+# The columns
+
+
+def test_each_value_of_an_augmentation_has_its_column():
+    row = Augmentation(True, (0.2, 0.9), (0.5, 2.0), 0.25, (0.1, 0.3, 0.4), 0.05).row()
+    assert row.dtype == np.float64
+    assert {column.name: float(row[column]) for column in Setting} == {
+        "CENTER": 1.0,
+        "SCALE_MIN": 0.2,
+        "SCALE_MAX": 0.9,
+        "RATIO_MIN": 0.5,
+        "RATIO_MAX": 2.0,
+        "FLIP_PROB": 0.25,
+        "BRIGHTNESS": 0.1,
+        "CONTRAST": 0.3,
+        "SATURATION": 0.4,
+        "LIGHTING_STD": 0.05,
+    }
+
+
+@pytest.mark.parametrize("columns", [Header, Setting, Geometry, Colour])
+def test_columns_are_numbered_without_gaps(columns):
+    assert [int(column) for column in columns] == list(range(len(columns)))

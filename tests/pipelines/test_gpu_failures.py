@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from fast_spatial.kernels.sampling import INDEX, TRAINING, augmentation_settings, pack_key, view_limits
-from fast_spatial.pipelines import graph
-from fast_spatial.pipelines import loader as loader_module
+from fast_spatial.kernels.layout import Header
+from fast_spatial.kernels.limits import SpatialLimits
+from fast_spatial.kernels.sampling import Augmentation, Views
+from fast_spatial.pipelines import gpu_failures, graph
 from fast_spatial.pipelines.dataset import ImageIndex, read_index
 from fast_spatial.pipelines.digits import export_digits
-from fast_spatial.pipelines.loader import MOST_GPU_FAILURES, Batch, Loader
+from fast_spatial.pipelines.gpu_failures import MOST_GPU_FAILURES
+from fast_spatial.pipelines.loader import Batch, Loader
 from fast_spatial.pipelines.placement import Decoding, Placement
+from fast_spatial.pipelines.sampler import BatchSampler
 
 IMAGES, SIDE, BATCH = 64, 32, 8
 ON_GPU, ON_CPU = Placement(Decoding("gpu"), "dali"), Placement(Decoding("cpu"), "dali")
@@ -33,7 +36,7 @@ class StandIn:
 
     def run(self, *words: Any) -> Any:
         outputs = self._pipeline.run(*words)
-        positions = set(np.array(outputs[-1].as_tensor())[:, INDEX].tolist())
+        positions = set(np.array(outputs[-1].as_tensor())[:, Header.INDEX].tolist())
         self._dead = self._dead or bool(positions & self._fails_on)
         if self._dead:
             raise RuntimeError(ERROR)
@@ -77,13 +80,10 @@ def images() -> ImageIndex:
 
 def loader_of(images: ImageIndex, placement: Placement, **options: Any) -> Loader:
     loader = Loader(
-        images,
-        limits=view_limits(2, untouched_first=True, degrees=30, translate=3 / 28),
-        settings=augmentation_settings(center=False, flip_prob=0.5),
+        BatchSampler(images, global_batch_size=BATCH, seed=5, train=True),
+        augmentation=Augmentation(center=False, flip_prob=0.5),
+        views=Views(2, SpatialLimits(30, 3 / 28)),
         side=SIDE,
-        global_batch_size=BATCH,
-        key=pack_key(TRAINING, 5),
-        train=True,
         placement=ON_CPU,
         **options,
     )
@@ -137,7 +137,7 @@ def test_an_odd_file_does_not_end_the_decoding_on_a_gpu(images, gpu):
 
 
 def test_failures_of_long_ago_do_not_count(images, gpu, monkeypatch):
-    monkeypatch.setattr(loader_module, "GOOD_BATCHES", 3)
+    monkeypatch.setattr(gpu_failures, "GOOD_BATCHES", 3)
     loader = loader_of(images, ON_GPU, on_gpu_failure=gpu.said.append)
     for epoch in range(2 * MOST_GPU_FAILURES):  # each on another file
         gpu.fails_on.clear()

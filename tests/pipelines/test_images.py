@@ -15,30 +15,16 @@ from torchvision.datasets import ImageFolder, imagenet
 from torchvision.transforms import CenterCrop, Compose, Resize
 
 from fast_spatial.errors import UserError
-from fast_spatial.kernels.sampling import (
-    BOX_H,
-    BOX_W,
-    BOX_X,
-    BOX_Y,
-    COLOUR_WIDTH,
-    EVALUATION,
-    GEOMETRY_WIDTH,
-    HEADER_WIDTH,
-    INDEX,
-    KEY,
-    SIDE,
-    augmentation_settings,
-    draw_image,
-    pack_key,
-    view_limits,
-)
+from fast_spatial.kernels.layout import Colour, Geometry, Header
+from fast_spatial.kernels.sampling import EVALUATION, Augmentation, Views, draw_image, pack_key
 from fast_spatial.pipelines.dataset import ImageIndex, check_classes_agree, check_not_empty, list_classes, read_index
 from fast_spatial.pipelines.digits import export_digits
 from fast_spatial.pipelines.loader import Loader
+from fast_spatial.pipelines.sampler import BatchSampler
 
 UNUSUAL = ("cmyk.JPEG", "grey.JPEG", "png.JPEG", "progressive.JPEG")
-UNTOUCHED = view_limits(0, untouched_first=True, degrees=0, translate=0)
-CENTER, RANDOM_CROP = augmentation_settings(center=True), augmentation_settings(center=False)
+UNTOUCHED = Views(0)
+CENTER, RANDOM_CROP = Augmentation(center=True), Augmentation(center=False)
 # (width, height) of photographs.
 SIZES = [(427, 301), (333, 500), (256, 257), (640, 427), (301, 300), (150, 120), (227, 481)]
 
@@ -47,16 +33,13 @@ def photograph(width: int, height: int, name: str = "china.jpg") -> Image.Image:
     return Image.fromarray(load_sample_image(name)).resize((width, height), Image.Resampling.LANCZOS)
 
 
-def loaded(images: ImageIndex, settings: NDArray[np.float64]) -> dict[str, NDArray[np.uint8]]:
+def loaded(images: ImageIndex, augmentation: Augmentation) -> dict[str, NDArray[np.uint8]]:
     """The identity view of each image from the Loader, by file name."""
     loader = Loader(
-        images,
-        limits=UNTOUCHED,
-        settings=settings,
+        BatchSampler(images, global_batch_size=4, seed=0, train=False),
+        augmentation=augmentation,
+        views=UNTOUCHED,
         side=224,
-        global_batch_size=4,
-        key=pack_key(EVALUATION, 0),
-        train=False,
     )
     return {
         Path(images.path(index)).name: views[0]
@@ -136,17 +119,17 @@ def test_random_crops_are_pils_crop_and_resize(folder):
     """All sizes and formats. Another test compares the boxes with torchvision's."""
     images = read_index(folder.parent.parent, "val")
     views = loaded(images, RANDOM_CROP)
-    header = np.zeros(HEADER_WIDTH, np.int64)
-    header[KEY], header[SIDE] = pack_key(EVALUATION, 0), 224
+    header = np.zeros(len(Header), np.int64)
+    header[Header.KEY], header[Header.SIDE] = pack_key(EVALUATION, 0), 224
     boxes = set()
     for index in range(len(images)):
         path = Path(images.path(index))
         opened = Image.open(path).convert("RGB")
-        geometry, header[INDEX] = np.zeros(GEOMETRY_WIDTH, np.int32), index
-        colour, matrices = np.zeros(COLOUR_WIDTH, np.float32), np.zeros((1, 2, 3), np.float32)
+        geometry, header[Header.INDEX] = np.zeros(len(Geometry), np.int32), index
+        colour, matrices = np.zeros(len(Colour), np.float32), np.zeros((1, 2, 3), np.float32)
         shape_HWC = np.array([opened.height, opened.width, 3], np.int64)
-        draw_image(geometry, colour, matrices, header, shape_HWC, UNTOUCHED, RANDOM_CROP)
-        top, left, height, width = (int(geometry[i]) for i in (BOX_Y, BOX_X, BOX_H, BOX_W))
+        draw_image(geometry, colour, matrices, header, shape_HWC, UNTOUCHED.rows(), RANDOM_CROP.row())
+        top, left, height, width = map(int, geometry[Geometry.BOX_Y : Geometry.BOX_W + 1])
         boxes.add((top, left, height, width))
         expected = opened.crop((left, top, left + width, top + height)).resize((224, 224), Image.Resampling.BILINEAR)
         assert difference(views[path.name], np.asarray(expected)).max() <= 1, path.name

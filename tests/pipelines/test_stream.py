@@ -14,25 +14,28 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from fast_spatial.errors import UserError
+from fast_spatial.kernels.limits import SpatialLimits
 from fast_spatial.kernels.sampling import (
     EVALUATION,
     TRAINING,
-    augmentation_settings,
+    Augmentation,
+    Views,
     draw_matrices,
     epoch_order,
     pack_key,
-    view_limits,
 )
 from fast_spatial.pipelines.dataset import ImageIndex, check_divides, read_index
 from fast_spatial.pipelines.digits import export_digits
 from fast_spatial.pipelines.loader import Batch, Loader
+from fast_spatial.pipelines.sampler import BatchSampler, Shard
 
-IMAGES, SIDE, VIEWS = 200, 32, 11
-LIMITS = view_limits(VIEWS - 1, untouched_first=True, degrees=30, translate=3 / 28)
-TRAIN_SETTINGS = augmentation_settings(center=False, flip_prob=0.5, jitter=(0.1, 0.1, 0.1), lighting_std=0.05)
-EVAL_SETTINGS = augmentation_settings(center=True)
+IMAGES, SIDE = 200, 32
+VIEWS = Views(10, SpatialLimits(30, 3 / 28))
+TRAINED = Augmentation(center=False, flip_prob=0.5, jitter=(0.1, 0.1, 0.1), lighting_std=0.05)
+EVALUATED = Augmentation(center=True)
 RANK_BATCH = 12
 
 
@@ -47,14 +50,20 @@ def some_images(split: str) -> ImageIndex:
     return read_index(export_digits(), split).random_subset(IMAGES)
 
 
-def make_loader(global_batch_size: int, *, train: bool = True, seed: int = 0, **options: Any) -> Loader:
+def make_loader(
+    global_batch_size: int,
+    *,
+    train: bool = True,
+    seed: int = 0,
+    shard: Shard = Shard(),  # noqa: B008  (immutable)
+    order: NDArray[np.int64] | None = None,
+    **options: Any,
+) -> Loader:
+    images = some_images("train" if train else "val")
     return Loader(
-        some_images("train" if train else "val"),
-        limits=LIMITS,
-        settings=TRAIN_SETTINGS if train else EVAL_SETTINGS,
-        global_batch_size=global_batch_size,
-        key=pack_key(TRAINING if train else EVALUATION, seed),
-        train=train,
+        BatchSampler(images, global_batch_size=global_batch_size, seed=seed, train=train, shard=shard, order=order),
+        augmentation=TRAINED if train else EVALUATED,
+        views=VIEWS,
         **{"side": SIDE, **options},
     )
 
@@ -62,7 +71,7 @@ def make_loader(global_batch_size: int, *, train: bool = True, seed: int = 0, **
 def seen(batches: Iterable[Batch]) -> list[Seen]:
     out = []
     for batch in batches:
-        assert batch.views.shape == (len(batch.index), VIEWS, SIDE, SIDE, 3)
+        assert batch.views.shape == (len(batch.index), len(VIEWS), SIDE, SIDE, 3)
         assert batch.views.dtype == torch.uint8
         for views, label, index in zip(batch.views.numpy(), batch.labels.tolist(), batch.index.tolist()):
             out.append(Seen(index, hashlib.sha256(views.tobytes() + bytes([label])).hexdigest()))
@@ -166,13 +175,13 @@ def test_views_are_the_drawn_warps_of_the_untouched_view(train):
 
     key, epoch = (pack_key(TRAINING, 0), 2) if train else (pack_key(EVALUATION, 0), 0)
     batch = next(make_loader(20, train=train).epoch(epoch))
-    matrices = draw_matrices(key, epoch, batch.index.numpy(), LIMITS, SIDE).astype(np.float64)
+    matrices = draw_matrices(key, epoch, batch.index.numpy(), VIEWS, SIDE).astype(np.float64)
     y, x = np.mgrid[:SIDE, :SIDE].astype(np.float64)
     for views, rows in zip(batch.views.numpy(), matrices):
         for view, row in zip(views, rows):
             source_x, source_y = (a * x + b * y + c for a, b, c in row)
             assert np.abs(view - bilinear(views[0], source_x, source_y)).max() <= 0.6
-        assert len({view.tobytes() for view in views}) == VIEWS
+        assert len({view.tobytes() for view in views}) == len(VIEWS)
 
 
 # Sides that grow
@@ -217,7 +226,7 @@ def report_of_a_process(process: int) -> dict[str, Any]:
     """The output of the Loaders of rank `process`, in worlds of 1, 2 and 3, in this process."""
     report: dict[str, Any] = {"pid": os.getpid()}
     for world_size in range(process + 1, 4):
-        options: dict[str, Any] = {"rank": process, "world_size": world_size, "threads": 1}
+        options: dict[str, Any] = {"shard": Shard(process, world_size), "threads": 1}
         train = make_loader(RANK_BATCH, **options)
         report[f"train{world_size}"] = [seen([batch]) for batch in chain(train.epoch(0), train.epoch(1, start_step=5))]
         report[f"evaluate{world_size}"] = seen(make_loader(RANK_BATCH, train=False, **options).epoch(0))
@@ -277,7 +286,7 @@ def test_evaluation_covers_every_image_once_whatever_the_batch(evaluation, globa
     everyone = [
         image
         for rank in range(world_size)
-        for image in seen(make_loader(global_batch_size, train=False, rank=rank, world_size=world_size).epoch(0))
+        for image in seen(make_loader(global_batch_size, train=False, shard=Shard(rank, world_size)).epoch(0))
     ]
     assert len(everyone) == IMAGES
     assert sorted(everyone) == evaluation
@@ -287,8 +296,7 @@ def test_evaluation_covers_every_image_once_whatever_the_batch(evaluation, globa
 def test_an_evaluation_in_an_order_of_its_own_sees_the_same_bytes(evaluation, world_size):
     order = np.random.default_rng(0).permutation(IMAGES)[:93]
     ranks = [
-        make_loader(14, train=False, order=order, rank=rank, world_size=world_size).epoch(0)
-        for rank in range(world_size)
+        make_loader(14, train=False, order=order, shard=Shard(rank, world_size)).epoch(0) for rank in range(world_size)
     ]
     found = [[seen([batch]) for batch in batches] for batches in ranks]
     got = [image for batches in zip_longest(*found, fillvalue=[]) for batch in batches for image in batch]
@@ -319,7 +327,7 @@ def test_an_uneven_batch_is_refused_with_the_nearest_that_divides(global_batch_s
         check_divides(global_batch_size, world_size)
     assert f"--global-batch-size {global_batch_size}: not divisible by {world_size} processes" in str(error.value)
     with pytest.raises(UserError, match="not divisible"):
-        make_loader(global_batch_size, world_size=world_size)
+        make_loader(global_batch_size, shard=Shard(0, world_size))
     check_divides(global_batch_size, processes)
     check_divides(batch, world_size)
 

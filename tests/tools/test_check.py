@@ -22,7 +22,7 @@ from fast_spatial import commands, preflight
 from fast_spatial.config.commands import CheckConfig
 from fast_spatial.errors import UserError
 from fast_spatial.kernels.host import usable_cpus
-from fast_spatial.kernels.sampling import TRAINING, augmentation_settings, pack_key, view_limits
+from fast_spatial.kernels.sampling import Augmentation, Views
 from fast_spatial.pipelines.dataset import ImageIndex, list_classes, read_exclusions, read_index
 from fast_spatial.pipelines.inspection.decoding import Report, inspect_files
 from fast_spatial.pipelines.inspection.findings import (
@@ -37,6 +37,7 @@ from fast_spatial.pipelines.inspection.findings import (
     survey,
 )
 from fast_spatial.pipelines.loader import Loader
+from fast_spatial.pipelines.sampler import BatchSampler
 from fast_spatial.tools import check_data as check
 from fast_spatial.tools.check_data import check_data
 from tests.config.test_cli import refused
@@ -96,14 +97,12 @@ def training_survives(paths: list[Path]) -> bool:
     names = np.array([os.fsencode(path) for path in paths])
     width = names.dtype.itemsize + 1
     matrix = names.astype(f"S{width}").view(np.uint8).reshape(len(paths), width)
+    images = ImageIndex(paths[0].parent, matrix, np.zeros(len(paths), np.int64), ("all",))
     loader = Loader(
-        ImageIndex(paths[0].parent, matrix, np.zeros(len(paths), np.int64), ("all",)),
-        limits=view_limits(0, untouched_first=True, degrees=30.0, translate=0.1),
-        settings=augmentation_settings(center=False, scale=(1.0, 1.0), ratio=(1.5, 1.5)),
+        BatchSampler(images, global_batch_size=len(paths), seed=0, train=True),
+        augmentation=Augmentation(center=False, scale=(1.0, 1.0), ratio=(1.5, 1.5)),
+        views=Views(0),
         side=32,
-        global_batch_size=len(paths),
-        key=pack_key(TRAINING, 0),
-        train=True,
         threads=1,
     )
     try:

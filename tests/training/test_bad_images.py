@@ -16,10 +16,12 @@ from fast_spatial.config.commands import EvaluateConfig
 from fast_spatial.config.train import TrainConfig
 from fast_spatial.errors import UserError
 from fast_spatial.evaluation.evaluate import evaluate_checkpoint
-from fast_spatial.kernels.sampling import TRAINING, augmentation_settings, pack_key, view_limits
+from fast_spatial.kernels.limits import SpatialLimits
+from fast_spatial.kernels.sampling import Augmentation, Views
 from fast_spatial.pipelines.dataset import ImageIndex, read_index
 from fast_spatial.pipelines.digits import export_digits
 from fast_spatial.pipelines.loader import Batch, Loader
+from fast_spatial.pipelines.sampler import BatchSampler, Shard
 from fast_spatial.runtime.distributed import World, stop
 from fast_spatial.training.bad_images import BadImages
 from fast_spatial.training.train import train
@@ -59,16 +61,13 @@ class Met:
         self.hopeless |= set(hopeless)
 
 
-def loader_of(images: ImageIndex, batch: int, **options: Any) -> Loader:
+def loader_of(images: ImageIndex, batch: int, on_bad_images: Met | None = None, **options: Any) -> Loader:
     return Loader(
-        images,
-        limits=view_limits(1, untouched_first=True, degrees=30, translate=3 / 28),
-        settings=augmentation_settings(center=False, flip_prob=0.5),
+        BatchSampler(images, global_batch_size=batch, seed=5, train=True, **options),
+        augmentation=Augmentation(center=False, flip_prob=0.5),
+        views=Views(1, SpatialLimits(30, 3 / 28)),
         side=SIDE,
-        global_batch_size=batch,
-        key=pack_key(TRAINING, 5),
-        train=True,
-        **options,
+        on_bad_images=on_bad_images,
     )
 
 
@@ -84,7 +83,7 @@ def seen(batches: Iterable[Batch]) -> list[tuple[int, str]]:
 def stream(images) -> tuple[list[list[tuple[int, str]]], Met]:
     """Three epochs, from the start."""
     met = Met()
-    loader = loader_of(images, 8, on_bad_images=met)
+    loader = loader_of(images, 8, met)
     return [seen(loader.epoch(epoch)) for epoch in range(3)], met
 
 
@@ -118,7 +117,7 @@ def loader_of_good(images: ImageIndex) -> Loader:
 @pytest.mark.parametrize(("epoch", "step"), [(0, 4), (1, 7), (2, 0)])
 def test_a_run_that_starts_elsewhere_gets_the_same_images(images, stream, epoch, step):
     epochs, _ = stream
-    loader = loader_of(images, 8, on_bad_images=Met())
+    loader = loader_of(images, 8, Met())
     for number in range(epoch, 3):
         start = step if number == epoch else 0
         assert seen(loader.epoch(number, start)) == epochs[number][8 * start :]
@@ -126,13 +125,13 @@ def test_a_run_that_starts_elsewhere_gets_the_same_images(images, stream, epoch,
 
 def test_what_was_met_before_changes_nothing(images, stream):
     epochs, _ = stream
-    loader = loader_of(images, 8, on_bad_images=Met(), bad_images=GARBAGE)
+    loader = loader_of(images, 8, Met(), bad_images=GARBAGE)
     assert seen(loader.epoch(1)) == epochs[1]
 
 
 def test_processes_need_not_tell_each_other(images, stream):
     epochs, _ = stream
-    ranks = [loader_of(images, 8, rank=rank, world_size=2, on_bad_images=Met()) for rank in range(2)]
+    ranks = [loader_of(images, 8, Met(), shard=Shard(rank, 2)) for rank in range(2)]
     parts = [seen(loader.epoch(0)) for loader in ranks]
     together = [image for step in range(12) for part in parts for image in part[4 * step : 4 * step + 4]]
     assert together == epochs[0]

@@ -126,10 +126,10 @@ def test_loaders_are_given_the_global_rank(tmp_path, monkeypatch, task, of):
     class Opened(Exception):
         pass
 
-    def loader(*given, **named):
-        if named["train"] is (of == "training"):
-            raise Opened(named["rank"], named["world_size"])
-        return Loader(*given, **named)
+    def loader(sampler, **named):
+        if sampler.train is (of == "training"):
+            raise Opened(*sampler.shard)
+        return Loader(sampler, **named)
 
     monkeypatch.setattr(loading, "Loader", loader)
     second_node = World(rank=3, local_rank=1, world_size=4, device=torch.device("cpu"))
