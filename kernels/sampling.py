@@ -206,12 +206,19 @@ def _draw_colour(colour, settings, key, epoch, index):  # type: ignore[no-untype
 
 
 @njit(cache=True, nogil=True)
+def _draw_warp(limits_V2, key, epoch, index, view):  # type: ignore[no-untyped-def]
+    """(degrees, tx, ty) of one view; translations as a fraction of the image size."""
+    degrees, translate = limits_V2[view, 0], limits_V2[view, 1]
+    angle = _between(-degrees, degrees, key, epoch, index, WARP, 3 * view)
+    tx = _between(-translate, translate, key, epoch, index, WARP, 3 * view + 1)
+    ty = _between(-translate, translate, key, epoch, index, WARP, 3 * view + 2)
+    return angle, tx, ty
+
+
+@njit(cache=True, nogil=True)
 def _draw_matrices(matrices_V23, limits_V2, side, flip, key, epoch, index):  # type: ignore[no-untyped-def]
     for view in range(limits_V2.shape[0]):
-        degrees, translate = limits_V2[view, 0], limits_V2[view, 1]
-        angle = _between(-degrees, degrees, key, epoch, index, WARP, 3 * view)
-        tx = _between(-translate, translate, key, epoch, index, WARP, 3 * view + 1)
-        ty = _between(-translate, translate, key, epoch, index, WARP, 3 * view + 2)
+        angle, tx, ty = _draw_warp(limits_V2, key, epoch, index, view)
         write_matrix(matrices_V23[view], angle, tx, ty, side, flip)
 
 
@@ -248,4 +255,28 @@ def draw_matrices(key: int, epoch: int, indices: NDArray[np.int64], views: Views
     """The matrices, float32 [B, V, 2, 3], that `draw_image` draws for unflipped images at `indices`, int64 [B]."""
     out = np.empty((len(indices), len(views), 2, 3), np.float32)
     _draw_batch(out, views.rows(), side, key, epoch, np.ascontiguousarray(indices, np.int64))
+    return out
+
+
+@njit(cache=True)
+def _draw_chosen(warps_B3, limits_V2, key, epoch, indices, choices):  # type: ignore[no-untyped-def]
+    for b in range(indices.shape[0]):
+        warps_B3[b, 0], warps_B3[b, 1], warps_B3[b, 2] = _draw_warp(limits_V2, key, epoch, indices[b], choices[b])
+
+
+def draw_warps(
+    key: int, epoch: int, indices: NDArray[np.int64], choices: NDArray[np.int64], views: Views
+) -> NDArray[np.float64]:
+    """The (degrees, tx, ty) that `draw_image` draws for one view of each image, float64 [B, 3].
+
+    Args:
+        key: the generator's key, of `pack_key`.
+        epoch: the epoch.
+        indices: the images' positions in the split, int64 [B].
+        choices: the number of the view of each, int64 [B].
+        views: the views of an image.
+
+    """
+    out = np.empty((len(indices), 3), np.float64)
+    _draw_chosen(out, views.rows(), key, epoch, np.ascontiguousarray(indices), np.ascontiguousarray(choices))
     return out

@@ -125,8 +125,8 @@ class RunFolder:
         state: TrainState,
         position: Position,
         timeline: Timeline,
+        sums: dict[str, Any],
         *,
-        tally: list[float] | None = None,
         best: bool = False,
     ) -> None:
         """Save a checkpoint; the writing goes on in the background.
@@ -135,7 +135,7 @@ class RunFolder:
             state: what is trained.
             position: its position.
             timeline: the planned progress.
-            tally: the running sums of the epoch, over all processes; None at the start of an epoch.
+            sums: the running sums of the epoch, over all processes.
             best: save as `best.pt`, too.
 
         Raises:
@@ -153,12 +153,12 @@ class RunFolder:
             "epoch": position.epoch,
             "step": position.step,
             "steps": position.steps_done,
-            "tally": tally,
             "segments": [list(segment) for segment in timeline.segments],
             "best_pct": self.best_pct,
             "elapsed_sec": self.log.elapsed_sec,
             "log_size": self.log.size,
             "world_size": self._world.world_size,
+            **sums,
             **state.state_dict(),
         }
         self._saver.save(content, best=best)

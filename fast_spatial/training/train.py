@@ -14,20 +14,20 @@ import torch
 from fast_spatial.config.modes import MODES
 from fast_spatial.config.train import TrainConfig
 from fast_spatial.data.images import load_split
-from fast_spatial.data.loading import training_loader
+from fast_spatial.data.loading import training_loader, training_views
 from fast_spatial.errors import UserError
 from fast_spatial.evaluation.validation import Validation
 from fast_spatial.pipelines.text import some
 from fast_spatial.runtime import distributed
 from fast_spatial.runtime.device import dtype_of, seed_everything, seed_step
 from fast_spatial.runtime.distributed import World
-from fast_spatial.runtime.metrics import Tally
 from fast_spatial.runtime.run_files import BEST, LAST, PROFILE
 from fast_spatial.runtime.runlog import Bar, say
 from fast_spatial.runtime.signals import StopRequest, stop_requests
 from fast_spatial.runtime.waiting import clock_of
 from fast_spatial.training.bad_images import BadImages
 from fast_spatial.training.control import StepControl
+from fast_spatial.training.epoch_sums import EpochSums
 from fast_spatial.training.messages import describe, describe_resume
 from fast_spatial.training.pacing import TrainingDeadline
 from fast_spatial.training.run_folder import RunFolder, identity_of, read_segments
@@ -85,7 +85,7 @@ class Training:
         self.timeline = Timeline.of_steps(config.epochs * steps_per_epoch)
         if config.replay:
             self.timeline.segments += read_segments(config.replay)
-        self._tally = self._new_tally()
+        self._sums = self._new_sums()
         self._bad_images = BadImages(
             Path(config.out),
             world.rank,
@@ -138,7 +138,7 @@ class Training:
             lr = lr_at(config, self.timeline.progress(self.position.steps_done), self.position.epoch)
             seed_step(config.seed, self.position.epoch, self.position.step, self._world.rank)
             result = self.state.step(batch, lr)
-            self._tally.add(result.loss, result.correct)
+            self._sums.add(batch, result)
             self.position = self.position.next_step()
             save, stop = self._control.after_step(self.position, result.loss, batch.side)  # the same on all ranks
             if self.position.step % config.log_every == 0:
@@ -146,7 +146,7 @@ class Training:
             if profiler is not None:
                 profiler.step()
             if (save or stop) and self.position.step < self.position.steps_per_epoch:  # else `_finish_epoch` does
-                self._save(with_tally=True)
+                self._save()
                 if stop:
                     self._control.stop_together(stop)
         bar.close()
@@ -165,12 +165,13 @@ class Training:
         is_last = self.position.steps_done >= self.timeline.end
         evaluates = is_last or (every > 0 and (self.position.epoch + 1) % every == 0)
         if evaluates or stop:
-            self._save(with_tally=True)
+            self._save()
         if stop:
             self._control.stop_together(stop)
         if evaluates:
             is_best = self._evaluate()
-        self.position, self._tally = self.position.next_epoch(), self._new_tally()
+        self.position = self.position.next_epoch()
+        self._sums = self._new_sums()
         self._save(best=is_best)
         distributed.reset_watchdog(self._config.stall_minutes)
 
@@ -186,11 +187,10 @@ class Training:
         attacked_pct, natural_pct = scores["attacked_top1_pct"], scores["top1_pct"]
         return self.folder.is_best(natural_pct if attacked_pct is None else attacked_pct)
 
-    def _save(self, *, with_tally: bool = False, best: bool = False) -> None:
+    def _save(self, *, best: bool = False) -> None:
         """Save a checkpoint, unless losses or weights are NaN or inf; a collective call."""
         self._control.check_finite(self.position, self.state.weights())
-        sums = self._tally.state() if with_tally else None
-        self.folder.save(self.state, self.position, self.timeline, tally=sums, best=best)
+        self.folder.save(self.state, self.position, self.timeline, self._sums.state_dict(), best=best)
 
     def _resume(self) -> None:
         """Open the log, and continue from the newest checkpoint, if there is one."""
@@ -200,8 +200,9 @@ class Training:
             self.position = Position.saved(saved, self.position.steps_per_epoch)
             if "segments" in saved:  # missing in runs of earlier versions
                 self.timeline.segments[:] = [Segment(*segment) for segment in saved["segments"]]
-            if self.position.step and self._world.rank == 0:  # the sums cover all processes
-                self._tally.load(saved["tally"])
+            self._sums = self._new_sums()
+            if self.position.step and self._world.rank == 0:  # the saved sums cover all processes
+                self._sums.load_state_dict(saved)
         self.folder.begin(saved, self.position)
         if self._world.rank == 0:
             self._describe(saved)
@@ -215,9 +216,9 @@ class Training:
         """The image size of a step, pixels, as currently planned."""
         return side_at(self._config, self.timeline.progress(epoch * self.position.steps_per_epoch + step))
 
-    def _new_tally(self) -> Tally:
-        """The running sums of an epoch."""
-        return Tally(self._world.device, "loss", "top1")
+    def _new_sums(self) -> EpochSums:
+        """The running sums of the epoch that begins."""
+        return EpochSums(training_views(self._config), self._config.seed, self.position.epoch, self._world.device)
 
     def _bar(self) -> Bar:
         """The rest of an epoch's batches, with a progress bar."""
@@ -234,13 +235,13 @@ class Training:
 
     def _show(self, bar: Bar, *, lr: float, side: int) -> None:
         """Show the means of the epoch so far, of this process's images."""
-        means = self._tally.means(over_ranks=False)
+        means = self._sums.means(over_ranks=False)
         bar.show(loss=means["loss"], top1_pct=100 * means["top1"])
         self.folder.log.scalars("train_step", self.position.steps_done, **means, lr=lr, side=side)
 
     def _record_epoch(self, bar: Bar, lr: float) -> None:
         """Log the means of an epoch."""
-        means = self._tally.means(over_ranks=True)
+        means = self._sums.means(over_ranks=True)
         self.folder.log.record(
             "train",
             self.position.steps_done,
@@ -251,6 +252,8 @@ class Training:
             images_per_sec=round(bar.images_per_sec, 1),
             data_wait_pct=round(bar.data_wait_pct, 1),
         )
+        if chosen := self._sums.chosen():
+            self.folder.log.note("chosen", self.position.steps_done, epoch=self.position.epochs_done, **chosen)
 
     def _note_failed_decoding(self, what: str) -> None:
         """Record that this process's GPU failed to decode."""
