@@ -179,3 +179,16 @@ class ModuleJudge(Judge):
 def default_judge_batch(device: torch.device, side: int) -> int:
     """Default number of views per forward pass, where all passes have one shape."""
     return default_pass_size(device, side) or min(1024, largest_pass(side))
+
+
+def one_shape(judge: Judge, size: int, *, device: torch.device, side: int) -> BatchedForward:
+    """Forward passes that all have one shape, so that a verdict cannot depend on the images beside it.
+
+    Args:
+        judge: computes the logits.
+        size: views per pass; 0: `default_judge_batch`.
+        device: device of the views.
+        side: image size in pixels.
+
+    """
+    return BatchedForward(judge, size or default_judge_batch(device, side), pad=True)
