@@ -27,6 +27,7 @@ from fast_spatial.evaluation.inputs import Inputs, load_model_and_images
 from fast_spatial.evaluation.process import JudgingProcess
 from fast_spatial.evaluation.verdicts import (
     NEAR_TIE,
+    Coverage,
     ImageVerdict,
     Summary,
     add_grid,
@@ -115,6 +116,26 @@ def _judge_stream(
     return add_grid(found, survivors.take_verdicts(), {verdict.index for verdict in found})
 
 
+def _views_of(
+    batches: Iterable[tuple[Tensor, Tensor]], limits_V2: np.ndarray[Any, Any], key: int, device: torch.device
+) -> Iterator[Batch]:
+    """Views of a user's images."""
+    seen = 0
+    for images, labels in batches:
+        B, S = images.shape[0], images.shape[-1]
+        if images.shape != (B, 3, S, S) or not images.is_floating_point():
+            raise ValueError(f"images are {images.dtype} {tuple(images.shape)}: expected float [B, 3, S, S] in [0, 1]")
+        if images.min() < 0 or images.max() > 1:
+            raise ValueError(
+                "images have values outside [0, 1]; pass pixels, and move the normalization into the model"
+            )
+        pixels_BSSC = images.to(device).permute(0, 2, 3, 1).mul(255).round().to(torch.uint8).contiguous()
+        indices = np.arange(seen, seen + B)
+        seen += B
+        matrices_BV23 = torch.from_numpy(draw_matrices(key, 0, indices, limits_V2, S)).to(device)
+        yield Batch(warp(pixels_BSSC, matrices_BV23), labels.to(device), torch.from_numpy(indices))
+
+
 def published_deviations(config: EvaluateConfig, side: int, *, blurpool: bool) -> tuple[str, ...]:
     """How an evaluation deviates from the published one of ImageNet; the digits have no published image size."""
     found = {
@@ -148,26 +169,6 @@ def _no_time(config: EvaluateConfig) -> UserError:
         f"give a larger budget, or evaluate the checkpoint without a limit: launch.py evaluate --checkpoint "
         f"{config.checkpoint} --data {config.data}",
     )
-
-
-def _views_of(
-    batches: Iterable[tuple[Tensor, Tensor]], limits_V2: np.ndarray[Any, Any], key: int, device: torch.device
-) -> Iterator[Batch]:
-    """Views of a user's images."""
-    seen = 0
-    for images, labels in batches:
-        B, S = images.shape[0], images.shape[-1]
-        if images.shape != (B, 3, S, S) or not images.is_floating_point():
-            raise ValueError(f"images are {images.dtype} {tuple(images.shape)}: expected float [B, 3, S, S] in [0, 1]")
-        if images.min() < 0 or images.max() > 1:
-            raise ValueError(
-                "images have values outside [0, 1]; pass pixels, and move the normalization into the model"
-            )
-        pixels_BSSC = images.to(device).permute(0, 2, 3, 1).mul(255).round().to(torch.uint8).contiguous()
-        indices = np.arange(seen, seen + B)
-        seen += B
-        matrices_BV23 = torch.from_numpy(draw_matrices(key, 0, indices, limits_V2, S)).to(device)
-        yield Batch(warp(pixels_BSSC, matrices_BV23), labels.to(device), torch.from_numpy(indices))
 
 
 class _Share(NamedTuple):
@@ -209,7 +210,12 @@ def evaluate_checkpoint(config: EvaluateConfig, world: World, until: float | Non
         say(left_out)
     shares = distributed.gather(_judge_share(config, inputs, world, until))
     if world.rank == 0:
-        _report(config, inputs, shares, world)
+        found, coverage = _merge(config, inputs, shares)
+        summary = _summary(config, inputs, found, coverage)
+        say(summary_table(summary))
+        if config.json:
+            failures = [what for share in shares for what in share.failures]
+            write_evaluation_json(Path(config.json), config, summary, found, inputs.images, world.decoding, failures)
     distributed.barrier()
 
 
@@ -250,35 +256,39 @@ def _meets(config: EvaluateConfig, inputs: Inputs) -> set[int]:
     return set(range(len(inputs.images))) if inputs.on_grid is None else inputs.on_grid
 
 
-def _report(config: EvaluateConfig, inputs: Inputs, shares: list[_Share], world: World) -> None:
-    """Merge the shares of all processes, print the table, and write the JSON."""
-    images, meets = inputs.images, _meets(config, inputs)
+def _merge(config: EvaluateConfig, inputs: Inputs, shares: list[_Share]) -> tuple[list[ImageVerdict], Coverage]:
+    """All processes' verdicts on the images that the result covers, in the order of the images."""
+    images = inputs.images
     found = sorted((verdict for share in shares for verdict in share.verdicts), key=lambda verdict: verdict.index)
     grid = [verdict for share in shares for verdict in share.grid]
-    coverage = coverage_of(images, meets, found, grid)
+    coverage = coverage_of(images, _meets(config, inputs), found, grid)
     if all(share.finished for share in shares) and not (coverage.complete and len(found) == len(images)):
-        raise RuntimeError(f"{len(found)} verdicts for {len(images)} images: an image was missed or judged twice")
+        raise RuntimeError(
+            f"{len(found)} verdicts, {len(grid)} of the grid, for {len(images)} images: one is missing or there twice"
+        )
     if coverage.rounds == 0:
         raise _no_time(config)
-    found = add_grid((verdict for verdict in found if verdict.index in coverage.images), grid, coverage.on_grid)
-    cut = coverage.grid_rounds
-    limited = config.max_images or config.allow_partial_classes or config.grid_images or images.left_out.names
-    summary = summarize(
+    covered = (verdict for verdict in found if verdict.index in coverage.images)
+    return add_grid(covered, grid, coverage.on_grid), coverage
+
+
+def _summary(config: EvaluateConfig, inputs: Inputs, found: list[ImageVerdict], coverage: Coverage) -> Summary:
+    rounds, cut = coverage.rounds, coverage.grid_rounds
+    left_out = inputs.images.left_out.names
+    limited = config.max_images or config.allow_partial_classes or config.grid_images or left_out
+    few = len(_meets(config, inputs)) < len(inputs.images)
+    return summarize(
         found,
         config.limits,
         config.views,
-        partial=bool(limited) or coverage.rounds is not None,
+        partial=bool(limited) or rounds is not None,
         grid_per_class=config.grid_per_class if cut is None else cut,
         deviations=(
             *published_deviations(config, inputs.side, blurpool=has_blurpool(inputs.model)),
-            *([f"all attacks on the first {_of_each(coverage.rounds)}: out of time"] if coverage.rounds else []),
-            *grid_deviations(config.grid_per_class if len(meets) < len(images) else 0, cut),
+            *([f"all attacks on the first {_of_each(rounds)}: out of time"] if rounds else []),
+            *grid_deviations(config.grid_per_class if few else 0, cut),
         ),
     )
-    say(summary_table(summary))
-    if config.json:
-        failures = [what for share in shares for what in share.failures]
-        write_evaluation_json(Path(config.json), config, summary, found, images, world.decoding, failures)
 
 
 def summary_table(summary: Summary) -> str:

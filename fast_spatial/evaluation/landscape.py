@@ -133,9 +133,10 @@ def _judge_share(
     size = max(1, PASSES_PER_BATCH * process.passes.size // GRID_VIEWS)
     found: list[ImageLandscape] = []
     with process.working() as moved:
-        batches = Deadline(until).guard(process.batches("landscape", size, order=order))
+        batches = process.batches("landscape", size, order=order)
+        in_time = Deadline(until).guard(batches)  # from here, so that the loader's start is no measure of a batch
         with suppress(TimeUp):
-            for image in judge_all_views(process.passes, batches, config.limits, side, moved=moved):
+            for image in judge_all_views(process.passes, in_time, config.limits, side, moved=moved):
                 found.append(image)
     return found
 
