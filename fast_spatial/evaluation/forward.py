@@ -182,13 +182,5 @@ def default_judge_batch(device: torch.device, side: int) -> int:
 
 
 def one_shape(judge: Judge, size: int, *, device: torch.device, side: int) -> BatchedForward:
-    """Forward passes that all have one shape, so that a verdict cannot depend on the images beside it.
-
-    Args:
-        judge: computes the logits.
-        size: views per pass; 0: `default_judge_batch`.
-        device: device of the views.
-        side: image size in pixels.
-
-    """
+    """Forward passes that all have one shape, of `size` views; 0: `default_judge_batch`."""
     return BatchedForward(judge, size or default_judge_batch(device, side), pad=True)

@@ -134,7 +134,7 @@ def _judge_share(
     found: list[ImageLandscape] = []
     with process.working() as moved:
         batches = process.batches("landscape", size, order=order)
-        in_time = Deadline(until).guard(batches)  # from here, so that the loader's start is no measure of a batch
+        in_time = Deadline(until).guard(batches)  # created here: the start of the loader is no measure of a batch
         with suppress(TimeUp):
             for image in judge_all_views(process.passes, in_time, config.limits, side, moved=moved):
                 found.append(image)
