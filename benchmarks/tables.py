@@ -116,6 +116,19 @@ def foresight(content: dict[str, Any]) -> str:
     )
 
 
+def second_read(content: dict[str, Any]) -> str:
+    """The cost of reading images twice, in words."""
+    parts = [
+        f"{found['share_pct']:.2g} % for {found['network']} ({found['read_twice']} of {found['images']} images are "
+        f"read twice, {found['grid_views_per_image']:.0f} of the grid's views judged per image)"
+        for found in content["networks"]
+    ]
+    return (
+        f"The second read takes a small part of an evaluation's CPU time: {', and '.join(parts)}.\n\n"
+        f"(Median of {content['rounds']} interleaved rounds on {content['hardware']}: `{_command(content)}`.)"
+    )
+
+
 _COMPARED = ("standard", "random", "worst10")
 
 
@@ -260,6 +273,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "faults": ("faults", faults),
     "budget": ("budget", budgets),
     "plan": ("plan", foresight),
+    "second-read": ("second-read", second_read),
 }
 # Blocks rendered from all GPU result files (`gpu-CARD.json`); there may be none.
 OF_GPUS: dict[str, Callable[[Sequence[dict[str, Any]]], str]] = {

@@ -35,7 +35,7 @@ def trained(job: Job, count: int) -> tuple[Classifier, Tensor, Tensor]:
     if job.config.checkpoint:
         asked = EvaluateConfig(checkpoint=job.config.checkpoint, data=str(job.images), allow_partial_classes=True)
     else:
-        asked = EvaluateConfig(checkpoint=_digits_checkpoint(), data=DIGITS)
+        asked = EvaluateConfig(checkpoint=digits_checkpoint(), data=DIGITS)
     model, images, _, side = load_model_and_images(asked)
     loader = Loader(
         BatchSampler(images.random_subset(min(count, len(images))), global_batch_size=32, seed=0, train=False),
@@ -50,7 +50,8 @@ def trained(job: Job, count: int) -> tuple[Classifier, Tensor, Tensor]:
     return model, torch.cat([b.views[:, 0] for b in batches]), torch.cat([b.labels for b in batches])
 
 
-def _digits_checkpoint() -> str:
+def digits_checkpoint() -> str:
+    """A ResNet-18 trained on random warps of the digits; trained once, and kept in the cache folder."""
     # Crops of many sizes, as on ImageNet: a network trained at one scale fails at a smaller image size.
     preset = {**recipes.load(DIGITS), "image_size": SIDE, "crop_scale": (0.15, 1.0), "eval_every": 0}
     asked = TrainConfig(data=DIGITS, mode="random", out="bench", **preset)

@@ -35,8 +35,7 @@ class Ours:
         natural = self._passes(images[:, None]).argmax(dim=2)[:, 0] == labels
         rows = natural.nonzero()[:, 0].tolist()
         self.pool.add(images[rows], labels[rows].tolist(), rows)
-        while self.pool.pending:
-            self.pool.turn()
+        self.pool.finish()
         verdicts = {verdict.index: verdict for verdict in self.pool.take_verdicts()}
         self.views += [verdicts[row].views_judged if row in verdicts else 1 for row in range(len(images))]
         self.views_broken += [verdict.views_judged for verdict in verdicts.values() if not verdict.survived]

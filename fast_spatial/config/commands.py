@@ -69,7 +69,7 @@ class JudgeOptions(LaunchOptions):
 
 @dataclass(frozen=True)
 class EvaluateConfig(JudgeOptions):
-    """Judge a checkpoint on natural, random, worst-of-10 and exhaustive (775-view) attacks, in one pass."""
+    """Judge a checkpoint on natural, random, worst-of-10 and exhaustive (775-view) attacks."""
 
     max_images: int = option(
         0,

@@ -165,6 +165,11 @@ class GridSurvivors:
         while len(self._pool) * self._row >= self._batch:
             self.turn()
 
+    def finish(self) -> None:
+        """Settle all images."""
+        while self.pending:
+            self.turn()
+
     def turn(self) -> None:
         """Run one forward pass, over some views of each of the first images of the pool."""
         self._moved()

@@ -6,10 +6,11 @@ From Python, for any module that takes images in [0, 1]: see `evaluate`. From th
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,22 +19,21 @@ from torch import Tensor, nn
 from fast_spatial.config.commands import EvaluateConfig
 from fast_spatial.config.fields import to_json
 from fast_spatial.config.modes import DIGITS
-from fast_spatial.data.loading import evaluation_loader
-from fast_spatial.data.placing import placement_of
 from fast_spatial.errors import UserError
 from fast_spatial.evaluation.attack import GridSurvivors, GridVerdict
 from fast_spatial.evaluation.deadline import RESERVE_SEC, Deadline, TimeUp
-from fast_spatial.evaluation.folded import FoldedJudge
-from fast_spatial.evaluation.forward import BatchedForward, FlipJudge, ModuleJudge, default_judge_batch
-from fast_spatial.evaluation.inputs import load_model_and_images
+from fast_spatial.evaluation.forward import BatchedForward, ModuleJudge, one_shape
+from fast_spatial.evaluation.inputs import Inputs, load_model_and_images
+from fast_spatial.evaluation.process import JudgingProcess
 from fast_spatial.evaluation.verdicts import (
     NEAR_TIE,
+    Coverage,
     ImageVerdict,
     Summary,
-    broken_untouched,
-    judge_batches,
+    add_grid,
+    coverage_of,
     judge_grid,
-    merge_grid,
+    judge_images,
     summarize,
 )
 from fast_spatial.kernels.limits import NOMINAL_SIDE, SpatialLimits
@@ -45,11 +45,10 @@ from fast_spatial.pipelines.dataset import ImageIndex
 from fast_spatial.pipelines.inspection.probe import Choice
 from fast_spatial.pipelines.loader import Batch
 from fast_spatial.runtime import distributed
-from fast_spatial.runtime.device import dtype_of, exact_float32, seed_everything
+from fast_spatial.runtime.device import exact_float32
 from fast_spatial.runtime.distributed import World
 from fast_spatial.runtime.files import write_json
-from fast_spatial.runtime.runlog import Bar, say
-from fast_spatial.runtime.signals import stop_requests
+from fast_spatial.runtime.runlog import say
 
 # Time per image to gather and write verdicts: 50,000 took 1.6 s on one core.
 _WRITING_SEC = 5e-5
@@ -89,16 +88,51 @@ def evaluate(
     limits = SpatialLimits.from_px(degrees, translate_px)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with exact_float32(dtype == torch.float32):
-        found = list(
-            judge_batches(
-                ModuleJudge(model, dtype),
-                _views_of(batches, Views(views, limits), pack_key(EVALUATION, seed), device),
-                limits,
-                judge_batch=judge_batch,
-                wants_grid=(lambda index: True) if grid else None,
-            )
-        )
+        stream = iter(_views_of(batches, Views(views, limits), pack_key(EVALUATION, seed), device))
+        first = next(stream, None)
+        if first is None:
+            raise ValueError("there is nothing to report: no image was judged")
+        passes = one_shape(ModuleJudge(model, dtype), judge_batch, device=device, side=first.side)
+        survivors = GridSurvivors(passes, limits, first.side) if grid else None
+        found = _judge_stream(passes, itertools.chain([first], stream), survivors)
     return summarize(found, limits, views, partial=False)
+
+
+def _judge_stream(
+    passes: BatchedForward, batches: Iterable[Batch], survivors: GridSurvivors | None
+) -> list[ImageVerdict]:
+    """All verdicts of batches that come only once: images enter the grid at once (None: no grid)."""
+    found: list[ImageVerdict] = []
+    for batch in batches:
+        verdicts = judge_images(passes, batch)
+        found += verdicts
+        if survivors is not None:
+            right = [row for row, verdict in enumerate(verdicts) if verdict.natural]
+            survivors.add(batch.views[right, 0], batch.labels[right].tolist(), batch.index[right].tolist())
+    if survivors is None:
+        return found
+    survivors.finish()
+    return add_grid(found, survivors.take_verdicts(), {verdict.index for verdict in found})
+
+
+def _views_of(
+    batches: Iterable[tuple[Tensor, Tensor]], views: Views, key: int, device: torch.device
+) -> Iterator[Batch]:
+    """Views of a user's images."""
+    seen = 0
+    for images, labels in batches:
+        B, S = images.shape[0], images.shape[-1]
+        if images.shape != (B, 3, S, S) or not images.is_floating_point():
+            raise ValueError(f"images are {images.dtype} {tuple(images.shape)}: expected float [B, 3, S, S] in [0, 1]")
+        if images.min() < 0 or images.max() > 1:
+            raise ValueError(
+                "images have values outside [0, 1]; pass pixels, and move the normalization into the model"
+            )
+        pixels_BSSC = images.to(device).permute(0, 2, 3, 1).mul(255).round().to(torch.uint8).contiguous()
+        indices = np.arange(seen, seen + B)
+        seen += B
+        matrices_BV23 = torch.from_numpy(draw_matrices(key, 0, indices, views, S)).to(device)
+        yield Batch(warp(pixels_BSSC, matrices_BV23), labels.to(device), torch.from_numpy(indices))
 
 
 def published_deviations(config: EvaluateConfig, side: int, *, blurpool: bool) -> tuple[str, ...]:
@@ -136,32 +170,29 @@ def _no_time(config: EvaluateConfig) -> UserError:
     )
 
 
-def _views_of(
-    batches: Iterable[tuple[Tensor, Tensor]], views: Views, key: int, device: torch.device
-) -> Iterator[Batch]:
-    """Views of a user's images."""
-    seen = 0
-    for images, labels in batches:
-        B, S = images.shape[0], images.shape[-1]
-        if images.shape != (B, 3, S, S) or not images.is_floating_point():
-            raise ValueError(f"images are {images.dtype} {tuple(images.shape)}: expected float [B, 3, S, S] in [0, 1]")
-        if images.min() < 0 or images.max() > 1:
-            raise ValueError(
-                "images have values outside [0, 1]; pass pixels, and move the normalization into the model"
-            )
-        pixels_BSSC = images.to(device).permute(0, 2, 3, 1).mul(255).round().to(torch.uint8).contiguous()
-        indices = np.arange(seen, seen + B)
-        seen += B
-        matrices_BV23 = torch.from_numpy(draw_matrices(key, 0, indices, views, S)).to(device)
-        yield Batch(warp(pixels_BSSC, matrices_BV23), labels.to(device), torch.from_numpy(indices))
+class _Share(NamedTuple):
+    """What one process found.
+
+    Attributes:
+        verdicts: the verdicts without the grid.
+        grid: the grid's verdicts.
+        finished: whether its time sufficed for all of its images.
+        failures: a line for each batch that its GPU failed to decode.
+
+    """
+
+    verdicts: list[ImageVerdict]
+    grid: list[GridVerdict]
+    finished: bool
+    failures: list[str]
 
 
 def evaluate_checkpoint(config: EvaluateConfig, world: World, until: float | None = None) -> None:
     """Judge a checkpoint with all processes; rank 0 prints the table and writes the JSON.
 
-    Without a deadline this is one pass over the images. With a deadline it is two passes, in rounds of one image per
-    class: first all attacks except the grid, then the grid. If time runs out, the result covers the finished rounds,
-    which are a fixed subset: the first images of each class.
+    First all images are judged without the grid, then the grid on those that are right. With a deadline, images come in
+    rounds of one image per class. If time runs out, the result covers the rounds that all processes finished, which are
+    a fixed subset: the first images of each class.
 
     Args:
         config: the options of the evaluation.
@@ -172,115 +203,91 @@ def evaluate_checkpoint(config: EvaluateConfig, world: World, until: float | Non
         UserError: on a checkpoint that does not fit, or if time runs out before the first round is finished.
 
     """
-    seed_everything(0, deterministic=False)
-    torch.backends.cudnn.benchmark = False  # verdicts must not depend on which algorithm was timed fastest
-    model, images, on_grid, side = load_model_and_images(config)
-    left_out = images.describe_left_out()
+    inputs = load_model_and_images(config)
+    left_out = inputs.images.describe_left_out()
     if left_out and world.rank == 0:
         say(left_out)
-    limits = config.limits
-    scorer = FoldedJudge(model.to(world.device), dtype_of(config.dtype, world.device))
-    judge = FlipJudge(scorer) if config.flip else scorer
-    meets = (set(range(len(images))) if on_grid is None else on_grid) if config.grid else set()
-
-    failed: list[str] = []
-
-    def failed_on_gpu(what: str) -> None:
-        say(what)
-        failed.append(f"process {world.rank}: {what}")
-
-    def batches(title: str, among: World, **options: Any) -> Bar:
-        loader = evaluation_loader(
-            images,
-            among,
-            side=side,
-            batch_size_per_process=config.batch_size_per_process,
-            threads=config.workers,
-            placement=placement_of(config, among, exact=True),
-            on_gpu_failure=failed_on_gpu,
-            **options,
-        )
-        return Bar(
-            loader.epoch(0),
-            total=loader.steps_per_epoch,
-            images_per_batch=config.batch_size_per_process * among.world_size,
-            title=title,
-            show=world.rank == 0,
-        )
-
-    with stop_requests() as request:
-
-        def moved() -> None:
-            distributed.reset_watchdog(config.stall_minutes)
-            request.obey()
-
-        in_rounds = None if until is None else images.balanced_order()
-        bar = batches("evaluate", world, warps=config.views, limits=limits, seed=config.seed, order=in_rounds)
-        deadline = Deadline(until, reserve_sec=RESERVE_SEC + _WRITING_SEC * len(images))
-        mine: list[ImageVerdict] = []
-        on_time: list[GridVerdict] = []
-        judged_all = False
-        with suppress(TimeUp):
-            for verdict in judge_batches(
-                judge,
-                deadline.guard(bar),
-                limits,
-                judge_batch=config.views_per_forward,
-                wants_grid=meets.__contains__ if until is None else None,
-                moved=moved,
-            ):
-                mine.append(verdict)
-            judged_all = True
-        if in_rounds is not None and judged_all:
-
-            def moved_in_time() -> None:
-                moved()
-                deadline.check()
-
-            passes = BatchedForward(
-                judge, config.views_per_forward or default_judge_batch(world.device, side), pad=True
-            )
-            right = [v.index for v in mine if v.natural and v.index in meets]
-            # Every process judges the grid on its own images, so that no verdicts have to be exchanged.
-            alone = dataclasses.replace(world, rank=0, world_size=1)
-            on_time = [broken_untouched(v.index) for v in mine if not v.natural and v.index in meets] + judge_grid(
-                GridSurvivors(passes, limits, side, moved_in_time),
-                batches("grid", alone, order=in_rounds[np.isin(in_rounds, right)]),
-            )
-    distributed.reset_watchdog(4 * config.stall_minutes)  # other ranks may have more survivors
-    parts = distributed.gather((mine, on_time, failed))
+    shares = distributed.gather(_judge_share(config, inputs, world, until))
     if world.rank == 0:
-        found = sorted((verdict for part, *_ in parts for verdict in part), key=lambda v: v.index)
-        cut = rounds = None
-        if until is not None and len(found) < len(images):
-            rounds = images.balanced_rounds({v.index for v in found})
-            if not rounds:
-                raise _no_time(config)
-            kept = set(images.balanced_positions(rounds).tolist())
-            found, cut = [v for v in found if v.index in kept], 0 if meets else None
-        elif [v.index for v in found] != list(range(len(images))):
-            raise RuntimeError(f"{len(found)} verdicts for {len(images)} images: an image was missed or judged twice")
-        elif until is not None:
-            found, cut = merge_grid(found, [verdict for _, part, _ in parts for verdict in part], images, meets)
-        limited = config.max_images or config.allow_partial_classes or config.grid_images or images.left_out.names
-        few = bool(config.grid_per_class) and len(meets) < len(images)
-        summary = summarize(
-            found,
-            limits,
-            config.views,
-            partial=bool(limited) or rounds is not None,
-            grid_per_class=config.grid_per_class if cut is None else cut,
-            deviations=(
-                *published_deviations(config, side, blurpool=has_blurpool(model)),
-                *([f"all attacks on the first {_of_each(rounds)}: out of time"] if rounds else []),
-                *grid_deviations(config.grid_per_class if few else 0, cut),
-            ),
-        )
+        found, coverage = _merge(config, inputs, shares)
+        summary = _summary(config, inputs, found, coverage)
         say(summary_table(summary))
         if config.json:
-            failures = [what for *_, part in parts for what in part]
-            write_evaluation_json(Path(config.json), config, summary, found, images, world.decoding, failures)
+            failures = [what for share in shares for what in share.failures]
+            write_evaluation_json(Path(config.json), config, summary, found, inputs.images, world.decoding, failures)
     distributed.barrier()
+
+
+def _judge_share(config: EvaluateConfig, inputs: Inputs, world: World, until: float | None) -> _Share:
+    """Judge this process's share of the images: first without the grid, then the grid, as far as time allows."""
+    process = JudgingProcess(config, inputs, world, flip=config.flip)
+    meets, size = _meets(config, inputs), config.batch_size_per_process
+    order = None if until is None else inputs.images.balanced_order()
+    verdicts: list[ImageVerdict] = []
+    finished = False
+    with process.working() as moved:
+        batches = process.batches(
+            "evaluate", size, order=order, warps=config.views, limits=config.limits, seed=config.seed
+        )
+        deadline = Deadline(until, reserve_sec=RESERVE_SEC + _WRITING_SEC * len(inputs.images))
+
+        def moved_in_time() -> None:
+            moved()
+            deadline.check()
+
+        survivors = GridSurvivors(process.passes, config.limits, inputs.side, moved_in_time)
+        with suppress(TimeUp):
+            for batch in deadline.guard(batches):
+                verdicts += judge_images(process.passes, batch)
+                moved()
+            # Every process judges the grid on its own images, so that no verdicts have to be exchanged.
+            right = [verdict.index for verdict in verdicts if verdict.natural and verdict.index in meets]
+            if right:
+                judge_grid(survivors, process.batches("grid", size, order=np.array(right), alone=True))
+            finished = True
+    return _Share(verdicts, survivors.take_verdicts(), finished, process.failures)
+
+
+def _meets(config: EvaluateConfig, inputs: Inputs) -> set[int]:
+    """Positions of the images that meet the grid."""
+    if not config.grid:
+        return set()
+    return set(range(len(inputs.images))) if inputs.on_grid is None else inputs.on_grid
+
+
+def _merge(config: EvaluateConfig, inputs: Inputs, shares: list[_Share]) -> tuple[list[ImageVerdict], Coverage]:
+    """All processes' verdicts on the images that the result covers, in the order of the images."""
+    images = inputs.images
+    found = sorted((verdict for share in shares for verdict in share.verdicts), key=lambda verdict: verdict.index)
+    grid = [verdict for share in shares for verdict in share.grid]
+    coverage = coverage_of(images, _meets(config, inputs), found, grid)
+    if all(share.finished for share in shares) and not (coverage.complete and len(found) == len(images)):
+        raise RuntimeError(
+            f"{len(found)} verdicts, {len(grid)} of the grid, for {len(images)} images: one is missing or there twice"
+        )
+    if coverage.rounds == 0:
+        raise _no_time(config)
+    covered = (verdict for verdict in found if verdict.index in coverage.images)
+    return add_grid(covered, grid, coverage.on_grid), coverage
+
+
+def _summary(config: EvaluateConfig, inputs: Inputs, found: list[ImageVerdict], coverage: Coverage) -> Summary:
+    rounds, cut = coverage.rounds, coverage.grid_rounds
+    left_out = inputs.images.left_out.names
+    limited = config.max_images or config.allow_partial_classes or config.grid_images or left_out
+    few = len(_meets(config, inputs)) < len(inputs.images)
+    return summarize(
+        found,
+        config.limits,
+        config.views,
+        partial=bool(limited) or rounds is not None,
+        grid_per_class=config.grid_per_class if cut is None else cut,
+        deviations=(
+            *published_deviations(config, inputs.side, blurpool=has_blurpool(inputs.model)),
+            *([f"all attacks on the first {_of_each(rounds)}: out of time"] if rounds else []),
+            *grid_deviations(config.grid_per_class if few else 0, cut),
+        ),
+    )
 
 
 def summary_table(summary: Summary) -> str:

@@ -179,3 +179,8 @@ class ModuleJudge(Judge):
 def default_judge_batch(device: torch.device, side: int) -> int:
     """Default number of views per forward pass, where all passes have one shape."""
     return default_pass_size(device, side) or min(1024, largest_pass(side))
+
+
+def one_shape(judge: Judge, size: int, *, device: torch.device, side: int) -> BatchedForward:
+    """Forward passes that all have one shape, of `size` views; 0: `default_judge_batch`."""
+    return BatchedForward(judge, size or default_judge_batch(device, side), pad=True)

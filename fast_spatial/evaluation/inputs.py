@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,8 +16,17 @@ from fast_spatial.models.classifier import Classifier
 from fast_spatial.pipelines.dataset import ImageIndex
 
 
-def load_model_and_images(config: EvaluateConfig) -> tuple[Classifier, ImageIndex, set[int] | None, int]:
-    """The validated inputs: model, images, positions that meet the grid (None: all), and image size.
+class Inputs(NamedTuple):
+    """A model in evaluation mode, the images, the positions of those that meet the grid (None: all), and image size."""
+
+    model: Classifier
+    images: ImageIndex
+    on_grid: set[int] | None
+    side: int
+
+
+def load_model_and_images(config: EvaluateConfig) -> Inputs:
+    """The validated inputs of an evaluation.
 
     Raises:
         UserError: on a checkpoint that does not fit the architecture or the folder's classes.
@@ -42,15 +52,18 @@ def load_model_and_images(config: EvaluateConfig) -> tuple[Classifier, ImageInde
         )
     if config.max_images:
         images = images.random_subset(config.max_images)
-    on_grid = None
+    return Inputs(model.eval(), images, _on_grid(config, images), config.image_size or weights.side or 224)
+
+
+def _on_grid(config: EvaluateConfig, images: ImageIndex) -> set[int] | None:
     if config.grid_images:
-        on_grid = _positions_of(Path(config.grid_images), images)
-    elif config.grid_per_class:
-        try:
-            on_grid = set(images.balanced_positions(config.grid_per_class).tolist())
-        except ValueError as error:
-            raise UserError(f"--grid-per-class {config.grid_per_class}: {error}", "lower --grid-per-class") from None
-    return model.eval(), images, on_grid, config.image_size or weights.side or 224
+        return _positions_of(Path(config.grid_images), images)
+    if not config.grid_per_class:
+        return None
+    try:
+        return set(images.balanced_positions(config.grid_per_class).tolist())
+    except ValueError as error:
+        raise UserError(f"--grid-per-class {config.grid_per_class}: {error}", "lower --grid-per-class") from None
 
 
 def _relabel(images: ImageIndex, classes: tuple[str, ...], path: Path, config: EvaluateConfig) -> ImageIndex:

@@ -13,14 +13,12 @@ image size, K classes.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,27 +29,23 @@ from torch import Tensor
 
 from fast_spatial.config.commands import DEFAULT_IMAGES, LandscapeConfig
 from fast_spatial.config.fields import to_json
-from fast_spatial.data.loading import evaluation_loader
-from fast_spatial.data.placing import placement_of
 from fast_spatial.errors import UserError
 from fast_spatial.evaluation import inputs
 from fast_spatial.evaluation.attack import losses_of, worst_view
 from fast_spatial.evaluation.deadline import Deadline, TimeUp
-from fast_spatial.evaluation.folded import FoldedJudge
-from fast_spatial.evaluation.forward import BatchedForward, default_judge_batch
+from fast_spatial.evaluation.forward import BatchedForward
+from fast_spatial.evaluation.inputs import Inputs
+from fast_spatial.evaluation.process import JudgingProcess
 from fast_spatial.kernels.limits import NOMINAL_SIDE, SpatialLimits
 from fast_spatial.kernels.spatial import GRID_ANGLES, GRID_IDENTITY, GRID_SHIFTS, GRID_VIEWS, grid, matrices
 from fast_spatial.kernels.warp import warp
-from fast_spatial.models.classifier import Classifier
 from fast_spatial.pipelines.dataset import ImageIndex
 from fast_spatial.pipelines.loader import Batch
 from fast_spatial.runtime import distributed
-from fast_spatial.runtime.device import dtype_of, seed_everything
 from fast_spatial.runtime.distributed import World
 from fast_spatial.runtime.files import write_atomically, write_json
 from fast_spatial.runtime.run_files import LANDSCAPE, LANDSCAPE_ARRAYS, LANDSCAPE_PICTURES
-from fast_spatial.runtime.runlog import Bar, say
-from fast_spatial.runtime.signals import stop_requests
+from fast_spatial.runtime.runlog import say
 
 SAMPLES = 8
 # Few, so that a signal is handled soon and a deadline wastes little. Enough that the last pass is nearly full.
@@ -72,21 +66,21 @@ class ImageLandscape:
     worst_predicted: int
 
 
-def load_model_and_subset(config: LandscapeConfig) -> tuple[Classifier, ImageIndex, int, int]:
-    """The validated model, images, number of judged images per class, and image size.
+def load_model_and_subset(config: LandscapeConfig) -> tuple[Inputs, int]:
+    """The validated inputs, and the number of judged images per class.
 
     Raises:
         UserError: on a checkpoint that does not fit, or a class with too few images.
 
     """
-    model, images, _, side = inputs.load_model_and_images(config.judged)
-    counts = images.class_counts()
+    found = inputs.load_model_and_images(config.judged)
+    counts = found.images.class_counts()
     per_class = config.images_per_class or min(int(counts.min()), max(1, DEFAULT_IMAGES // len(counts)))
     try:
-        images.balanced_positions(per_class)
+        found.images.balanced_positions(per_class)
     except ValueError as error:
         raise UserError(f"--images-per-class {per_class}: {error}") from None
-    return model, images, per_class, side
+    return found, per_class
 
 
 def landscape(config: LandscapeConfig, world: World, until: float | None = None) -> None:
@@ -101,82 +95,57 @@ def landscape(config: LandscapeConfig, world: World, until: float | None = None)
         until: deadline for the written result, in this machine's `time.monotonic()`.
 
     """
-    seed_everything(0, deterministic=False)
-    torch.backends.cudnn.benchmark = False
-    dtype = dtype_of(config.dtype, world.device)
-    model, images, per_class, side = load_model_and_subset(config)
+    found, per_class = load_model_and_subset(config)
     start = time.monotonic()
-    passes = BatchedForward(
-        FoldedJudge(model.to(world.device), dtype),
-        config.views_per_forward or default_judge_batch(world.device, side),
-        pad=True,
-    )
-    batch_size = max(1, PASSES_PER_BATCH * passes.size // GRID_VIEWS)
-    placement = placement_of(config, world, exact=True)
-    failed: list[str] = []
-
-    def failed_on_gpu(what: str) -> None:
-        say(what)
-        failed.append(f"process {world.rank}: {what}")
-
-    load = partial(
-        evaluation_loader,
-        images,
-        side=side,
-        threads=config.workers,
-        placement=placement,
-        on_gpu_failure=failed_on_gpu,
-    )
-    loader = load(world=world, batch_size_per_process=batch_size, order=images.balanced_positions(per_class))
-    bar = Bar(
-        loader.epoch(0),
-        total=loader.steps_per_epoch,
-        images_per_batch=batch_size * world.world_size,
-        title="landscape",
-        show=world.rank == 0,
-    )
-    mine: list[ImageLandscape] = []
-    with stop_requests() as request:
-
-        def moved() -> None:
-            distributed.reset_watchdog(config.stall_minutes)
-            request.obey()
-
-        with suppress(TimeUp):
-            for image in judge_all_views(passes, Deadline(until).guard(bar), config.limits, side, moved=moved):
-                mine.append(image)
-    distributed.reset_watchdog(4 * config.stall_minutes)
-    parts = distributed.gather((mine, failed))
+    process = JudgingProcess(config, found, world)
+    order = found.images.balanced_positions(per_class)
+    parts = distributed.gather((_judge_share(config, found.side, process, order, until), process.failures))
     if world.rank == 0:
-        found = {image.index: image for part, _ in parts for image in part}
-        finished = images.balanced_rounds(found)
-        if len(found) < sum(len(part) for part, _ in parts) or (until is None and finished < per_class):
+        judged = {image.index: image for part, _ in parts for image in part}
+        rounds = found.images.balanced_rounds(judged)
+        if len(judged) < sum(len(part) for part, _ in parts) or (until is None and rounds < per_class):
             raise RuntimeError(
-                f"{len(found)} images were judged, or one of them twice; expected {per_class} of each class"
+                f"{len(judged)} images were judged, or one of them twice; expected {per_class} of each class"
             )
-        if finished:
-            kept = np.sort(images.balanced_positions(finished))
-            sampled = sample_positions(len(kept))
-            alone = dataclasses.replace(world, rank=0, world_size=1)
-            (batch,) = load(world=alone, batch_size_per_process=len(sampled), order=kept[sampled]).epoch(0)
-            samples = list(zip(sampled, batch.views[:, 0].cpu().numpy()))
-            gpus = world.world_size if world.device.type == "cuda" else 0
-            seconds = time.monotonic() - start
-            subset = images.balanced_subset(finished)
-            failures = [*failed, *(what for _, part in parts[1:] for what in part)]  # including failures on the samples
+        if rounds:
+            kept = np.sort(found.images.balanced_positions(rounds))
+            samples = _samples(process, kept)
+            failures = [*process.failures, *(what for _, part in parts[1:] for what in part)]  # with the samples'
             write(
                 config,
-                subset,
-                side,
-                [found[i] for i in kept.tolist()],
+                found.images.balanced_subset(rounds),
+                found.side,
+                [judged[position] for position in kept.tolist()],
                 samples,
-                seconds=seconds,
-                gpus=gpus,
+                seconds=time.monotonic() - start,
+                gpus=world.world_size if world.device.type == "cuda" else 0,
                 decoding_failures=failures,
             )
         else:
             say("skipped the landscape: out of time")
     distributed.barrier()
+
+
+def _judge_share(
+    config: LandscapeConfig, side: int, process: JudgingProcess, order: NDArray[np.int64], until: float | None
+) -> list[ImageLandscape]:
+    """All views of this process's share of the images, as far as time allows."""
+    size = max(1, PASSES_PER_BATCH * process.passes.size // GRID_VIEWS)
+    found: list[ImageLandscape] = []
+    with process.working() as moved:
+        batches = process.batches("landscape", size, order=order)
+        in_time = Deadline(until).guard(batches)  # created here: the start of the loader is no measure of a batch
+        with suppress(TimeUp):
+            for image in judge_all_views(process.passes, in_time, config.limits, side, moved=moved):
+                found.append(image)
+    return found
+
+
+def _samples(process: JudgingProcess, positions: NDArray[np.int64]) -> list[tuple[int, NDArray[np.uint8]]]:
+    """Some of the images: places in `positions`, and pixels, uint8 [S, S, 3]."""
+    sampled = sample_positions(len(positions))
+    (batch,) = process.batches("pictures", len(sampled), order=positions[sampled], alone=True)
+    return list(zip(sampled, batch.views[:, 0].cpu().numpy()))
 
 
 def sample_positions(count: int) -> list[int]:
@@ -246,7 +215,6 @@ def write(
 
     """
     out, limits = Path(config.out), config.limits
-    params = grid(limits)
     (out / LANDSCAPE_PICTURES).mkdir(parents=True, exist_ok=True)
     loss = np.stack([image.loss for image in found])
     correct = np.stack([image.correct for image in found])
@@ -255,29 +223,6 @@ def write(
     paths = [images.relative_path(index) for index in range(len(found))]
     classes = [Path(path).parent.name for path in paths]
     outputs = dict(zip(images.labels.tolist(), classes))
-    described = []
-    for index, pixels in samples:
-        image = found[index]
-        matrix_23 = matrices(params[image.worst_view], side)
-        warped = warp(torch.from_numpy(pixels)[None], torch.from_numpy(matrix_23)[None, None])[0, 0]
-        names = [f"{LANDSCAPE_PICTURES}/{index:05d}_{kind}.jpg" for kind in ("untouched", "worst")]
-        for name, shown in zip(names, (torch.from_numpy(pixels), warped)):
-            _write_jpeg(out / name, shown)
-        degrees, tx, ty = params[image.worst_view] * (1, NOMINAL_SIDE, NOMINAL_SIDE)
-        described.append(
-            {
-                "image": index,
-                "untouched": names[0],
-                "worst": names[1],
-                "worst_view": image.worst_view,
-                "degrees": round(float(degrees), 3),
-                "tx_px": round(float(tx), 3),
-                "ty_px": round(float(ty), 3),
-                "untouched_loss": float(image.loss[GRID_IDENTITY]),
-                "worst_loss": float(image.loss[image.worst_view]),
-                "worst_predicted": outputs.get(image.worst_predicted, f"output {image.worst_predicted}"),
-            }
-        )
     content = {
         "config": to_json(config),
         "degrees": limits.degrees,
@@ -291,7 +236,10 @@ def write(
         "natural_top1_pct": 100 * float(correct[:, GRID_IDENTITY].mean()),
         "grid_top1_pct": 100 * float(correct.all(axis=1).mean()),
         "images": [{"path": path, "class": name} for path, name in zip(paths, classes)],
-        "samples": described,
+        "samples": [
+            _write_sample(out, index, pixels, found[index], grid(limits)[found[index].worst_view], outputs)
+            for index, pixels in samples
+        ],
     }
     write_json(out / LANDSCAPE, content)
     say(
@@ -299,6 +247,35 @@ def write(
         f"{100 * float(correct.mean()):.1f} % of all views, {content['grid_top1_pct']:.1f} % right on every view; "
         f"written to {out / LANDSCAPE}"
     )
+
+
+def _write_sample(
+    out: Path,
+    index: int,
+    pixels: NDArray[np.uint8],
+    image: ImageLandscape,
+    worst: NDArray[np.float64],
+    outputs: Mapping[int, str],
+) -> dict[str, Any]:
+    """Write an image and its worst view, with these degrees and translation; returns their description."""
+    matrix_23 = matrices(worst, len(pixels))
+    warped = warp(torch.from_numpy(pixels)[None], torch.from_numpy(matrix_23)[None, None])[0, 0]
+    names = [f"{LANDSCAPE_PICTURES}/{index:05d}_{kind}.jpg" for kind in ("untouched", "worst")]
+    for name, shown in zip(names, (torch.from_numpy(pixels), warped)):
+        _write_jpeg(out / name, shown)
+    degrees, tx, ty = worst * (1, NOMINAL_SIDE, NOMINAL_SIDE)
+    return {
+        "image": index,
+        "untouched": names[0],
+        "worst": names[1],
+        "worst_view": image.worst_view,
+        "degrees": round(float(degrees), 3),
+        "tx_px": round(float(tx), 3),
+        "ty_px": round(float(ty), 3),
+        "untouched_loss": float(image.loss[GRID_IDENTITY]),
+        "worst_loss": float(image.loss[image.worst_view]),
+        "worst_predicted": outputs.get(image.worst_predicted, f"output {image.worst_predicted}"),
+    }
 
 
 def _write_jpeg(path: Path, pixels: Tensor) -> None:

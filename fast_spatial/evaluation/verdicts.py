@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from fast_spatial.evaluation.attack import GridSurvivors, GridVerdict, verdicts
-from fast_spatial.evaluation.deadline import TimeUp
-from fast_spatial.evaluation.forward import BatchedForward, Judge, default_judge_batch
+from fast_spatial.evaluation.forward import BatchedForward
 from fast_spatial.kernels.limits import SpatialLimits
 from fast_spatial.pipelines.dataset import ImageIndex
 from fast_spatial.pipelines.loader import Batch
@@ -76,118 +74,95 @@ class Summary:
     deviations: tuple[str, ...] = ()
 
 
-def judge_batches(
-    judge: Judge,
-    batches: Iterable[Batch],
-    limits: SpatialLimits,
-    *,
-    judge_batch: int,
-    wants_grid: Callable[[int], bool] | None,
-    moved: Callable[[], None] = lambda: None,
-) -> Iterator[ImageVerdict]:
-    """The verdicts of batches, in any order. Views are the untouched image, then random ones.
+def judge_images(passes: BatchedForward, batch: Batch) -> list[ImageVerdict]:
+    """The verdicts of a batch, in its order, without the grid. Views are the untouched image, then random ones."""
+    found = verdicts(passes(batch.views), batch.labels)
+    tensors = (found.natural, found.random, found.worst, found.all_views, found.natural_margin, found.margin)
+    rows = zip(batch.index.tolist(), batch.labels.tolist(), *(tensor.tolist() for tensor in tensors))
+    return [
+        ImageVerdict(index, label, natural, random, worst, all_views, None, natural_margin, margin)
+        for index, label, natural, random, worst, all_views, natural_margin, margin in rows
+    ]
+
+
+def judge_grid(survivors: GridSurvivors, batches: Iterable[Batch]) -> None:
+    """Settle images that are right untouched; view 0 of each is the untouched image."""
+    for batch in batches:
+        survivors.add(batch.views[:, 0], batch.labels.tolist(), batch.index.tolist())
+    survivors.finish()
+
+
+def add_grid(found: Iterable[ImageVerdict], grid: Iterable[GridVerdict], meets: Collection[int]) -> list[ImageVerdict]:
+    """The verdicts, with the grid's added.
 
     Args:
-        judge: computes the logits.
-        batches: batches of views.
-        limits: limits of the grid.
-        judge_batch: views per forward pass, one shape for all batches; 0: the default.
-        wants_grid: whether an image, by index, meets the grid; None: no grid.
-        moved: called after every batch, and before every forward pass over the grid.
+        found: the verdicts without the grid.
+        grid: the grid's, at least on the images that meet it and are right untouched.
+        meets: positions of the images that meet the grid.
 
     """
-    passes: BatchedForward | None = None
-    survivors: GridSurvivors | None = None
-    waiting: dict[int, ImageVerdict] = {}
-    for batch in batches:
-        if passes is None:
-            size = judge_batch or default_judge_batch(batch.labels.device, batch.side)
-            passes = BatchedForward(judge, size, pad=True)
-        found = verdicts(passes(batch.views), batch.labels)
-        columns = zip(
-            batch.index.tolist(),
-            batch.labels.tolist(),
-            *(t.tolist() for t in (found.natural, found.random, found.worst, found.all_views)),
-            *(t.tolist() for t in (found.natural_margin, found.margin)),
-        )
-        for_grid = []
-        for row, (index, label, natural, random, worst, all_views, natural_margin, margin) in enumerate(columns):
-            meets = wants_grid is not None and wants_grid(index)
-            grid = False if meets else None
-            verdict = ImageVerdict(
-                index, label, natural, random, worst, all_views, grid, natural_margin, margin, int(meets)
-            )
-            if meets and natural:
-                waiting[index] = verdict
-                for_grid.append(row)
-            else:
-                yield verdict
-        if for_grid:
-            if survivors is None:
-                survivors = GridSurvivors(passes, limits, batch.side, moved)
-            images = batch.views[for_grid, 0]
-            survivors.add(images, batch.labels[for_grid].tolist(), batch.index[for_grid].tolist())
-            yield from _settled(survivors, waiting)
-        moved()
-    if survivors is not None:
-        while survivors.pending:
-            survivors.turn()
-        yield from _settled(survivors, waiting)
-    assert not waiting
+    by_index = {verdict.index: verdict for verdict in grid}
+    return [_with_grid(verdict, by_index) if verdict.index in meets else verdict for verdict in found]
 
 
-def _settled(survivors: GridSurvivors, waiting: dict[int, ImageVerdict]) -> Iterator[ImageVerdict]:
-    for found in survivors.take_verdicts():
-        yield with_grid(waiting.pop(found.index), found)
-
-
-def with_grid(verdict: ImageVerdict, found: GridVerdict) -> ImageVerdict:
-    """An image's verdicts, with the grid's verdict added."""
+def _with_grid(verdict: ImageVerdict, grid: Mapping[int, GridVerdict]) -> ImageVerdict:
+    if not verdict.natural:  # the untouched view is one of the 775
+        return dataclasses.replace(verdict, grid=False, grid_views=1)
+    found = grid[verdict.index]
     margin = min(verdict.margin, found.margin)
     return dataclasses.replace(verdict, grid=found.survived, grid_views=found.views_judged, margin=margin)
 
 
-def broken_untouched(index: int) -> GridVerdict:
-    """The grid's verdict on an image that is wrong untouched; that view is one of the 775."""
-    return GridVerdict(index, survived=False, views_judged=1, margin=float("inf"))
+@dataclass(frozen=True)
+class Coverage:
+    """The images that a result covers, by position.
+
+    Attributes:
+        images: images with all verdicts but the grid's.
+        on_grid: images that meet the grid.
+        rounds: images of each class in `images`, if time ran out before all were judged; else None.
+        grid_rounds: images of each class in `on_grid`, if time ran out before all were judged; else None.
+
+    """
+
+    images: Collection[int]
+    on_grid: Collection[int]
+    rounds: int | None = None
+    grid_rounds: int | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is missing that was requested."""
+        return self.rounds is None and self.grid_rounds is None
 
 
-def merge_grid(
-    found: list[ImageVerdict], on_time: list[GridVerdict], images: ImageIndex, meets: Collection[int]
-) -> tuple[list[ImageVerdict], int | None]:
-    """Add the grid's verdicts that were reached in time to all verdicts.
+def coverage_of(
+    images: ImageIndex, meets: Collection[int], found: list[ImageVerdict], grid: list[GridVerdict]
+) -> Coverage:
+    """What the verdicts of all processes cover: everything, or the rounds that all processes finished.
+
+    A round is one image of each class, in `ImageIndex.balanced_order`.
 
     Args:
-        found: the verdicts without the grid.
-        on_time: the grid's verdicts, possibly incomplete.
         images: the split.
         meets: positions of the images that should meet the grid.
-
-    Returns:
-        All verdicts; and the cut: None if the grid is complete, else the number of images of each class whose grid
-        verdicts are kept, the first in `balanced_order`.
+        found: the verdicts without the grid.
+        grid: the grid's verdicts.
 
     """
-    grid = {verdict.index: verdict for verdict in on_time}
-    if len(grid) == len(meets):
-        kept, cut = meets, None
-    else:
-        cut = images.balanced_rounds(grid)
-        kept = set(images.balanced_positions(cut).tolist())
-    return [with_grid(v, grid[v.index]) if v.index in kept else v for v in found], cut
+    judged = {verdict.index for verdict in found}
+    if len(judged) < len(images):
+        rounds = images.balanced_rounds(judged)
+        return Coverage(_first(images, rounds), set(), rounds, 0 if meets else None)
+    settled = {v.index for v in found if v.index in meets and not v.natural} | {v.index for v in grid}
+    if len(settled) < len(meets):
+        rounds = images.balanced_rounds(settled)
+        return Coverage(judged, _first(images, rounds), grid_rounds=rounds)
+    return Coverage(judged, meets)
 
 
-def judge_grid(survivors: GridSurvivors, batches: Iterable[Batch]) -> list[GridVerdict]:
-    """The grid's verdicts on images that are right untouched; view 0 of each is the untouched image.
-
-    If the survivors' `moved` raises `TimeUp`, images without a verdict are missing.
-    """
-    with suppress(TimeUp):
-        for batch in batches:
-            survivors.add(batch.views[:, 0], batch.labels.tolist(), batch.index.tolist())
-        while survivors.pending:
-            survivors.turn()
-    return survivors.take_verdicts()
+def _first(images: ImageIndex, rounds: int) -> set[int]:
+    return set(images.balanced_positions(rounds).tolist())
 
 
 def summarize(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fast_spatial.evaluation.attack import GridSurvivors, losses_of, take_views, verdicts, worst_view
 from fast_spatial.evaluation.forward import BatchedForward, Judge, ModuleJudge, even_pass, largest_pass
-from fast_spatial.evaluation.verdicts import ImageVerdict, judge_batches, summarize
+from fast_spatial.evaluation.verdicts import ImageVerdict, add_grid, judge_grid, judge_images, summarize
 from fast_spatial.kernels.limits import SpatialLimits
 from fast_spatial.kernels.sampling import EVALUATION, Views, draw_matrices, pack_key
 from fast_spatial.kernels.spatial import GRID_IDENTITY, GRID_VIEWS, grid, matrices
@@ -281,8 +281,7 @@ def test_pooled_survivors_equal_brute_force(crowd, batch, portion):
     for part in natural.split(portion):
         pool.add(images[part], labels[part].tolist(), part.tolist())
         found += pool.take_verdicts()
-    while pool.pending:
-        pool.turn()
+    pool.finish()
     found += pool.take_verdicts()
     assert {v.index: v.survived for v in found} == {int(i): bool(brute_BG[i].all()) for i in natural}
     assert len(found) == len(natural)
@@ -319,12 +318,24 @@ def batches_of(images, labels, views, size, limits=LIMITS):
         yield Batch(warp(images[part], torch.from_numpy(drawn)), labels[part], torch.from_numpy(index))
 
 
+def judged(judge: Judge, batches, size: int) -> list[ImageVerdict]:
+    """All verdicts, in two stages: first without the grid, then the grid on the images that are right."""
+    passes = BatchedForward(judge, size, pad=True)
+    batches = list(batches)
+    found = [verdict for batch in batches for verdict in judge_images(passes, batch)]
+    assert all(verdict.grid is None for verdict in found)
+    survivors = GridSurvivors(passes, LIMITS, batches[0].side)
+    right = {verdict.index for verdict in found if verdict.natural}
+    for batch in batches:
+        rows = [row for row, index in enumerate(batch.index.tolist()) if index in right]
+        judge_grid(survivors, [Batch(batch.views[rows], batch.labels[rows], batch.index[rows])])
+    return add_grid(found, survivors.take_verdicts(), {verdict.index for verdict in found})
+
+
 @pytest.mark.parametrize("size", [1, 9, 40])
-def test_one_pass_gives_every_image_one_verdict_whatever_the_batches(crowd, size):
+def test_two_stages_give_every_image_one_verdict_whatever_the_batches(crowd, size):
     images, labels, judge, brute_BG = crowd
-    found = list(
-        judge_batches(judge, batches_of(images, labels, 10, size), LIMITS, judge_batch=32, wants_grid=lambda i: True)
-    )
+    found = judged(judge, batches_of(images, labels, 10, size), 32)
     assert sorted(v.index for v in found) == list(range(40))
     for verdict in found:
         assert verdict.natural == bool(brute_BG[verdict.index, GRID_IDENTITY])
@@ -348,9 +359,7 @@ def test_verdicts_that_arithmetic_can_change_are_known_as_near_ties(crowd):
             logits += 2e-5 * torch.rand(logits.shape, generator=noise)
             return logits
 
-        batches = batches_of(images, labels, 10, 40)
-        verdicts_found = judge_batches(FunctionJudge(noisy), batches, LIMITS, judge_batch=32, wants_grid=lambda i: True)
-        return {verdict.index: verdict for verdict in verdicts_found}
+        return {v.index: v for v in judged(FunctionJudge(noisy), batches_of(images, labels, 10, 40), 32)}
 
     one, ties = found(0), {index for index, verdict in found(0).items() if verdict.near_tie}
     assert 3 <= len(ties) <= 37
@@ -381,14 +390,15 @@ def test_random_views_never_remove_a_survivor(crowd):
 
     assert known
     batch = Batch(batches[0].views, torch.zeros(40, dtype=torch.long), batches[0].index)
-    found = list(judge_batches(FunctionJudge(judge), [batch], LIMITS, judge_batch=64, wants_grid=lambda i: True))
+    found = judged(FunctionJudge(judge), [batch], 64)
     assert all(v.natural and v.grid and not v.random and not v.worst10 and not v.worst10_any for v in found)
 
 
 def test_an_image_judged_twice_is_refused(crowd):
     images, labels, judge, _ = crowd
     twice = [*batches_of(images[:4], labels[:4], 2, 4), *batches_of(images[:4], labels[:4], 2, 4)]
-    found = list(judge_batches(judge, twice, LIMITS, judge_batch=8, wants_grid=None))
+    passes = BatchedForward(judge, 8, pad=True)
+    found = [verdict for batch in twice for verdict in judge_images(passes, batch)]
     with pytest.raises(ValueError, match="more than once"):
         summarize(found, LIMITS, 2, partial=False)
     with pytest.raises(ValueError, match="nothing to report"):

@@ -27,7 +27,7 @@ from fast_spatial.errors import UserError
 from fast_spatial.evaluation import deadline, evaluate, inputs, landscape
 from fast_spatial.evaluation.deadline import Deadline, TimeUp
 from fast_spatial.evaluation.evaluate import evaluate_checkpoint, grid_deviations
-from fast_spatial.evaluation.verdicts import Summary
+from fast_spatial.evaluation.verdicts import Summary, judge_images
 from fast_spatial.models.classifier import Classifier
 from fast_spatial.pipelines.dataset import read_index
 from fast_spatial.runtime import distributed
@@ -53,9 +53,9 @@ def plant(patch: pytest.MonkeyPatch, data: Path, clock_step: float = 1.0) -> Non
     planted = Classifier(Brightness(), mean=(0, 0, 0), std=(1, 1, 1))
     images = read_index(data, "val")
 
-    def load_model_and_images(config: EvaluateConfig) -> Any:
+    def load_model_and_images(config: EvaluateConfig) -> inputs.Inputs:
         chosen = images.balanced_positions(config.grid_per_class).tolist()
-        return planted.eval(), images, set(chosen) if config.grid_per_class else None, SIDE
+        return inputs.Inputs(planted.eval(), images, set(chosen) if config.grid_per_class else None, SIDE)
 
     for module in (evaluate, inputs):
         patch.setattr(module, "load_model_and_images", load_model_and_images)
@@ -121,10 +121,11 @@ def test_without_a_deadline_there_is_always_time(monkeypatch):
 # --- evaluations
 
 
-def test_two_passes_that_end_in_time_give_the_result_of_one(planted, tmp_path):
-    one = judged(tmp_path)
-    assert one == judged(tmp_path, until=1e9)
-    summary, images = one
+def test_a_deadline_that_is_kept_changes_nothing(planted, tmp_path):
+    """But the order of the images, which come in rounds."""
+    without = judged(tmp_path)
+    assert without == judged(tmp_path, until=1e9)
+    summary, images = without
     assert summary.natural_top1_pct == pytest.approx(100 * 10 / 12)
     assert summary.grid_top1_pct == pytest.approx(100 * 7 / 12)
     assert summary.grid_num_images == 12 and summary.grid_per_class == 0 and summary.deviations == ()
@@ -195,6 +196,34 @@ def test_time_that_is_up_before_the_first_round_was_judged_is_an_error(planted, 
     assert not (tmp_path / "found.json").exists()
 
 
+def test_a_network_that_is_right_on_nothing_has_no_second_stage(planted, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        Brightness, "forward", lambda self, images: torch.tensor([[0.0, 0.0, 1.0]]).repeat(len(images), 1)
+    )
+    for until in (None, 1e9):
+        summary, images = judged(tmp_path, until=until)
+        assert (summary.natural_top1_pct, summary.grid_top1_pct, summary.grid_num_images) == (0, 0, 12)
+        assert summary.grid_views_per_image == 1 and summary.deviations == ()
+        assert not any(image["grid"] for image in images)
+
+
+@pytest.mark.parametrize("until", [None, 1e9])
+@pytest.mark.parametrize(
+    ("name", "judge"),
+    [
+        ("judge_images", lambda passes, batch: judge_images(passes, batch)[1:]),
+        ("judge_images", lambda passes, batch: judge_images(passes, batch) + judge_images(passes, batch)[:1]),
+        ("judge_grid", lambda survivors, batches: None),
+    ],
+)
+def test_a_verdict_that_is_missing_or_there_twice_is_never_taken_for_lack_of_time(
+    planted, tmp_path, monkeypatch, name, judge, until
+):
+    monkeypatch.setattr(evaluate, name, judge)
+    with pytest.raises(RuntimeError, match="one is missing or there twice"):
+        judged(tmp_path, until=until)
+
+
 def test_without_a_grid_its_time_is_never_up(planted, tmp_path):
     summary, _ = judged(tmp_path, until=5.5, grid=False)
     assert summary == judged(tmp_path, grid=False)[0]
@@ -262,6 +291,7 @@ def rank_main(rank: int, port: int, data: Path, out: Path) -> None:
     world = distributed.start(stall_minutes=2)
     plant(pytest.MonkeyPatch(), data, clock_step=1.0 + 4 * rank)
     evaluation(450, world, json=str(out / "found.json"))
+    evaluation(None, world, json=str(out / "whole.json"))
     plant(pytest.MonkeyPatch(), data, clock_step=1.0 + 4 * rank)
     map_views(data, out / "map", until=25, world=world)
     distributed.stop()
@@ -272,7 +302,8 @@ def test_processes_agree_on_what_the_slowest_of_them_finished(planted, tmp_path)
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     spawn(rank_main, (port, planted, tmp_path), nprocs=2)
-    content = json.loads((tmp_path / "found.json").read_text())
+    content, whole = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("found", "whole"))
+    assert whole["images"] == judged(tmp_path)[1]
     # The images of the first rounds are 3, 9 | 6, 10 | 0, 7. The fast process has judged its 3, 9, 10 and 0, for about
     # 97 s each; the slow one its 6, which breaks at once, and would need 485 s for its 7.
     assert content["summary"]["grid_per_class"] == 2

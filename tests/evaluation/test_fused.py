@@ -31,25 +31,25 @@ FUSED = {"resnet18": 17, "resnet50": 49, "vgg11_bn": 8, "mobilenet_v2": 0, "regn
 @pytest.mark.parametrize("arch", FUSED)
 def test_a_fused_twin_judges_as_before(arch):
     torch.manual_seed(0)
-    scorer = FoldedJudge(Classifier(classifier.build(arch, 10)), torch.float32)
+    judge = FoldedJudge(Classifier(classifier.build(arch, 10)), torch.float32)
     views = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8)
-    expected = scorer(views)
-    assert scorer._twin is not None and fuse_relu(scorer._twin) == FUSED[arch]
-    torch.testing.assert_close(scorer(views), expected, rtol=1e-4, atol=1e-5)
-    assert sum(isinstance(module, ConvReLU) for module in scorer._twin.modules()) == FUSED[arch]
+    expected = judge(views)
+    assert judge._twin is not None and fuse_relu(judge._twin) == FUSED[arch]
+    torch.testing.assert_close(judge(views), expected, rtol=1e-4, atol=1e-5)
+    assert sum(isinstance(module, ConvReLU) for module in judge._twin.modules()) == FUSED[arch]
 
 
 def test_a_fused_twin_follows_the_weights():
     torch.manual_seed(0)
     model = Classifier(classifier.build("resnet18", 10))
-    scorer = FoldedJudge(model, torch.float32)
-    assert scorer._twin is not None and fuse_relu(scorer._twin)
+    judge = FoldedJudge(model, torch.float32)
+    assert judge._twin is not None and fuse_relu(judge._twin)
     views = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.01 * torch.randn_like(parameter))
-    scorer.refresh()
-    torch.testing.assert_close(scorer(views), FoldedJudge(model, torch.float32)(views), rtol=1e-4, atol=1e-5)
+    judge.refresh()
+    torch.testing.assert_close(judge(views), FoldedJudge(model, torch.float32)(views), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "vgg11_bn"])  # convolutions without biases, and with them
@@ -57,13 +57,13 @@ def test_a_fused_twin_follows_the_weights():
 def test_folded_weights_are_those_of_each_layer_alone(arch, dtype):
     torch.manual_seed(0)
     model = Classifier(classifier.build(arch, 10))
-    scorer = FoldedJudge(model, dtype)
+    judge = FoldedJudge(model, dtype)
     with torch.no_grad():
         for tensor in (*model.net.parameters(), *model.net.buffers()):
             if tensor.is_floating_point():
                 tensor.uniform_(0.1, 1.0)
-        scorer.refresh()
-        for conv, norm, folded in scorer._pairs:
+        judge.refresh()
+        for conv, norm, folded in judge._pairs:
             assert norm.running_mean is not None and norm.running_var is not None and folded.bias is not None
             scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
             bias = norm.bias - norm.running_mean * scale
@@ -160,10 +160,10 @@ def test_a_twin_with_an_unrolled_stem_judges_as_before(arch, monkeypatch):
     views = torch.randint(0, 256, (2, 65, 65, 3), dtype=torch.uint8)
     expected = FoldedJudge(model, torch.float32)(views)
     monkeypatch.setattr("fast_spatial.evaluation.folded.is_fusable", lambda *_: True)
-    scorer = FoldedJudge(model, torch.float32)
-    assert scorer._twin is not None
-    torch.testing.assert_close(scorer(views), expected, rtol=1e-4, atol=1e-5)
-    unrolled = [node for node in scorer._twin.graph.nodes if node.target is blocks_of]
+    judge = FoldedJudge(model, torch.float32)
+    assert judge._twin is not None
+    torch.testing.assert_close(judge(views), expected, rtol=1e-4, atol=1e-5)
+    unrolled = [node for node in judge._twin.graph.nodes if node.target is blocks_of]
     assert len(unrolled) == (arch != "vgg11_bn")  # whose first convolution does not stride
 
 
@@ -260,9 +260,9 @@ def test_a_constant_of_the_tracer_s_is_no_weight():
     torch.manual_seed(0)
     model = Classifier(Counted()).eval()
     views = torch.randint(0, 256, (2, 9, 9, 3), dtype=torch.uint8)
-    scorer = FoldedJudge(model, torch.float32)
-    assert scorer._twin is not None
-    torch.testing.assert_close(scorer(views), model(views))
+    judge = FoldedJudge(model, torch.float32)
+    assert judge._twin is not None
+    torch.testing.assert_close(judge(views), model(views))
 
 
 @pytest.mark.parametrize("hooked", ["0", "1"])
@@ -275,6 +275,6 @@ def test_what_a_hook_does_after_a_convolution_or_a_norm_is_judged_too(hooked):
     net.get_submodule(hooked).register_forward_hook(lambda module, inputs, output: output + 3)
     model = Classifier(net).eval()
     views = torch.randint(0, 256, (2, 9, 9, 3), dtype=torch.uint8)
-    scorer = FoldedJudge(model, torch.float32)
-    assert len(scorer._pairs) == 1
-    torch.testing.assert_close(scorer(views), model(views))
+    judge = FoldedJudge(model, torch.float32)
+    assert len(judge._pairs) == 1
+    torch.testing.assert_close(judge(views), model(views))

@@ -213,5 +213,5 @@ def test_a_damaged_landscape_is_named(tmp_path):
 def test_too_many_images_per_class_are_refused(trained, tmp_path):
     with pytest.raises(UserError, match=r"^--images-per-class 5: .* holds only 4 images of class cat"):
         landscape.load_model_and_subset(config_of(trained, tmp_path, images_per_class=5))
-    _, images, per_class, side = landscape.load_model_and_subset(config_of(trained, tmp_path))
-    assert (len(images), per_class, side) == (12, 4, 32)  # all there are, if they are fewer than wanted
+    inputs, per_class = landscape.load_model_and_subset(config_of(trained, tmp_path))
+    assert (len(inputs.images), per_class, inputs.side) == (12, 4, 32)  # all there are, if they are fewer than wanted

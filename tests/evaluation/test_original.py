@@ -19,8 +19,9 @@ import torch
 from fast_spatial import commands
 from fast_spatial.config.commands import EvaluateConfig
 from fast_spatial.evaluation.folded import FoldedJudge
+from fast_spatial.evaluation.forward import BatchedForward
 from fast_spatial.evaluation.inputs import load_model_and_images
-from fast_spatial.evaluation.verdicts import ImageVerdict, judge_batches
+from fast_spatial.evaluation.verdicts import ImageVerdict, judge_images
 from fast_spatial.kernels.limits import SpatialLimits
 from fast_spatial.kernels.sampling import Augmentation, Views
 from fast_spatial.pipelines.loader import Loader
@@ -67,7 +68,7 @@ def draws(degrees: float, seeds: int) -> list[list[ImageVerdict]]:
         checkpoint=str(REFERENCE / "checkpoint.pt.best"), data=str(REFERENCE / "images"), allow_partial_classes=True
     )
     model, images, _, side = load_model_and_images(config)
-    scorer = FoldedJudge(model, torch.float32)
+    passes = BatchedForward(FoldedJudge(model, torch.float32), 64, pad=True)
     found = []
     for seed in range(seeds):
         loader = Loader(
@@ -76,7 +77,7 @@ def draws(degrees: float, seeds: int) -> list[list[ImageVerdict]]:
             views=Views(10, SpatialLimits.from_px(degrees)),
             side=side,
         )
-        found.append(list(judge_batches(scorer, loader.epoch(0), config.limits, judge_batch=64, wants_grid=None)))
+        found.append([verdict for batch in loader.epoch(0) for verdict in judge_images(passes, batch)])
     return found
 
 
