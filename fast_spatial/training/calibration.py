@@ -210,10 +210,10 @@ def measure_judging(config: TrainConfig, images: ImageIndex, world: World, *, se
         threads=config.workers,
         placement=placement_of(config, world, exact=True),
     )
-    batch = next(iter(loader.epoch(0)))
+    next(iter(loader.epoch(0)), None)  # None: more processes than images
     matrices_G23 = torch.from_numpy(matrices(grid(SpatialLimits.from_px(30.0)), side)).to(device)
     views = matrices_G23[torch.arange(size, device=device) % GRID_VIEWS][None]
-    image = batch.views[:1, 0].to(device)
+    image = torch.randint(256, (1, side, side, 3), dtype=torch.uint8, device=device)
     passes.warped(image, views)
     _wait(device)
     warm, judged = time.perf_counter(), 0
