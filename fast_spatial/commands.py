@@ -10,12 +10,13 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fast_spatial import launcher, preflight
+from fast_spatial.budget.active_plan import BudgetRequest, open_plan
 from fast_spatial.config.cli import NAME, Command, dispatch, options_of
 from fast_spatial.config.commands import (
     BenchConfig,
@@ -35,9 +36,6 @@ from fast_spatial.config.train import TrainConfig
 from fast_spatial.errors import UserError
 from fast_spatial.launcher import set_environment, show_error
 
-if TYPE_CHECKING:
-    from fast_spatial.budget.active_plan import ActivePlan
-
 # The time of a budget starts here.
 STARTED = time.monotonic()
 RENAMED = {"check": "check-data"}
@@ -48,15 +46,11 @@ def train(config: TrainConfig, raw: dict[str, str]) -> None:
     if not config.is_limited:
         launcher.launch("train", config)
         return
-
-    def configure(more: Mapping[str, str]) -> TrainConfig:
-        return train_config({**raw, **more})
-
-    def spend(active: ActivePlan) -> None:
-        (row,) = active.plan.rows
-        launcher.launch("train", row.train, active.of(row, []).pace())
-
-    _in_budget(config, raw, [RowRequest(config.mode, configure)], spend, judged=False, may_drop=False)
+    request = _budget_request(config, raw, [RowRequest(config.mode, raw)])
+    with open_plan(request, STARTED) as active:
+        if not config.plan_only:
+            (row,) = active.plan.rows
+            launcher.launch("train", row.train, active.training_deadline(row.train))
 
 
 def reproduce(config: ReproduceConfig, raw: dict[str, str]) -> None:
@@ -64,52 +58,28 @@ def reproduce(config: ReproduceConfig, raw: dict[str, str]) -> None:
     own = options_of(ReproduceConfig)
     flags = {name: value for name, value in raw.items() if name not in own}
     rows = requests(config, flags)
-    # Wrong flags are refused before torch is imported; a budget chooses the recipe, which flags have to fit.
-    trainings = [] if config.is_limited else [row.configure({}) for row in rows]
     if config.is_limited:
-        _check_budget_alone(raw)
-    from fast_spatial.reproduce import plan
-    from fast_spatial.reproduce import reproduce as reproduce_rows
+        with open_plan(_budget_request(config, raw, rows), STARTED) as active:
+            if not config.plan_only:
+                from fast_spatial import reproduce as reproduction
 
-    if config.is_limited:
-        spend = partial(reproduce_rows, config, [])  # the plan provides the rows
-        _in_budget(config, raw, rows, spend, judged=True, may_drop=not config.rows)
+                reproduction.reproduce(config, reproduction.planned_rows(active.plan), active)
         return
+    trainings = [row.configure({}) for row in rows]  # wrong flags are refused before torch is imported
+    from fast_spatial import reproduce as reproduction
+
     for training in trainings:
         preflight.check_train(training)
-    reproduce_rows(config, plan(config, flags))
+    reproduction.reproduce(config, reproduction.plan(config, flags))
 
 
-def _check_budget_alone(raw: Mapping[str, str]) -> None:
-    if "epochs" in raw and not raw.get("recipe"):
-        raise UserError("--epochs conflicts with a budget, which sets the number of epochs", "remove one of them")
-
-
-def _in_budget(
-    config: TrainConfig | ReproduceConfig,
-    raw: dict[str, str],
-    rows: list[RowRequest],
-    spend: Callable[[ActivePlan], None],
-    *,
-    judged: bool,
-    may_drop: bool,
-) -> None:
-    """Make or resume the plan of a budget, and run it; with --plan-only, only make the plan."""
-    _check_budget_alone(raw)
-    from fast_spatial.budget import active_plan
-    from fast_spatial.budget.usage import UsageMeter
-
+def _budget_request(
+    config: TrainConfig | ReproduceConfig, raw: dict[str, str], rows: Sequence[RowRequest]
+) -> BudgetRequest:
     known = options_of(ReproduceConfig, TrainConfig)
     kept = ("recipe", "eval_every", "exclude")
     flags = {name: value for name, value in raw.items() if name in kept or decides_numbers(known[name])}
-    asked = active_plan.BudgetRequest(
-        config, Path(config.out), flags, rows, raw.get("recipe", ""), config.data, judged, may_drop
-    )
-    budget, found = active_plan.check(asked)
-    with UsageMeter(asked.out, STARTED, writes=config.node_rank == 0 and not config.plan_only) as usage:
-        opened = active_plan.open_plan(asked, budget, found, usage)
-        if not config.plan_only:
-            spend(opened)
+    return BudgetRequest(config, flags, rows)
 
 
 def report(config: ReportConfig, _: dict[str, str]) -> None:

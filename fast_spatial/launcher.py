@@ -32,7 +32,7 @@ def launch(task: str, config: Any, limit: TrainingDeadline | float | None = None
     Args:
         task: a key of `worker.TASKS`.
         config: the task's configuration.
-        limit: the deadline: a time of `time.monotonic()`, or the pace of a training.
+        limit: the deadline: a time of `time.monotonic()`, or a `TrainingDeadline`.
 
     """
     from fast_spatial import preflight, worker  # they import torch

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from fast_spatial import launcher
-from fast_spatial.budget.active_plan import ActivePlan, TimeShare
+from fast_spatial.budget.active_plan import ActivePlan
+from fast_spatial.budget.planning import Plan
 from fast_spatial.config.commands import EvaluateConfig, LandscapeConfig, ReproduceConfig
 from fast_spatial.config.modes import DIGITS, row_name
 from fast_spatial.config.rows import requests
@@ -48,6 +49,11 @@ def plan(config: ReproduceConfig, train_flags: dict[str, str]) -> list[Row]:
     return [_row(row.name, row.configure({})) for row in rows]
 
 
+def planned_rows(plan: Plan) -> list[Row]:
+    """The rows of a budget's plan."""
+    return [_row(row.name, row.train, row.grid_per_class) for row in plan.rows]
+
+
 def _row(name: str, train: TrainConfig, grid_per_class: int = 0) -> Row:
     launch = {f.name: getattr(train, f.name) for f in dataclasses.fields(LaunchOptions)}
     evaluate = EvaluateConfig(
@@ -71,31 +77,24 @@ def reproduce(config: ReproduceConfig, rows: list[Row], active: ActivePlan | Non
 
     Args:
         config: the options of `reproduce`.
-        rows: the rows without a budget; a budget uses the rows of its plan.
+        rows: the rows; with a budget, those of its plan.
         active: the plan of a budget, or None.
 
     Raises:
         SystemExit: at the end, if a row failed.
 
     """
-    planned = {} if active is None else {row.train.out: row for row in active.plan.rows}
-    if active is not None:
-        rows = [_row(row.name, row.train, row.grid_per_class) for row in active.plan.rows]
     results, failed = [], []
     for number, row in enumerate(rows, 1):
         title = f"[{number}/{len(rows)}] {row.name}"
-        later = [other for other in rows[number:] if not other.result_file.is_file()]
-        limits = None
-        if active is not None:
-            limits = active.of(planned[row.train.out], [planned[other.train.out] for other in later])
         try:
             if row.result_file.is_file():
                 say(f"{title}: already done")
             else:
-                _train_and_evaluate(title, row, limits)
+                _train_and_evaluate(title, row, active)
             results.append(_read_result(row.result_file))
             write_json(Path(config.out) / RESULTS, results)
-            map_landscape(row, limits)
+            _map_landscape(row, active)
         except SystemExit as error:
             if error.code != 1:
                 raise  # stopped by a signal
@@ -126,21 +125,22 @@ def _read_result(file: Path) -> dict[str, Any]:
     return found
 
 
-def _train_and_evaluate(title: str, row: Row, limits: TimeShare | None) -> None:
-    pace = None if limits is None else limits.pace()
+def _train_and_evaluate(title: str, row: Row, active: ActivePlan | None) -> None:
+    deadline = None if active is None else active.training_deadline(row.train)
     say(f"{title}: training")
-    launcher.launch("train", row.train, pace)
+    launcher.launch("train", row.train, deadline)
     say(f"{title}: evaluating")
-    seconds_evaluate = launcher.launch("evaluate", row.evaluate, None if limits is None else limits.evaluation_until())
+    until = None if active is None else active.evaluation_until(row.train)
+    seconds_evaluate = launcher.launch("evaluate", row.evaluate, until)
     write_json(row.result_file, _result(row, seconds_evaluate))
 
 
-def map_landscape(row: Row, limits: TimeShare | None = None) -> None:
+def _map_landscape(row: Row, active: ActivePlan | None) -> None:
     """Judge all views of a few images, for the report, unless the row already has its landscape."""
     if (Path(row.train.out) / LANDSCAPE).is_file():
         return
-    per_class, until = (0, None) if limits is None else limits.landscape()
-    if limits is not None and not per_class:
+    per_class, until = (0, None) if active is None else active.landscape(row.train)
+    if active is not None and not per_class:
         return
     shared = {f.name: getattr(row.evaluate, f.name) for f in dataclasses.fields(LaunchOptions)}
     judged = row.evaluate

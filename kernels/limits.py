@@ -1,4 +1,7 @@
-"""Limits of rotation, translation and image size. Imports only the standard library: options are checked with it."""
+"""Limits of rotation, translation and image size, and the size of the grid.
+
+Imports only the standard library: options are checked and budgets planned with it.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,9 @@ from dataclasses import dataclass
 NOMINAL_SIDE = 224
 # Largest image size in pixels: coordinates are 32-bit fixed point on CPUs.
 MAX_SIDE = 4096
+# The exhaustive grid: angles, shifts per axis, and views.
+GRID_ANGLES, GRID_SHIFTS = 31, 5
+GRID_VIEWS = GRID_ANGLES * GRID_SHIFTS * GRID_SHIFTS
 
 
 @dataclass(frozen=True)

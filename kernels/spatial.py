@@ -19,10 +19,10 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from fast_spatial.kernels import limits as _limits
 from fast_spatial.kernels.limits import SpatialLimits
 
-GRID_ANGLES, GRID_SHIFTS = 31, 5
-GRID_VIEWS = GRID_ANGLES * GRID_SHIFTS * GRID_SHIFTS
+GRID_ANGLES, GRID_SHIFTS, GRID_VIEWS = _limits.GRID_ANGLES, _limits.GRID_SHIFTS, _limits.GRID_VIEWS
 
 
 @njit(cache=True, nogil=True)

@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from fast_spatial.config.budget_policy import DEFAULT_POLICY, BudgetPolicy
 from fast_spatial.config.fields import flag
 from fast_spatial.config.train import BudgetOptions
 from fast_spatial.errors import UserError
 from fast_spatial.runtime.files import write_json
 from fast_spatial.runtime.run_files import USAGE
-
-_BEAT_SEC = 1.0
 
 
 @dataclass(frozen=True)
@@ -29,14 +28,14 @@ class Budget:
     """A budget in hours, or until a wall-clock time.
 
     Attributes:
-        asked: the flag and its value, as given.
+        flag: the flag and its value, as given.
         hours: running time over all starts; None with `moment`.
         moment: the wall-clock time of the end; None with `hours`.
         gpus: number of GPUs over all nodes; 0 on CPUs.
 
     """
 
-    asked: str
+    flag: str
     hours: float | None
     moment: datetime.datetime | None
     gpus: int
@@ -49,30 +48,29 @@ class Budget:
         return time.monotonic() + (self.moment - datetime.datetime.now(datetime.UTC)).total_seconds()
 
 
-def budget_of(options: BudgetOptions, gpus: int, known_moment: str | None = None) -> Budget:
+def budget_of(options: BudgetOptions, gpus: int, moment: datetime.datetime | None = None) -> Budget:
     """The budget of a command's options.
 
     Args:
         options: options with one budget.
         gpus: number of GPUs over all nodes.
-        known_moment: the end by `--until` in ISO format, as an earlier start of the same command resolved it.
+        moment: the end by `--until`, if it is resolved already.
 
     Raises:
         UserError: on GPU-hours without a GPU, or a time that is past or invalid.
 
     """
     if options.until:
-        moment = datetime.datetime.fromisoformat(known_moment) if known_moment else moment_of(options.until)
-        return Budget(f"--until {options.until}", None, moment, gpus)
+        return Budget(f"--until {options.until}", None, moment or moment_of(options.until), gpus)
     if options.hours is not None:
         return Budget(f"--hours {options.hours:g}", options.hours, None, gpus)
     name = "gpu_hours" if options.gpu_hours else "max_cost"
     value = getattr(options, name)
-    asked = f"{flag(name)} {value:g}"
+    given = f"{flag(name)} {value:g}"
     if not gpus:
-        raise UserError(f"{asked}: requires a GPU, and none is visible", "give --hours or --until instead")
+        raise UserError(f"{given}: requires a GPU, and none is visible", "give --hours or --until instead")
     gpu_hours = value if name == "gpu_hours" else value / options.price
-    return Budget(asked, gpu_hours / gpus, None, gpus)
+    return Budget(given, gpu_hours / gpus, None, gpus)
 
 
 def moment_of(text: str, now: datetime.datetime | None = None) -> datetime.datetime:
@@ -106,22 +104,27 @@ class UsageMeter:
     Args:
         folder: the run's folder; created.
         started: `time.monotonic()` at the start of this process.
-        writes: whether this process writes the record; on several nodes, one does.
+        writes: whether the running time counts, and is written; a plan alone uses nothing.
+        policy: the interval between two records.
 
     Raises:
         UserError: if the record cannot be read or written.
 
     """
 
-    def __init__(self, folder: Path, started: float, *, writes: bool = True) -> None:
-        self.started = started
+    def __init__(
+        self, folder: Path, started: float, *, writes: bool = True, policy: BudgetPolicy = DEFAULT_POLICY
+    ) -> None:
+        self.started, self._interval_sec = started, policy.usage_interval_sec
         self._file, self._writes = folder / USAGE, writes
         self._parts = _parts(self._file)
         # A killed process ran for up to one interval after its last record.
-        self.used_before_sec = sum(part["seconds"] + (0.0 if part["ended"] else _BEAT_SEC) for part in self._parts)
+        self.used_before_sec = sum(
+            part["seconds"] + (0.0 if part["ended"] else self._interval_sec) for part in self._parts
+        )
         self._since = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="usage", daemon=True)
+        self._thread = threading.Thread(target=self._write_at_intervals, name="usage", daemon=True)
 
     @property
     def used_sec(self) -> float:
@@ -144,8 +147,8 @@ class UsageMeter:
             with contextlib.suppress(OSError):  # must not hide an earlier exception
                 self._write(ended=True)
 
-    def _beat(self) -> None:
-        while not self._closing.wait(_BEAT_SEC):
+    def _write_at_intervals(self) -> None:
+        while not self._closing.wait(self._interval_sec):
             with contextlib.suppress(OSError):  # such as a full disk, which the run's own files report
                 self._write(ended=False)
 

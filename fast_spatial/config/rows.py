@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from fast_spatial.config.commands import ReproduceConfig
 from fast_spatial.config.modes import DIGITS, PUBLISHED, row_name, split_row
@@ -26,34 +27,40 @@ class RowRequest:
 
     Attributes:
         name: the row's name in tables and messages.
-        configure: returns the row's training; takes raw flags to add to the given ones.
+        flags: raw values of its training's options.
+        preset: values of its training's options that a recipe and flags override.
         importance: if the budget is too small for all rows, the lowest is dropped first.
 
     """
 
     name: str
-    configure: Callable[[Mapping[str, str]], TrainConfig]
+    flags: Mapping[str, str]
+    preset: Mapping[str, Any] = field(default_factory=dict)
     importance: tuple[int, int] = (0, 0)
 
+    def configure(self, recipe: Mapping[str, str]) -> TrainConfig:
+        """The row's training under a recipe, given as more raw flags.
 
-def requests(config: ReproduceConfig, train_flags: dict[str, str]) -> list[RowRequest]:
+        Raises:
+            UserError: on an invalid recipe or flag.
+
+        """
+        return train_config({**self.flags, **recipe}, self.preset)
+
+
+def requests(config: ReproduceConfig, train_flags: Mapping[str, str]) -> list[RowRequest]:
     """Every requested row and seed; `train_flags` are raw values of training options."""
-    launch = {f.name: getattr(config, f.name) for f in dataclasses.fields(LaunchOptions)}
+    rows = config.rows or (DIGITS_ROWS if config.data == DIGITS else IMAGENET_ROWS)
+    return [_request(config, train_flags, seed, row) for seed in config.seeds for row in rows]
 
-    def request(seed: int, row: str) -> RowRequest:
-        mode, degrees = split_row(row)
-        out = Path(config.out) / row.replace(":", "_") / f"seed_{seed}"
-        decided = {"data": config.data, "out": str(out), "mode": mode, "degrees": str(degrees), "seed": str(seed)}
-        name = row_name(mode, degrees) + (f", seed {seed}" if len(config.seeds) > 1 else "")
-        importance = (-seed, -BY_IMPORTANCE.index(row) if row in BY_IMPORTANCE else 0)
-        return RowRequest(
-            name,
-            lambda more: train_config({**train_flags, **decided, **more}, launch),
-            importance,
-        )
 
-    return [
-        request(seed, row)
-        for seed in config.seeds
-        for row in config.rows or (DIGITS_ROWS if config.data == DIGITS else IMAGENET_ROWS)
-    ]
+def _request(config: ReproduceConfig, train_flags: Mapping[str, str], seed: int, row: str) -> RowRequest:
+    mode, degrees = split_row(row)
+    out = Path(config.out) / row.replace(":", "_") / f"seed_{seed}"
+    decided = {"data": config.data, "out": str(out), "mode": mode, "degrees": str(degrees), "seed": str(seed)}
+    return RowRequest(
+        name=row_name(mode, degrees) + (f", seed {seed}" if len(config.seeds) > 1 else ""),
+        flags={**train_flags, **decided},
+        preset={f.name: getattr(config, f.name) for f in dataclasses.fields(LaunchOptions)},
+        importance=(-seed, -BY_IMPORTANCE.index(row) if row in BY_IMPORTANCE else 0),
+    )

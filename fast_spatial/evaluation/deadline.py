@@ -20,18 +20,24 @@ class TimeUp(Exception):
 class Deadline:
     """Stops work so that all is written by `until`, a time of this machine's `time.monotonic()` (None: no deadline).
 
-    A piece of work is expected to take as long as the one before it. Gathering and writing take `reserve_sec`.
+    A piece of work is expected to take as long as the faster one of the two before it: a first piece is cold, since it
+    loads and compiles kernels, and may take seconds longer than the next. The first two pieces begin whenever time is
+    left. Gathering and writing take `reserve_sec`.
     """
 
     def __init__(self, until: float | None, *, reserve_sec: float = RESERVE_SEC) -> None:
         self._until = math.inf if until is None else until - reserve_sec
-        self._checked = time.monotonic()
+        self._took: list[float] = []
+        self._checked: float | None = None
 
     def check(self) -> None:
-        """Raise `TimeUp` unless another piece fits that takes as long as the time since the last call."""
+        """Raise `TimeUp` unless another piece is expected to end in time. Called before every piece of work."""
         now = time.monotonic()
-        took, self._checked = now - self._checked, now
-        if now + took > self._until:
+        if self._checked is not None:
+            self._took = [*self._took[-1:], now - self._checked]
+        self._checked = now
+        expected_sec = min(self._took) if len(self._took) == 2 else 0.0
+        if now + expected_sec > self._until:
             raise TimeUp
 
     def guard(self, pieces: Iterable[Piece]) -> Iterator[Piece]:

@@ -15,3 +15,12 @@ def aligned(lines: Sequence[Sequence[str]], text_columns: int = 1) -> str:
         return "| " + " | ".join(padded) + " |"
 
     return "\n".join([row(lines[0]), row(rule), *map(row, lines[1:])])
+
+
+def duration(seconds: float) -> str:
+    """Seconds as text in a suitable unit: s, min, h or days."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:,.0f} days"

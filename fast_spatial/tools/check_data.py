@@ -35,6 +35,7 @@ from fast_spatial.pipelines.inspection.findings import (
 from fast_spatial.pipelines.text import printable
 from fast_spatial.runtime.files import write_atomically, write_json
 from fast_spatial.runtime.runlog import Bar, say
+from fast_spatial.runtime.text import duration
 
 _HEADINGS = {KILLS: "Ends a run", CHANGES: "Changes a result", NOTE: "Harmless"}
 # Part of the cache's file name, as the decoder is: a change of the rules invalidates cached findings.
@@ -152,7 +153,7 @@ def check_data(config: CheckConfig) -> int:
     findings.found.sort()
     say(summary_text(findings.found))
     seconds = time.monotonic() - start
-    say(f"{images} images in {seconds:.0f} s; {findings.remembered} reused from an earlier check")
+    say(f"{images} images in {duration(seconds)}; {findings.remembered} reused from an earlier check")
     if config.json:
         write_json(Path(config.json), report_of(config, decoder, splits, findings.found))
         say(f"report: {config.json}")

@@ -12,26 +12,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from fast_spatial.config.budget_policy import DEFAULT_POLICY, BudgetPolicy
 from fast_spatial.config.train import TrainConfig
 from fast_spatial.training.schedule import Timeline, mean_over_rest, side_at, side_starts
-
-# Steps between a decision and its segment. All processes learn of a decision one step later. While the image size still
-# changes, the loader has already been given the sizes of the batches that it prefetches.
-_LEAD_STEPS, _LEAD_STEPS_OF_SIDES = 2, 10
-# Untimed steps at each new image size: they compile kernels and allocate memory.
-_SETTLING_STEPS = 2
-# Half-life of measured step times, in decision intervals, and its minimum.
-_HALF_LIFE_INTERVALS = 3
-_SHORTEST_HALF_LIFE_SEC = 3.0
-# Prior weight of the calibrated step time, in decision intervals.
-_TRUST_RECENT, _TRUST_OVERALL = 1, 3
-# The work after the last step is expected to slow down as much as the steps did, up to this factor. It is never
-# expected to speed up: the cause may lie in the steps alone.
-_LARGEST_SLOWDOWN = 2.0
-# A decision keeps at least this share of the remaining steps, since a slow interval may be a hiccup.
-_MOST_SHORTENED = 0.5
-# Training stops at once, at any learning rate, if less than this share of the time of the final work is left.
-_LEAST_AFTER = 0.75
 
 
 @dataclass(frozen=True)
@@ -70,31 +53,33 @@ class Pacer:
     """Plans the number of remaining steps.
 
     Args:
-        pace: the deadline and the calibrated times.
+        deadline: the deadline and the calibrated times.
         config: the training.
         timeline: its planned progress; the caller adds the decided segments.
         steps_per_epoch: optimizer steps per epoch.
         clock: returns the time in seconds.
+        policy: constants of its decisions.
 
     """
 
     def __init__(
         self,
-        pace: TrainingDeadline,
+        deadline: TrainingDeadline,
         config: TrainConfig,
         timeline: Timeline,
         steps_per_epoch: int,
+        *,
         clock: Callable[[], float] = time.monotonic,
+        policy: BudgetPolicy = DEFAULT_POLICY,
     ) -> None:
-        self._pace, self._config, self._timeline, self._clock = pace, config, timeline, clock
-        self._steps_per_epoch = steps_per_epoch
-        self._half_life_sec = max(_SHORTEST_HALF_LIFE_SEC, _HALF_LIFE_INTERVALS * pace.interval_sec)
-        # (measured, expected) seconds of past steps.
-        self._recent, self._overall = (
-            (trust * pace.interval_sec, trust * pace.interval_sec) for trust in (_TRUST_RECENT, _TRUST_OVERALL)
-        )
+        self._deadline, self._config, self._timeline = deadline, config, timeline
+        self._steps_per_epoch, self._clock, self._policy = steps_per_epoch, clock, policy
+        self._half_life_sec = max(policy.shortest_half_life_sec, policy.half_life_intervals * deadline.interval_sec)
+        # (measured, expected) seconds of past steps, which begin with calibrated ones.
+        recent_sec, overall_sec = (n * deadline.interval_sec for n in (policy.trust_recent, policy.trust_overall))
+        self._recent, self._overall = (recent_sec, recent_sec), (overall_sec, overall_sec)
         self._side, self._settling = 0, 0
-        self._evaluation_sec = pace.evaluation_sec
+        self._evaluation_sec = deadline.evaluation_sec
         self._step_ended = self._decided = clock()
 
     def evaluated(self, seconds: float) -> None:
@@ -106,7 +91,7 @@ class Pacer:
     def _slowdown_after(self) -> float:
         """Expected slowdown factor of the work after the last step."""
         took, expected = self._overall
-        return max(1.0, min(took / expected, _LARGEST_SLOWDOWN))
+        return max(1.0, min(took / expected, self._policy.largest_slowdown))
 
     def first_end(self, done: int) -> int:
         """The initial plan: the last step, counted from the start of the training, after `done` steps."""
@@ -114,23 +99,23 @@ class Pacer:
 
     def after_step(self, done: int, side: int) -> NewEnd:
         """Record the end of a step at an image size; returns what is decided now."""
-        now = self._clock()
+        now, policy = self._clock(), self._policy
         took, self._step_ended = now - self._step_ended, now
         if side != self._side:
-            self._side, self._settling = side, _SETTLING_STEPS
+            self._side, self._settling = side, policy.settling_steps
         if self._settling:
             self._settling -= 1
         else:
-            self._note(took, self._pace.step_sec[side])
-        if self._pace.until - now < _LEAST_AFTER * self._pace.after_sec and done + 1 < self._timeline.end:
+            self._note(took, self._deadline.step_sec[side])
+        if self._deadline.until - now < policy.least_after * self._deadline.after_sec and done + 1 < self._timeline.end:
             return NewEnd(done + 1, done + 1)
-        if self._config.schedule == "milestones" or now - self._decided < self._pace.interval_sec:
+        if self._config.schedule == "milestones" or now - self._decided < self._deadline.interval_sec:
             return NewEnd()
-        start = done + (_LEAD_STEPS if self._side_is_final(done) else _LEAD_STEPS_OF_SIDES)
+        start = done + (policy.lead_steps if self._side_is_final(done) else policy.lead_steps_of_sizes)
         if start >= self._timeline.end or self._timeline.segments[-1].start > done:
             return NewEnd()
         self._decided = now
-        shortest = int(_MOST_SHORTENED * (self._timeline.end - done))
+        shortest = int(policy.most_shortened * (self._timeline.end - done))
         end = max(start + 1, done + shortest, done + self._affordable(done, self._left_sec()))
         return NewEnd() if end == self._timeline.end else NewEnd(start, end)
 
@@ -141,13 +126,13 @@ class Pacer:
 
     def _left_sec(self) -> float:
         """Seconds left for steps and the evaluations between them."""
-        return self._pace.until - self._slowdown_after * self._pace.after_sec - self._clock()
+        return self._deadline.until - self._slowdown_after * self._deadline.after_sec - self._clock()
 
     def _affordable(self, done: int, left_sec: float) -> int:
         """Number of steps that fit into `left_sec`, with the evaluations between epochs."""
         took, expected = self._recent
         progress = self._timeline.progress(done)
-        step_sec = took / expected * mean_over_rest(self._config, progress, self._pace.step_sec)
+        step_sec = took / expected * mean_over_rest(self._config, progress, self._deadline.step_sec)
         evaluations = 0
         while True:
             steps = int(max(0.0, left_sec - evaluations * self._evaluation_sec) / step_sec)

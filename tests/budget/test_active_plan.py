@@ -13,6 +13,7 @@ from fast_spatial import commands, launcher, preflight
 from fast_spatial.config.commands import CalibrateConfig
 from fast_spatial.runtime.files import write_json
 from fast_spatial.runtime.run_files import CALIBRATION, PLAN, USAGE
+from fast_spatial.runtime.text import duration
 from fast_spatial.training.pacing import TrainingDeadline
 from tests.reporting.test_report import FakeLaunch
 
@@ -80,12 +81,12 @@ def test_a_reproduction_is_measured_planned_and_kept_within_its_limits(monkeypat
     assert run(monkeypatch, tasks, *REPRODUCE) == 0
     assert tasks.tasks == ["calibrate", *["train", "evaluate", "landscape"] * 4]
     end = commands.STARTED + 900
-    paces = [limit for task, limit in tasks.limits if task == "train"]
-    assert all(isinstance(pace, TrainingDeadline) and pace.step_sec == {32: 64 / 400} for pace in paces)
+    deadlines = [limit for task, limit in tasks.limits if task == "train"]
+    assert all(isinstance(limit, TrainingDeadline) and limit.step_sec == {32: 64 / 400} for limit in deadlines)
     assert all(commands.STARTED < limit < end for task, limit in tasks.limits if task in ("evaluate", "landscape"))
     # Nothing took time here, so every row could have more than the one before; the last one all that was left.
-    assert paces[0].until < paces[1].until < paces[2].until < paces[3].until < end
-    assert end - paces[3].until < 15
+    assert deadlines[0].until < deadlines[1].until < deadlines[2].until < deadlines[3].until < end
+    assert end - deadlines[3].until < 15
     said = capsys.readouterr().out
     assert said.index("expected finish") < said.index("[1/4] nocrop: training")
     assert "| nocrop              | digits_linear |" in said
@@ -128,7 +129,7 @@ def test_a_restart_goes_on_with_the_plan_and_counts_on(monkeypatch, capsys):
     assert [limit.until - commands.STARTED < 900 for task, limit in again.limits if task == "train"] == [True] * 3
     said = capsys.readouterr().out
     assert "[1/4] nocrop: already done" in said
-    assert f"--hours 0.25: {400 + part['seconds']:.0f} s used" in said
+    assert f"--hours 0.25: {duration(400 + part['seconds'])} used" in said
     assert plan_of()["rows"] == before
 
 
@@ -153,6 +154,16 @@ def test_a_restart_may_have_more_time_but_no_other_flags(monkeypatch, capsys):
     assert run(monkeypatch, more, "reproduce", "--data", "digits", "--hours", "1") == 0
     assert "calibrate" not in more.tasks
     assert plan_of()["budget"]["asked"] == "--hours 1"
+
+
+def test_a_restart_ends_at_the_time_that_the_first_start_resolved(monkeypatch):
+    until = [*REPRODUCE[:3], "--until", "18:30"]
+    assert run(monkeypatch, Tasks(break_at=2), *until) == 130
+    plan = plan_of()
+    moment = "2099-01-31T18:30:00+00:00"  # of another day than the next 18:30
+    write_json(Path("runs") / PLAN, {**plan, "budget": {**plan["budget"], "moment": moment}})
+    assert run(monkeypatch, Tasks(), *until) == 0
+    assert plan_of()["budget"]["moment"] == moment
 
 
 def test_a_row_that_fails_does_not_lose_the_others(monkeypatch, capsys):
@@ -180,9 +191,9 @@ def test_a_training_alone_gets_all_of_the_budget(monkeypatch):
     tasks = Tasks()
     assert run(monkeypatch, tasks, "train", "--data", "digits", "--mode", "worst10", "--hours", "0.1") == 0
     assert tasks.tasks == ["calibrate", "train"]
-    pace = tasks.limits[1][1]
-    assert 350 < pace.until - commands.STARTED < 360
-    assert pace.after_sec == pytest.approx(3.3)  # 300 images at 1000 a second, and the end
+    deadline = tasks.limits[1][1]
+    assert 350 < deadline.until - commands.STARTED < 360
+    assert deadline.after_sec == pytest.approx(3.3)  # 300 images at 1000 a second, and the end
     assert plan_of()["rows"][0]["train"]["recipe"] == "digits_linear"
 
 

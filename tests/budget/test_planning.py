@@ -12,11 +12,13 @@ import pytest
 import torch
 
 from fast_spatial.budget import active_plan
-from fast_spatial.budget.planning import Plan, candidate_recipes, describe, duration, expectation, make_plan
+from fast_spatial.budget.planning import Plan, candidate_recipes, describe, expectation, make_plan
 from fast_spatial.budget.usage import Budget, UsageMeter
+from fast_spatial.config.budget_policy import DEFAULT_POLICY, BudgetPolicy
 from fast_spatial.config.commands import ReproduceConfig
 from fast_spatial.config.rows import requests
 from fast_spatial.errors import UserError
+from fast_spatial.runtime.text import duration
 
 # What a machine was measured to do: every row a second for 10,000 images of one view, and of eleven views for 1,000.
 IMAGENET = {
@@ -38,24 +40,32 @@ def measured(about: dict[str, Any], rates: list[float], hours: float) -> dict[st
 
 
 def planned(
-    data: str, hours: float, *, rows: str = "", recipe: str = "", rates: tuple[float, ...] = (), **flags: str
+    data: str,
+    hours: float,
+    *,
+    rows: str = "",
+    recipe: str = "",
+    rates: tuple[float, ...] = (),
+    policy: BudgetPolicy = DEFAULT_POLICY,
+    **flags: str,
 ) -> Plan:
     config = ReproduceConfig(data=data, out="out", rows=tuple(filter(None, rows.split(";"))))
-    asked = requests(config, flags)
-    per_row = list(rates) or [400.0 if "worst10" in row.name else 4000.0 for row in asked]
+    requested = requests(config, flags)
+    per_row = list(rates) or [400.0 if "worst10" in row.name else 4000.0 for row in requested]
     return make_plan(
-        asked,
-        candidate_recipes(recipe, data, asked),
+        requested,
+        candidate_recipes(recipe, data, requested),
         measured(DIGITS if data == "digits" else IMAGENET, per_row, hours),
         start_sec=10.0,
         judged=True,
         may_drop=not config.rows,
         keep_eval_every="eval_every" in flags,
+        policy=policy,
     )
 
 
 def total(plan: Plan) -> float:
-    return plan.end_sec + sum(row.fixed_sec + row.epochs * row.epoch_sec for row in plan.rows)
+    return plan.end_sec + sum(row.total_sec for row in plan.rows)
 
 
 def test_all_rows_get_as_many_epochs_and_the_time_is_used():
@@ -120,7 +130,7 @@ def test_milestones_are_never_rescaled():
 
 def text_of(plan: Plan, hours: float, about: dict[str, Any] = IMAGENET, gpus: int = 0, price: float = 0.0) -> str:
     found = {**measured(about, [], hours), "gpus": gpus}
-    return describe(plan, found, asked=f"--hours {hours:g}", used_sec=30.0, price=price)
+    return describe(plan, found, budget=f"--hours {hours:g}", used_sec=30.0, price=price)
 
 
 def test_rows_are_left_out_where_all_would_be_too_short():
@@ -213,6 +223,20 @@ def test_recipes_that_do_not_fit_the_other_flags_are_no_candidates():
         candidate_recipes("", "imagenet", requests(ReproduceConfig(data="i", out="o"), {"lr": "-1"}))
 
 
+def test_cold_starts_are_provided_for_in_every_task(monkeypatch):
+    warm = planned("digits", 0.25).rows[0]
+    monkeypatch.setitem(DIGITS, "training_cold_sec", 7.0)
+    monkeypatch.setitem(DIGITS, "judging_cold_sec", 2.0)
+    plan = planned("digits", 0.25)
+    assert total(plan) == pytest.approx(900)
+    for row in plan.rows:
+        assert (row.start_sec, row.judging_start_sec) == (10.0 + 7.0, 10.0 + 2.0)
+        assert row.landscape_per_class == warm.landscape_per_class > 0
+        # An evaluation and a landscape begin cold, and a training.
+        assert row.after_sec == pytest.approx(row.validation_sec + row.evaluation_sec + row.landscape_sec + 2 * 12.0)
+        assert row.fixed_sec == pytest.approx(row.after_sec + 17.0)
+
+
 @pytest.mark.parametrize(("seconds", "text"), [(89, "89 s"), (540, "9.0 min"), (7200, "2.0 h"), (86400 * 3, "3 days")])
 def test_durations_are_said_in_fitting_units(seconds, text):
     assert duration(seconds) == text
@@ -233,21 +257,19 @@ def spent(tmp_path, monkeypatch):
         plan,
         Budget("--hours 0.25", 0.25, None, 0),
         UsageMeter(tmp_path, 1000.0),
-        views_per_sec=3000.0,
-        classes=10,
-        most_per_class=22,
+        DIGITS,
     )
     return opened, now
 
 
 def test_rows_share_what_is_left(spent):
     opened, _ = spent
-    first, second = opened.plan.rows
-    pace = opened.of(first, [second]).pace()
+    first, _second = opened.plan.rows
+    deadline = opened.training_deadline(first.train)
     # As much for each as planned: the first one ends where the second begins.
-    assert pace.until - 1000 == pytest.approx(first.fixed_sec + first.epochs * first.epoch_sec)
-    assert pace.after_sec == first.after_sec
-    assert pace.step_sec == first.step_sec
+    assert deadline.until - 1000 == pytest.approx(first.fixed_sec + first.epochs * first.epoch_sec)
+    assert deadline.after_sec == first.after_sec
+    assert deadline.step_sec == first.step_sec
 
 
 def test_the_last_row_gets_all_that_the_others_left(spent):
@@ -255,21 +277,21 @@ def test_the_last_row_gets_all_that_the_others_left(spent):
     _first, second = opened.plan.rows
     for begun in (1100.0, 1300.0, 1600.0):
         now[0] = begun
-        assert opened.of(second, []).pace().until == pytest.approx(1900 - opened.plan.end_sec)
+        assert opened.training_deadline(second.train).until == pytest.approx(1900 - opened.plan.end_sec)
 
 
 def test_a_row_without_time_is_not_begun(spent):
     opened, now = spent
     now[0] = 1900 - opened.plan.end_sec - opened.plan.rows[1].fixed_sec
     with pytest.raises(UserError, match="out of time for worst10, 30 degrees: only 0"):
-        opened.of(opened.plan.rows[1], []).pace()
+        opened.training_deadline(opened.plan.rows[1].train)
 
 
 def test_a_training_that_was_begun_is_ended_even_without_time(spent):
     opened, now = spent
     begun(opened.plan.rows[1].train.out, steps=30)
     now[0] = 1899.0
-    assert opened.of(opened.plan.rows[1], []).pace().until == 1900 - opened.plan.end_sec
+    assert opened.training_deadline(opened.plan.rows[1].train).until == 1900 - opened.plan.end_sec
 
 
 def begun(out: str, steps: int) -> None:
@@ -283,10 +305,10 @@ def test_what_is_trained_already_is_not_given_again(spent):
     opened, _ = spent
     first, second = opened.plan.rows
     begun(first.train.out, steps=75)
-    pace = opened.of(first, [second]).pace()
+    deadline = opened.training_deadline(first.train)
     left = 900 - opened.plan.end_sec - first.fixed_sec - second.fixed_sec
     epochs = left / (0.25 * first.epoch_sec + second.epoch_sec)
-    assert pace.until - 1000 == pytest.approx(first.fixed_sec + 0.25 * epochs * first.epoch_sec)
+    assert deadline.until - 1000 == pytest.approx(first.fixed_sec + 0.25 * epochs * first.epoch_sec)
 
 
 def test_judging_of_the_last_row_may_use_what_is_left_and_no_more(spent):
@@ -294,13 +316,39 @@ def test_judging_of_the_last_row_may_use_what_is_left_and_no_more(spent):
     first, second = opened.plan.rows
     end = 1900 - opened.plan.end_sec
     round_sec = 775 * 10 / 3000
-    assert opened.of(second, []).evaluation_until() == pytest.approx(end - second.start_sec - round_sec)
-    assert opened.of(first, [second]).evaluation_until() == pytest.approx(
-        1000 + first.start_sec + 1.5 * first.evaluation_sec
+    assert opened.evaluation_until(second.train) == pytest.approx(end - second.judging_start_sec - round_sec)
+    assert opened.evaluation_until(first.train) == pytest.approx(
+        1000 + first.judging_start_sec + 1.5 * first.evaluation_sec
     )
     now[0] = end - 60
-    per_class, until = opened.of(second, []).landscape()
+    per_class, until = opened.landscape(second.train)
     assert until == end
     assert per_class == min(22, 4 * second.landscape_per_class)
-    now[0] = end - second.start_sec - 1.0
-    assert opened.of(second, []).landscape()[0] == 0
+    now[0] = end - second.judging_start_sec - 1.0
+    assert opened.landscape(second.train)[0] == 0
+
+
+@pytest.mark.parametrize("provided", [True, False])
+def test_a_short_run_on_a_gpu_has_time_for_its_cold_evaluation(tmp_path, monkeypatch, provided):
+    """Two minutes, of which measuring took 32 s. Processes take 12.5 s to start and end, and first passes 6 s."""
+    cold_sec = 6.0
+    of_gpu = {**DIGITS, "gpus": 1, "views_per_sec": 200_000.0}
+    if provided:
+        of_gpu |= {"training_cold_sec": cold_sec, "judging_cold_sec": cold_sec}
+    now = [1032.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    plan = make_plan(
+        requests(ReproduceConfig(data="digits", out=str(tmp_path), rows=("worst10:30",)), {"compile": "false"}),
+        [{"recipe": "digits_linear"}],
+        measured(of_gpu, [20_000.0], 88.5 / 3600),
+        start_sec=12.5,
+        judged=True,
+        may_drop=False,
+        keep_eval_every=False,
+    )
+    (row,) = plan.rows
+    active = active_plan.ActivePlan(plan, Budget("", 120 / 3600, None, 1), UsageMeter(tmp_path, 1000.0), of_gpu)
+    deadline = active.training_deadline(row.train)
+    now[0] = deadline.until - deadline.after_sec + row.validation_sec  # the training keeps its time
+    enough = active.evaluation_until(row.train) - now[0] >= 12.5 + cold_sec + row.evaluation_sec
+    assert enough == provided

@@ -59,7 +59,7 @@ def plant(patch: pytest.MonkeyPatch, data: Path, clock_step: float = 1.0) -> Non
 
     for module in (evaluate, inputs):
         patch.setattr(module, "load_model_and_images", load_model_and_images)
-    patch.setattr(deadline, "time", SimpleNamespace(monotonic=itertools.count(0.0, clock_step).__next__))
+    patch.setattr(deadline, "time", SimpleNamespace(monotonic=itertools.count(clock_step, clock_step).__next__))
 
 
 @pytest.fixture(scope="module")
@@ -102,15 +102,40 @@ def judged(out: Path, until: float | None = None, **options: Any) -> tuple[Summa
 # --- the clock
 
 
-def test_a_piece_fits_if_it_may_take_as_long_as_the_one_before(monkeypatch):
-    times = iter([10.0, 12.0, 15.0, 16.0, 18.5])
-    monkeypatch.setattr(deadline, "time", SimpleNamespace(monotonic=times.__next__))
+def look_at(monkeypatch: pytest.MonkeyPatch, *times: float) -> None:
+    monkeypatch.setattr(deadline, "time", SimpleNamespace(monotonic=iter(times).__next__))
+
+
+def test_a_piece_fits_if_it_may_take_as_long_as_the_faster_of_the_two_before_it(monkeypatch):
+    look_at(monkeypatch, 10.0, 12.0, 15.0, 16.0, 17.5, 19.0)
     by_20 = Deadline(20.0 + deadline.RESERVE_SEC)
-    by_20.check()  # at 12, after 2 s: until 14
-    by_20.check()  # at 15, after 3 s: until 18
-    by_20.check()  # at 16, after 1 s
+    for _ in range(5):
+        by_20.check()  # at 17.5, after 1 s and 1.5 s: until 18.5
     with pytest.raises(TimeUp):
-        by_20.check()  # at 18.5, after 2.5 s: until 21
+        by_20.check()  # at 19, after 1.5 s twice: until 20.5
+
+
+def test_a_cold_first_piece_does_not_stop_the_second(monkeypatch):
+    look_at(monkeypatch, 0.0, 6.0, 6.1, 6.2)
+    by_8 = Deadline(8.0 + deadline.RESERVE_SEC)
+    for _ in range(4):
+        by_8.check()
+
+
+def test_a_cold_first_piece_of_the_grid_does_not_stop_the_second(monkeypatch):
+    look_at(monkeypatch, 0.0, 1.0, 2.0, 6.5, 7.0)
+    by_8 = Deadline(8.0 + deadline.RESERVE_SEC)
+    for _ in range(4):
+        by_8.check()  # at 6.5, after 1 s and a cold 4.5 s: until 7.5
+    by_8.check()
+
+
+def test_no_piece_begins_when_the_time_is_up(monkeypatch):
+    look_at(monkeypatch, 0.0, 8.5)
+    by_8 = Deadline(8.0 + deadline.RESERVE_SEC)
+    by_8.check()
+    with pytest.raises(TimeUp):
+        by_8.check()  # after the first piece, of which nothing is expected
 
 
 def test_without_a_deadline_there_is_always_time(monkeypatch):
@@ -276,7 +301,7 @@ def test_a_landscape_cut_short_is_that_of_fewer_images(planted, tmp_path, until,
 
 
 def test_no_round_in_time_is_no_landscape(planted, tmp_path, capfd):
-    assert map_views(planted, tmp_path / "out", until=3) is None
+    assert map_views(planted, tmp_path / "out", until=2) is None
     assert capfd.readouterr().out == "skipped the landscape: out of time\n"
     assert not (tmp_path / "out").exists()
 

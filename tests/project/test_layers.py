@@ -82,8 +82,9 @@ def test_the_pipelines_know_no_networks_and_no_configuration():
             assert [other for other in found if other.startswith(("torch.nn", "torchvision", "fire"))] == [], name
 
 
-def test_what_options_need_imports_neither_torch_nor_numba():
+def test_what_options_and_plans_need_imports_neither_torch_nor_numba():
     needed = "fast_spatial.kernels, fast_spatial.config.recipes, fast_spatial.config.cli, fast_spatial.commands, launch"
+    needed += ", fast_spatial.config.budget_policy, fast_spatial.budget.planning, fast_spatial.budget.active_plan"
     code = f"import sys, {needed}; print(sorted({{'torch', 'numba', 'numpy', 'nvidia', 'sklearn'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"

@@ -103,7 +103,7 @@ class Ended:
 
 def simulate(
     config: TrainConfig,
-    pace: TrainingDeadline,
+    deadline: TrainingDeadline,
     step_sec: Callable[[float, int], float],
     *,
     evaluation_sec: float = 0.0,
@@ -114,20 +114,20 @@ def simulate(
     """A training on a simulated clock; `step_sec` takes (time, side), `after` takes the time of the last step."""
     now = 0.0
     timeline = Timeline.of_steps(config.epochs * STEPS_PER_EPOCH)
-    pacemaker = Pacer(pace, config, timeline, STEPS_PER_EPOCH, clock=lambda: now)
+    pacer = Pacer(deadline, config, timeline, STEPS_PER_EPOCH, clock=lambda: now)
     if config.schedule == "linear":
-        timeline.replan(0, pacemaker.first_end(0))
+        timeline.replan(0, pacer.first_end(0))
     done, told = 0, list[NewEnd]()
     while done < timeline.end:
         if done and done % STEPS_PER_EPOCH == 0:
             now += between_sec
             if config.eval_every and (done // STEPS_PER_EPOCH) % config.eval_every == 0:
                 now += evaluation_sec
-                pacemaker.evaluated(evaluation_sec)
+                pacer.evaluated(evaluation_sec)
         side = side_at(config, timeline.progress(done))
         now += step_sec(now, side)
         done += 1
-        told.append(pacemaker.after_step(done, side))
+        told.append(pacer.after_step(done, side))
         heard = told[-1 - lag] if len(told) > lag else NewEnd()
         if heard.end and heard.start < timeline.end:
             timeline.replan(*heard)
@@ -158,19 +158,38 @@ SPEEDS = {
 @pytest.mark.parametrize("speed", SPEEDS)
 def test_the_time_is_kept_whatever_the_speed(speed, lag):
     config = config_of()
-    pace = TrainingDeadline(until=120.0, after_sec=0.0, step_sec={32: 0.1}, evaluation_sec=0.0, interval_sec=1.2)
-    ended = simulate(config, pace, SPEEDS[speed], lag=lag)
+    deadline = TrainingDeadline(until=120.0, after_sec=0.0, step_sec={32: 0.1}, evaluation_sec=0.0, interval_sec=1.2)
+    ended = simulate(config, deadline, SPEEDS[speed], lag=lag)
     assert 118.5 <= ended.at_sec <= 121.0
     assert ended.timeline.progress(ended.steps) == 1.0
     assert lr_at(config, ended.timeline.progress(ended.steps - 1), 0) < 0.06
     assert lr_jumps(config, ended.timeline) < 0.2
 
 
+def drawing() -> str:
+    """A training of 120 s whose steps take three times as long from 60 s on: its planned end, as steps go by."""
+    config = config_of()
+    deadline = TrainingDeadline(until=120.0, after_sec=0.0, step_sec={32: 0.1}, evaluation_sec=0.0, interval_sec=1.2)
+    ended = simulate(config, deadline, SPEEDS["slower from half-way on"])
+    lines = ["| step | second | planned end | progress | learning rate |", "|---:|---:|---:|---:|---:|"]
+    for step in (0, 300, 600, 610, 620, 640, 700, ended.steps):
+        second = 0.1 * min(step, 600) + 0.3 * max(0, step - 600)
+        end = next(segment.end for segment in reversed(ended.timeline.segments) if segment.start <= step)
+        progress = ended.timeline.progress(step)
+        lines.append(f"| {step} | {second:.0f} | {end} | {progress:.2f} | {lr_at(config, progress, 0):.2f} |")
+    return "\n".join(lines)
+
+
+def test_the_document_shows_what_the_pacer_does():
+    text = (Path(__file__).parents[2] / "docs" / "budgets.md").read_text(encoding="utf-8")
+    assert drawing() in text
+
+
 @pytest.mark.parametrize("factor", [0.5, 0.7, 1.5])
 def test_time_for_what_comes_after_is_kept_at_other_speeds_and_the_learning_rate_is_down(factor):
     config = config_of()
-    pace = TrainingDeadline(until=300.0, after_sec=100.0, step_sec={32: 0.1}, evaluation_sec=0.0, interval_sec=3.0)
-    ended = simulate(config, pace, lambda now, side: factor * 0.1)
+    deadline = TrainingDeadline(until=300.0, after_sec=100.0, step_sec={32: 0.1}, evaluation_sec=0.0, interval_sec=3.0)
+    ended = simulate(config, deadline, lambda now, side: factor * 0.1)
     assert ended.at_sec == pytest.approx(300 - max(1.0, factor) * 100, abs=6.0)
     assert ended.timeline.segments[-1].start < ended.timeline.end
     assert lr_at(config, ended.timeline.progress(ended.steps - 1), 0) < 0.02
@@ -179,10 +198,10 @@ def test_time_for_what_comes_after_is_kept_at_other_speeds_and_the_learning_rate
 @pytest.mark.parametrize("speed", [0.5, 1.0, 2.0])
 def test_larger_sides_that_are_to_come_are_reckoned_with(speed):
     config = config_of(start_size="16")
-    pace = TrainingDeadline(
+    deadline = TrainingDeadline(
         until=300.0, after_sec=0.0, step_sec={16: 0.1, 32: 0.4}, evaluation_sec=0.0, interval_sec=3.0
     )
-    ended = simulate(config, pace, lambda now, side: speed * (0.1 if side == 16 else 0.4))
+    ended = simulate(config, deadline, lambda now, side: speed * (0.1 if side == 16 else 0.4))
     assert ended.at_sec == pytest.approx(300.0, abs=2.0)
     # Decisions are right from the start: they use the cost of the remaining sizes, not of the past ones.
     assert ended.steps == pytest.approx(300 / (speed * 0.175), rel=0.03)
@@ -190,7 +209,7 @@ def test_larger_sides_that_are_to_come_are_reckoned_with(speed):
 
 def test_a_long_first_step_at_a_new_side_is_no_slow_down():
     config = config_of(start_size="16")
-    pace = TrainingDeadline(
+    deadline = TrainingDeadline(
         until=100.0, after_sec=0.0, step_sec={16: 0.1, 32: 0.4}, evaluation_sec=0.0, interval_sec=1.0
     )
     seen: set[int] = set()
@@ -200,22 +219,22 @@ def test_a_long_first_step_at_a_new_side_is_no_slow_down():
         seen.add(side)
         return (10.0 if first else 0.0) + (0.1 if side == 16 else 0.4)
 
-    ended = simulate(config, pace, step_sec)
+    ended = simulate(config, deadline, step_sec)
     assert ended.at_sec == pytest.approx(100.0, abs=2.0)
     assert lr_jumps(config, ended.timeline) < 0.05
 
 
 def test_evaluations_between_epochs_are_reckoned_with():
     config = config_of(eval_every="2")
-    pace = TrainingDeadline(until=200.0, after_sec=10.0, step_sec={32: 0.1}, evaluation_sec=10.0, interval_sec=2.0)
-    ended = simulate(config, pace, lambda now, side: 0.1, evaluation_sec=8.0, after=lambda _: 8.0)
+    deadline = TrainingDeadline(until=200.0, after_sec=10.0, step_sec={32: 0.1}, evaluation_sec=10.0, interval_sec=2.0)
+    ended = simulate(config, deadline, lambda now, side: 0.1, evaluation_sec=8.0, after=lambda _: 8.0)
     assert ended.at_sec == pytest.approx(200.0, abs=4.0)
 
 
 def test_what_is_done_between_epochs_is_reckoned_with_from_the_start():
     config = config_of()
-    pace = TrainingDeadline(until=200.0, after_sec=0.0, step_sec={32: 0.1}, evaluation_sec=0.0, interval_sec=2.0)
-    ended = simulate(config, pace, lambda now, side: 0.1, between_sec=0.5)  # to save, say
+    deadline = TrainingDeadline(until=200.0, after_sec=0.0, step_sec={32: 0.1}, evaluation_sec=0.0, interval_sec=2.0)
+    ended = simulate(config, deadline, lambda now, side: 0.1, between_sec=0.5)  # to save, say
     assert ended.at_sec == pytest.approx(200.0, abs=2.0)
     # 23 steps and the final work take 2.8 s; the length is known after some epochs, not only at the end.
     ends = [segment.end for segment in ended.timeline.segments if segment.progress > 0.2]
@@ -224,16 +243,16 @@ def test_what_is_done_between_epochs_is_reckoned_with_from_the_start():
 
 def test_what_comes_after_the_last_step_is_expected_to_be_slower_where_steps_were():
     config = config_of()
-    pace = TrainingDeadline(until=120.0, after_sec=20.0, step_sec={32: 0.1}, evaluation_sec=0.0, interval_sec=1.2)
-    ended = simulate(config, pace, lambda now, side: 0.2, after=lambda _: 40.0)
+    deadline = TrainingDeadline(until=120.0, after_sec=20.0, step_sec={32: 0.1}, evaluation_sec=0.0, interval_sec=1.2)
+    ended = simulate(config, deadline, lambda now, side: 0.2, after=lambda _: 40.0)
     assert ended.at_sec == pytest.approx(120.0, abs=2.0)
 
 
 @pytest.mark.parametrize("lag", [0, 1])
 def test_far_past_its_time_a_training_is_stopped_at_once(lag):
     config = config_of()
-    pace = TrainingDeadline(until=120.0, after_sec=20.0, step_sec={32: 0.1}, evaluation_sec=0.0, interval_sec=1.2)
-    ended = simulate(config, pace, lambda now, side: 0.1 if now < 99 else 4.0, lag=lag)
+    deadline = TrainingDeadline(until=120.0, after_sec=20.0, step_sec={32: 0.1}, evaluation_sec=0.0, interval_sec=1.2)
+    ended = simulate(config, deadline, lambda now, side: 0.1 if now < 99 else 4.0, lag=lag)
     assert ended.steps == ended.timeline.end
     assert ended.timeline.segments[-1].start == ended.timeline.segments[-1].end
     assert ended.at_sec < 120.0
@@ -241,9 +260,9 @@ def test_far_past_its_time_a_training_is_stopped_at_once(lag):
 
 def test_milestones_are_never_moved_only_stopped():
     config = config_of(recipe="digits", lr="0.02")
-    pace = TrainingDeadline(until=200.0, after_sec=0.0, step_sec={32: 0.1}, evaluation_sec=0.0, interval_sec=2.0)
-    assert simulate(config, pace, lambda now, side: 0.1).timeline.segments == [(0, 0.0, 8 * STEPS_PER_EPOCH)]
-    stopped = simulate(config, pace, lambda now, side: 2.0)
+    deadline = TrainingDeadline(until=200.0, after_sec=0.0, step_sec={32: 0.1}, evaluation_sec=0.0, interval_sec=2.0)
+    assert simulate(config, deadline, lambda now, side: 0.1).timeline.segments == [(0, 0.0, 8 * STEPS_PER_EPOCH)]
+    stopped = simulate(config, deadline, lambda now, side: 2.0)
     assert stopped.at_sec == pytest.approx(204.0, abs=2.1)
     assert stopped.timeline.segments[0] == (0, 0.0, 8 * STEPS_PER_EPOCH)
 
@@ -274,7 +293,7 @@ class WorkClock:
         patch.setattr(control, "Pacer", functools.partial(Pacer, clock=lambda: self.now_sec))
 
 
-def pace_of(seconds: float) -> TrainingDeadline:
+def deadline_of(seconds: float) -> TrainingDeadline:
     return TrainingDeadline(
         until=seconds,
         after_sec=1.0,
@@ -287,7 +306,7 @@ def pace_of(seconds: float) -> TrainingDeadline:
 def test_a_run_keeps_its_time_says_how_and_can_be_repeated_to_the_bit(tmp_path, monkeypatch):
     first = small(tmp_path / "first", start_size="16", dtype="float32")
     clock = WorkClock(monkeypatch)
-    train(first, ALONE, pace_of(9.0))
+    train(first, ALONE, deadline_of(9.0))
     assert clock.now_sec == LAST_STEP_SEC
     segments = read_segments(first.out)
     assert len(segments) > 2
@@ -319,13 +338,13 @@ def rank_main(rank: int, port: int, out: Path) -> None:
     world = distributed.start(stall_minutes=2)
     with pytest.MonkeyPatch.context() as patch:
         clock = WorkClock(patch)
-        train(small(out / "paced", start_size="16", dtype="float32"), world, pace_of(9.0))
+        train(small(out / "paced", start_size="16", dtype="float32"), world, deadline_of(9.0))
     if rank == 0:  # which decides
         (out / "paced" / "ended").write_text(str(clock.now_sec))
     with pytest.MonkeyPatch.context() as patch:
         WorkClock(patch)
         # 1,600 steps, which cannot be cut, do not fit.
-        train(small(out / "stopped", recipe="digits", epochs="400", dtype="float32"), world, pace_of(6.0))
+        train(small(out / "stopped", recipe="digits", epochs="400", dtype="float32"), world, deadline_of(6.0))
     distributed.stop()
 
 
