@@ -17,7 +17,6 @@ from fast_spatial.config.modes import DIGITS, row_name
 from fast_spatial.config.rows import requests
 from fast_spatial.config.train import LaunchOptions, TrainConfig
 from fast_spatial.errors import UserError
-from fast_spatial.reporting.report import write_report
 from fast_spatial.reporting.tables import grid_note, published_table, results_table
 from fast_spatial.runtime.files import write_json
 from fast_spatial.runtime.run_files import BEST, CONFIG, EVALUATION, LANDSCAPE, LOG, RESULT, RESULTS, RESULTS_TABLE
@@ -110,6 +109,8 @@ def reproduce(config: ReproduceConfig, rows: list[Row], active: ActivePlan | Non
     if results:
         _write_tables(config, rows, results)
     if results or any((Path(row.train.out) / CONFIG).is_file() for row in rows):
+        from fast_spatial.reporting.report import write_report  # Matplotlib is not needed before
+
         write_report([Path(config.out)], Path(config.out), config.price)
     if failed:
         more = "" if active is None else ", with a larger budget"

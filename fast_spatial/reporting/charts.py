@@ -1,302 +1,343 @@
-"""Charts as SVG text: lines and heat maps, without scripts or other files. Colours follow the page (`STYLE`).
+"""Charts as SVG, drawn by Matplotlib, for a page that colours them and shows the value under the pointer.
 
-A chart is 400 units wide, the width of a phone; pages show several side by side. Lines differ in colour (Okabe and
-Ito's palette for the colour-blind, brighter on a dark page), dashes and marks. Heat maps use cividis.
+Every colour of a chart is one of `COLOURS`, and refers to a CSS variable of the page, so that it follows light and dark
+mode. Text stays text. Only the colours of heat maps are fixed: cividis, for the colour-blind. A chart is `WIDTH` units
+wide, and pages show several side by side. Series differ in colour (Okabe and Ito's palette, darkened), dashes and
+markers.
 """
 
 from __future__ import annotations
 
-import html
+import io
 import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+from xml.etree import ElementTree
 
-WIDTH = 400
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 14, 24, 40
-_PLOT_HEIGHT = 190
-_LEGEND_LINE = 17.0
-# Width of a letter at the charts' font size, in units. It is an upper bound, so that no text is clipped.
-_LETTER = 6.2
+import numpy as np
+from numpy.typing import NDArray
 
-_DASHES = ("", "7 3", "2 3", "9 3 2 3", "12 4", "4 2")
-_MARKS = (
-    "M-3 0a3 3 0 1 0 6 0a3 3 0 1 0 -6 0z",
-    "M-3 -3h6v6h-6z",
-    "M0 -4l3.6 6.6h-7.2z",
-    "M0 -4l4 4l-4 4l-4 -4z",
-    "M0 4l3.6 -6.6h-7.2z",
-    "M-3.5 -1h2.5v-2.5h2v2.5h2.5v2h-2.5v2.5h-2v-2.5h-2.5z",
-)
-STYLES = len(_DASHES)
+from fast_spatial.kernels.host import cache_folder
 
-# cividis at equal steps (Nunez, Anderton, Renslow, PLOS ONE 13:e0199239).
-_CIVIDIS = ((0, 34, 78), (53, 69, 107), (102, 105, 112), (148, 142, 119), (200, 182, 107), (254, 232, 56))
-LEVELS = 20
+# Matplotlib keeps a list of fonts. Its own folder need not be writable, and may hold a user's style. Listing a system's
+# fonts takes seconds, and the text of a chart is drawn by the reader's browser.
+os.environ.setdefault("MPLCONFIGDIR", str(cache_folder() / "matplotlib"))
+os.environ.setdefault("MPL_IGNORE_SYSTEM_FONTS", "1")
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.colors import Colormap, ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-STYLE = """
-svg { display: block; width: 100%; height: auto; font: 11px system-ui, sans-serif; }
-svg text { fill: var(--ink); }
-svg .quiet { fill: var(--quiet); }
-svg .grid { stroke: var(--grid); }
-svg .frame { stroke: var(--quiet); fill: none; }
-svg .line { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
-svg .band { stroke: none; opacity: 0.14; }
-svg .cells { shape-rendering: crispEdges; }
-svg .wrong { fill: #000; }
-:root { --s0: #0072b2; --s1: #c84e00; --s2: #008a64; --s3: #a8468c; --s4: #8a6a00; --s5: #5a55c8; }
-@media (prefers-color-scheme: dark) {
-  :root { --s0: #56b4e9; --s1: #ff8f52; --s2: #2fcfa0; --s3: #e79fcb; --s4: #e6c229; --s5: #aaa6ff; }
+WIDTH, HEIGHT = 320, 220
+# Left, bottom, right and top margins of a chart in units.
+_MARGINS = (40, 36, 8, 20)
+_FONT = 11
+_MAP_HEIGHT = 166
+
+# CSS variables of report.css. The values are placeholders: no other colour may equal them.
+SERIES_COLOURS = ("#0072b2", "#c84e00", "#008a64", "#a8468c", "#8a6a00", "#5a55c8")
+_INK, _QUIET, _GRID, _LOSS = "#1b1d21", "#5c6068", "#e6e8eb", "#3a6ea5"
+COLOURS = {
+    **{value: f"--s{i}" for i, value in enumerate(SERIES_COLOURS)},
+    **{_INK: "--ink", _QUIET: "--quiet", _GRID: "--grid", _LOSS: "--loss"},
 }
-"""
+_DASHES = ("-", (0, (4, 1.6)), (0, (1.2, 1.6)), (0, (5, 1.6, 1.2, 1.6)), (0, (7, 2)), (0, (2.4, 1.2)))
+_LOOKS: list[dict[str, Any]] = [
+    {"color": colour, "linestyle": dash, "marker": marker, "markeredgewidth": 0, "clip_on": False}
+    for colour, dash, marker in zip(SERIES_COLOURS, _DASHES, "os^DvP")
+]
+STYLES = len(_LOOKS)
+COLOUR_MAP = "cividis"
+# Of what is judged wrong; in report.css, too.
+SHADE = "#e58a1f80"
+
+_SETTINGS: dict[Any, Any] = {
+    **{"svg.fonttype": "none", "svg.hashsalt": "fast_spatial", "figure.facecolor": "none"},
+    **{"font.size": _FONT, "axes.titlesize": _FONT, "axes.labelsize": _FONT, "text.color": _INK},
+    **{"axes.facecolor": "none", "axes.edgecolor": _QUIET, "axes.labelcolor": _QUIET, "axes.titlecolor": _QUIET},
+    **{"axes.titlelocation": "left", "axes.titlepad": 7, "axes.titley": 1.0, "axes.labelpad": 3, "axes.linewidth": 1},
+    **{"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "axes.xmargin": 0.02},
+    **{"xtick.color": _QUIET, "xtick.labelcolor": _INK, "ytick.labelcolor": _INK, "ytick.major.size": 0},
+    **{"grid.color": _GRID, "grid.linewidth": 1, "lines.linewidth": 1.7, "lines.markersize": 4.5},
+}
+
+
+class Values(NamedTuple):
+    """Texts for the pointer: the nearest column and row within a box. Places are fractions of the picture.
+
+    Attributes:
+        box: left, top, right, bottom.
+        xs: the middle of each column, from the left.
+        ys: the middle of each row, from the top.
+        columns: a text for each column.
+        rows: a text for each row.
+        texts: a text for each row and column.
+
+    """
+
+    box: tuple[float, float, float, float]
+    xs: list[float]
+    ys: list[float]
+    columns: Sequence[str]
+    rows: Sequence[str]
+    texts: Sequence[Sequence[str]]
+
+
+class Chart(NamedTuple):
+    """A picture, and the values that the page shows under the pointer."""
+
+    svg: str
+    values: Values
 
 
 @dataclass(frozen=True)
 class Series:
-    """One line: its points (x, y), by rising x, and optionally a band: the limits (low, high) of each point.
-
-    Series of the same style share one entry of the legend.
-    """
+    """Values by rising x, optionally each with its limits (low, high). Series of one row have one style."""
 
     name: str
-    points: Sequence[tuple[float, float]]
     style: int
-    band: Sequence[tuple[float, float]] = field(default=())
+    xs: Sequence[float]
+    ys: Sequence[float]
+    limits: Sequence[tuple[float, float]] = ()
+
+    @property
+    def look(self) -> dict[str, Any]:
+        """Matplotlib's options of the line and its markers."""
+        return _LOOKS[self.style % STYLES]
 
 
-def line_chart(
-    title: str,
-    x_label: str,
-    y_label: str,
-    series: Sequence[Series],
-    *,
-    x_ticks: Sequence[float] | None = None,
-    y_range: tuple[float, float] | None = None,
-) -> str:
-    """Lines over one pair of axes; labels hold the units.
+class AxesText(NamedTuple):
+    """Texts of the axes, with units: below the x axis, above the y axis, and of an x value with "{}" for its number."""
 
-    Args:
-        title: text for screen readers; the page shows the caption beside the chart.
-        x_label: below the axis.
-        y_label: above the axis.
-        series: at least one, with at least one point.
-        x_ticks: by default round numbers.
-        y_range: range of the y axis; by default that of the values.
-
-    """
-    xs = [x for one in series for x, _ in one.points]
-    ys = [y for one in series for _, y in one.points if math.isfinite(y)]
-    x_axis = _Axis(min(xs), max(xs), _LEFT, WIDTH - _RIGHT)
-    y_low, y_high = y_range or _around(min(ys, default=0.0), max(ys, default=1.0))
-    y_axis = _Axis(y_low, y_high, _TOP + _PLOT_HEIGHT, _TOP)
-    legend, legend_height = _legend(series, _TOP + _PLOT_HEIGHT + _BOTTOM)
-    parts = [_axes(x_axis, y_axis, x_label, y_label, ticks(x_axis.low, x_axis.high, 6) if x_ticks is None else x_ticks)]
-    for one in series:
-        if one.band:
-            edge = [(x, high) for (x, _), (_, high) in zip(one.points, one.band)]
-            edge += [(x, low) for (x, _), (low, _) in reversed(list(zip(one.points, one.band)))]
-            parts.append(f'<path class="band" fill="var(--s{one.style % STYLES})" d="{_path(edge, x_axis, y_axis)}z"/>')
-    for one in series:
-        parts.append(_stroke(one.style, _path(one.points, x_axis, y_axis)))
-        every = max(1, math.ceil(len(one.points) / 12))
-        shown = [p for i, p in enumerate(one.points) if (len(one.points) - 1 - i) % every == 0 and math.isfinite(p[1])]
-        parts += [_mark(one.style, x_axis.at(x), y_axis.at(y)) for x, y in shown]
-    return _svg(title, _TOP + _PLOT_HEIGHT + _BOTTOM + legend_height, [*parts, legend])
+    x: str
+    y: str
+    x_value: str
 
 
 @dataclass(frozen=True)
 class Scale:
-    """The colour scale, from `low` to `high` in `LEVELS` steps. Values outside get the nearest end's colour."""
+    """A range of values, shared by the charts that are compared. Values above `high` are shown as `high`."""
 
-    low: float
     high: float
     label: str
     clipped: bool = False
 
-    def level(self, value: float) -> int:
-        """The step of a value."""
-        share = (value - self.low) / (self.high - self.low) if self.high > self.low else 0.0
-        return min(LEVELS - 1, max(0, int(share * LEVELS)))
+
+def scale_of(values: Sequence[NDArray[np.floating]], label: str) -> Scale:
+    """A scale from 0 to the 98th percentile of all values, rounded up."""
+    flat = np.concatenate([one.ravel() for one in values])
+    highest = max(float(np.percentile(flat, 98)), 0.01)
+    power = 10.0 ** math.floor(math.log10(highest))
+    high = next(power * m for m in (1, 1.5, 2, 3, 4, 6, 8, 10) if power * m >= highest * 0.999)
+    return Scale(high, label, clipped=bool(flat.max() > high))
 
 
-def heat_map(
-    title: str,
-    x_label: str,
-    y_label: str,
-    values: Sequence[Sequence[float]],
-    scale: Scale,
-    *,
-    x_ticks: Sequence[tuple[float, str]],
-    y_ticks: Sequence[tuple[float, str]],
-    row_height: float,
-    marked: Sequence[tuple[int, int]] = (),
-    rows_per_group: int = 0,
-) -> str:
-    """Cells coloured by value, the first row on top.
+def lines(title: str, text: AxesText, series: Sequence[Series], y_range: tuple[float, float] | None = None) -> Chart:
+    """Lines over numbers; limits become bands.
 
     Args:
-        title: text for screen readers.
-        x_label: below the axis.
-        y_label: above the axis.
-        values: rows of cells.
-        scale: the colour scale; drawn below as a bar.
-        x_ticks: (column, text); column 0 is the middle of the first cell.
-        y_ticks: (row, text), likewise.
-        row_height: height of a row in units.
-        marked: (row, column) of cells that get a dot.
-        rows_per_group: number of rows between separating lines; 0: no lines.
+        title: for screen readers; the page shows the caption beside the chart.
+        text: texts of the axes.
+        series: at least one, with at least one finite value.
+        y_range: by default that of the values.
 
     """
-    rows, columns = len(values), len(values[0])
-    width, bottom = (WIDTH - _LEFT - _RIGHT) / columns, _TOP + rows * row_height
-    cells: dict[int, list[str]] = {}
-    for r, row in enumerate(values):
-        top, below = _n(_TOP + r * row_height), _n(_TOP + (r + 1) * row_height)
-        # Neighbours of one colour share a rectangle, which saves space. Edges are absolute, so that no gaps remain.
-        levels = [scale.level(value) for value in row]
-        for level, neighbours in itertools.groupby(range(columns), key=levels.__getitem__):
-            run = list(neighbours)
-            start, end = _n(_LEFT + run[0] * width), _n(_LEFT + (run[-1] + 1) * width)
-            cells.setdefault(level, []).append(f"M{start} {top}H{end}V{below}H{start}z")
-    parts = [
-        f'<path class="cells" fill="{colour(level)}" d="{"".join(paths)}"/>' for level, paths in sorted(cells.items())
-    ]
-    dots = [f"M{_n(_LEFT + (c + 0.5) * width - 1)} {_n(_TOP + (r + 0.5) * row_height - 1)}h2v2h-2z" for r, c in marked]
-    if dots:
-        parts.append(f'<path class="wrong" d="{"".join(dots)}"/>')
-    for r in range(rows_per_group, rows, rows_per_group) if rows_per_group else ():
-        y = _n(_TOP + r * row_height)
-        parts.append(f'<line x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y}" y2="{y}" stroke="#fff" stroke-width="1.5"/>')
-    parts.append(
-        f'<rect class="frame" x="{_LEFT}" y="{_TOP}" width="{WIDTH - _LEFT - _RIGHT}" '
-        f'height="{_n(rows * row_height)}"/>'
-    )
-    parts += [_text(_LEFT + (c + 0.5) * width, bottom + 14, text, "middle") for c, text in x_ticks]
-    parts += [_text(_LEFT - 5, _TOP + (r + 0.5) * row_height + 4, text, "end") for r, text in y_ticks]
-    parts.append(_text((_LEFT + WIDTH - _RIGHT) / 2, bottom + 30, x_label, "middle", quiet=True))
-    parts.append(_text(4, 14, y_label, "start", quiet=True))
-    return _svg(title, bottom + 76, [*parts, _colour_bar(scale, bottom + 44)])
+    with _drawing(HEIGHT) as (figure, axes):
+        for one in series:
+            axes.plot(one.xs, one.ys, **one.look, markevery=math.ceil(len(one.xs) / 16))
+            if one.limits:
+                low, high = np.transpose(one.limits)
+                axes.fill_between(one.xs, low, high, color=one.look["color"], alpha=0.14, linewidth=0, clip_on=False)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
+        _label(axes, text, y_range)
+        xs = sorted({x for one in series for x in one.xs})
+        return Chart(_svg(figure, title), _values_at(axes, text, xs, xs, series))
 
 
-def colour(level: int) -> str:
-    """The colour of a level from 0 to LEVELS - 1, as "#rrggbb"."""
-    place = level / (LEVELS - 1) * (len(_CIVIDIS) - 1)
-    below = min(int(place), len(_CIVIDIS) - 2)
-    mixed = [a + (b - a) * (place - below) for a, b in zip(_CIVIDIS[below], _CIVIDIS[below + 1])]
-    return "#" + "".join(f"{round(value):02x}" for value in mixed)
+def dots(title: str, text: AxesText, series: Sequence[Series], y_range: tuple[float, float]) -> Chart:
+    """Points and their limits over a few x values, which are the same for all series: beside each other, not joined."""
+    with _drawing(HEIGHT) as (figure, axes):
+        xs = series[0].xs
+        middles = np.arange(len(xs))
+        beside = np.linspace(-0.25, 0.25, len(series)) if len(series) > 1 else [0.0]
+        for shift, one in zip(beside, series):
+            look = {**one.look, "linestyle": "none", "elinewidth": 1.7, "markersize": 5.5}
+            axes.errorbar(middles + shift, one.ys, yerr=np.abs(np.transpose(one.limits) - one.ys), **look)
+        axes.set_xticks(middles, [f"{x:.3g}" for x in xs])
+        axes.set_xlim(-0.5, len(xs) - 0.5)
+        _label(axes, text, y_range)
+        return Chart(_svg(figure, title), _values_at(axes, text, xs, middles.tolist(), series))
 
 
-def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers from `low` to `high`, steps of 1, 2 or 5 times a power of ten."""
-    if not high > low:
-        return [low]
-    raw = (high - low) / about
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(power * m for m in (1, 2, 5, 10) if power * m >= raw * 0.999)
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [i * step for i in range(first, last + 1)]
+class Cells(NamedTuple):
+    """One axis of cells: its label with unit, the number shown at each cell, and each cell's name for the pointer."""
+
+    label: str
+    numbers: Sequence[str]
+    names: Sequence[str]
 
 
-@dataclass(frozen=True)
-class _Axis:
-    """Maps values to coordinates on the page."""
-
-    low: float
-    high: float
-    start: float
-    end: float
-
-    def at(self, value: float) -> float:
-        share = (value - self.low) / (self.high - self.low) if self.high > self.low else 0.5
-        return self.start + share * (self.end - self.start)
+def heat_map(title: str, values: NDArray[np.floating], scale: Scale, columns: Cells, rows: Cells) -> Chart:
+    """Cells [rows, columns] coloured by value, the first row on top; `title` is for screen readers."""
+    with _drawing(_MAP_HEIGHT) as (figure, axes):
+        across, down = (np.arange(len(cells.numbers)) + 0.5 for cells in (columns, rows))
+        _colour(axes, values, COLOUR_MAP, scale.high)
+        axes.set(xlabel=columns.label, title=rows.label)
+        axes.set_xticks(across[::5], columns.numbers[::5])
+        axes.set_yticks(down, rows.numbers)
+        texts = [[_with_unit(scale.label, value) for value in row] for row in values.tolist()]
+        return Chart(_svg(figure, title), Values(*_places(axes, across, down), columns.names, rows.names, texts))
 
 
-def _around(low: float, high: float) -> tuple[float, float]:
-    """The range of the values with a margin above and below; it starts at 0 if the values come near 0."""
-    room = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
-    return (0.0 if 0 <= low < (high - low) else low - room), high + room
+def profiles(
+    title: str, loss: NDArray[np.floating], wrong: NDArray[np.bool_], scale: Scale, columns: Cells, rows: Cells
+) -> Chart:
+    """A panel per cell: the loss as a curve over equally spaced positions, shaded where the prediction is wrong.
+
+    Args:
+        title: for screen readers.
+        loss: [rows, columns, positions].
+        wrong: likewise.
+        scale: from the bottom to the top of a panel.
+        columns: labels of the panels; their names are those of all positions, panel after panel.
+        rows: labels of the panels, the first row on top.
+
+    """
+    with _drawing(HEIGHT) as (figure, axes):
+        down, across, positions = loss.shape
+        _colour(axes, wrong.reshape(down, -1), ListedColormap(["none", SHADE]), 1, width=across)
+        x = np.arange(across)[:, None] + (np.arange(positions) + 0.5) / positions
+        y = np.arange(1, down + 1)[:, None, None] - 0.06 - 0.88 * np.minimum(loss / scale.high, 1)
+        # A NaN after each panel interrupts the line.
+        gapped = [np.pad(one, ((0, 0), (0, 0), (0, 1)), constant_values=np.nan) for one in (x + 0 * y, y)]
+        axes.plot(*(one.ravel() for one in gapped), color=_LOSS, linewidth=1.3, clip_on=False)
+        axes.vlines(range(across + 1), 0, down, color=_GRID, linewidth=1.5)
+        axes.hlines(range(down + 1), 0, across, color=_GRID, linewidth=1.5)
+        axes.set(xlabel=columns.label, title=rows.label)
+        axes.set_xticks(np.arange(across) + 0.5, columns.numbers)
+        axes.set_yticks(np.arange(down) + 0.5, rows.numbers)
+        axes.tick_params(length=0)
+        shown = zip(loss.reshape(down, -1).tolist(), wrong.reshape(down, -1).tolist())
+        texts = [[_with_unit(scale.label, v) + ", wrong" * is_wrong for v, is_wrong in zip(*row)] for row in shown]
+        places = _places(axes, x.ravel(), np.arange(down) + 0.5)
+        return Chart(_svg(figure, title), Values(*places, columns.names, rows.names, texts))
 
 
-def _axes(x: _Axis, y: _Axis, x_label: str, y_label: str, x_ticks: Sequence[float]) -> str:
-    parts = []
-    for value in ticks(y.low, y.high):
-        place = _n(y.at(value))
-        parts.append(f'<line class="grid" x1="{_n(x.start)}" x2="{_n(x.end)}" y1="{place}" y2="{place}"/>')
-        parts.append(_text(x.start - 6, y.at(value) + 4, f"{value:g}", "end"))
-    for value in x_ticks:
-        place = _n(x.at(value))
-        parts.append(f'<line class="frame" x1="{place}" x2="{place}" y1="{_n(y.start)}" y2="{_n(y.start + 4)}"/>')
-        parts.append(_text(x.at(value), y.start + 16, f"{value:g}", "middle"))
-    parts.append(f'<path class="frame" d="M{_n(x.start)} {_n(y.end)}V{_n(y.start)}H{_n(x.end)}"/>')
-    parts.append(_text((x.start + x.end) / 2, y.start + 32, x_label, "middle", quiet=True))
-    parts.append(_text(4, 14, y_label, "start", quiet=True))
-    return "".join(parts)
+def key(style: int) -> str:
+    """A legend's picture of a series."""
+    with _drawing(12, width=34, margins=(0, 0, 0, 0)) as (figure, axes):
+        axes.plot([0, 0.5, 1], [0, 0, 0], **Series("", style, (), ()).look, markevery=[1])
+        axes.set_axis_off()
+        return _svg(figure, "")
 
 
-def _legend(series: Sequence[Series], top: float) -> tuple[str, float]:
-    """The legend's entries, wrapped into lines; and their height."""
-    names = {one.style: one.name for one in reversed(series)}
-    parts, x, y = [], float(_LEFT), top + 12
-    for style, name in sorted(names.items()):
-        width = 34 + _LETTER * len(name) + 12
-        if x > _LEFT and x + width > WIDTH:
-            x, y = float(_LEFT), y + _LEGEND_LINE
-        parts.append(_stroke(style, f"M{_n(x)} {_n(y - 4)}h28") + _mark(style, x + 14, y - 4))
-        parts.append(_text(x + 34, y, name, "start"))
-        x += width
-    return "".join(parts), y - top + 8
+def colour_bar(scale: Scale) -> str:
+    """A legend's picture of a scale's colours."""
+    with _drawing(26, width=170, margins=(16, 16, 16, 0)) as (figure, axes):
+        _colour(axes, np.arange(256)[None], COLOUR_MAP, 255)
+        high = f"{'≥ ' if scale.clipped else ''}{scale.high:.3g}"
+        axes.set_xticks([0, 128, 256], ["0", f"{scale.high / 2:.3g}", high])
+        axes.set_yticks([])
+        axes.spines[:].set_visible(False)
+        return _svg(figure, scale.label)
 
 
-def _colour_bar(scale: Scale, top: float) -> str:
-    width = (WIDTH - _LEFT - _RIGHT) * 0.5
-    parts = [
-        f'<rect x="{_n(_LEFT + i * width / LEVELS)}" y="{_n(top)}" width="{_n(width / LEVELS + 0.3)}" height="9" '
-        f'fill="{colour(i)}"/>'
-        for i in range(LEVELS)
-    ]
-    for share in (0.0, 0.5, 1.0):
-        text = f"{scale.low + share * (scale.high - scale.low):.3g}"
-        text = f"≥ {text}" if share == 1 and scale.clipped else text
-        parts.append(_text(_LEFT + share * width, top + 22, text, "middle"))
-    parts.append(_text(_LEFT + width + 14, top + 9, scale.label, "start", quiet=True))
-    return "".join(parts)
+@contextmanager
+def _drawing(
+    height: float, width: float = WIDTH, margins: tuple[float, float, float, float] = _MARGINS
+) -> Iterator[tuple[Figure, Axes]]:
+    """A figure of this size in units, with one pair of axes, under our settings instead of the user's."""
+    left, bottom, right, top = margins
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_SETTINGS)
+        figure = Figure(figsize=(width / 72, height / 72))
+        inner = ((width - left - right) / width, (height - bottom - top) / height)
+        yield figure, figure.add_axes((left / width, bottom / height, *inner))
 
 
-def _stroke(style: int, path: str) -> str:
-    dash = _DASHES[style % STYLES]
-    dashed = f' stroke-dasharray="{dash}"' if dash else ""
-    return f'<path class="line" stroke="var(--s{style % STYLES})"{dashed} d="{path}"/>'
+def _label(axes: Axes, text: AxesText, y_range: tuple[float, float] | None) -> None:
+    axes.set_xlabel(text.x)
+    axes.set_title(text.y)
+    axes.grid(axis="y")
+    if y_range is not None:
+        axes.set_ylim(*y_range)
+    elif 0 <= axes.dataLim.y0 < axes.dataLim.height:
+        axes.set_ylim(bottom=0)
 
 
-def _mark(style: int, x: float, y: float) -> str:
-    shape = _MARKS[style % STYLES]
-    return f'<path class="mark" fill="var(--s{style % STYLES})" transform="translate({_n(x)} {_n(y)})" d="{shape}"/>'
+def _values_at(
+    axes: Axes, text: AxesText, xs: Sequence[float], places: Sequence[float], series: Sequence[Series]
+) -> Values:
+    """One column of the pointer's texts for each x, drawn at its place: the values of all series there."""
+    found = []
+    for at in xs:
+        here: dict[str, list[str]] = {}
+        for one in series:
+            every: Iterable[Sequence[float]] = one.limits or itertools.repeat(())
+            for x, y, limits in zip(one.xs, one.ys, every):
+                if x == at and math.isfinite(y):
+                    here.setdefault(one.name, []).append(_with_unit(text.y, y, *limits))
+        found.append("\n".join(f"{name}: {', '.join(values)}" for name, values in here.items()))
+    columns = [text.x_value.format(f"{x:.4g}") for x in xs]
+    return Values(*_places(axes, places, axes.get_ylim()[:1]), columns, [""], [found])
 
 
-def _path(points: Sequence[tuple[float, float]], x: _Axis, y: _Axis) -> str:
-    """A line through the points, with a gap at every NaN."""
-    found, pen = [], "M"
-    for px, py in points:
-        if not math.isfinite(py):
-            pen = "M"
-            continue
-        found.append(f"{pen}{_n(x.at(px))} {_n(y.at(py))}")
-        pen = "L"
-    return "".join(found)
+def _colour(
+    axes: Axes, values: NDArray[Any], colour_map: str | Colormap, high: float, width: float | None = None
+) -> None:
+    """Fill the axes with cells, the first row on top: of unit height, and of unit width unless another is given."""
+    # Viewers of PDF files may blur an enlarged image by a pixel: here by a tenth of a cell.
+    cells = np.kron(values, np.ones((10, 10)))
+    corners = (0, width or values.shape[1], values.shape[0], 0)
+    axes.imshow(cells, colour_map, vmin=0, vmax=high, extent=corners, aspect="auto", interpolation="none")
 
 
-def _text(x: float, y: float, text: str, anchor: str, *, quiet: bool = False) -> str:
-    kind = ' class="quiet"' if quiet else ""
-    return f'<text x="{_n(x)}" y="{_n(y)}" text-anchor="{anchor}"{kind}>{html.escape(text)}</text>'
+def _with_unit(label: str, value: float, *limits: float) -> str:
+    """A value and its limits, with the unit at the label's end."""
+    unit = label.rpartition(", ")[2]
+    shown = [f"{one:.1f}" if unit == "%" else f"{one:.3f}" for one in (value, *limits)]
+    return f"{shown[0]}{f' [{shown[1]}, {shown[2]}]' if limits else ''} {unit}"
 
 
-def _svg(title: str, height: float, parts: Sequence[str]) -> str:
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {_n(height)}" role="img">'
-        f"<title>{html.escape(title)}</title>{''.join(parts)}</svg>"
-    )
+def _places(
+    axes: Axes, xs: Sequence[float] | NDArray[np.floating], ys: Sequence[float] | NDArray[np.floating]
+) -> tuple[tuple[float, float, float, float], list[float], list[float]]:
+    """The axes' box, and these values' places, in fractions of the picture from its top left."""
+    box = axes.get_position()
+    to_figure = axes.transData + axes.figure.transFigure.inverted()
+    across = to_figure.transform([(x, axes.get_ylim()[0]) for x in xs])[:, 0]
+    down = 1 - to_figure.transform([(axes.get_xlim()[0], y) for y in ys])[:, 1]
+    left, top, right, bottom = np.round([box.x0, 1 - box.y1, box.x1, 1 - box.y0], 4).tolist()
+    return (left, top, right, bottom), across.round(4).tolist(), down.round(4).tolist()
 
 
-def _n(value: float) -> str:
-    """A coordinate, to a tenth."""
-    return f"{value:.1f}".removesuffix(".0")
+_LONG_NUMBER = re.compile(r"(-?\d+\.\d)\d+")
+_SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
+ElementTree.register_namespace("", _SVG)
+ElementTree.register_namespace("xlink", _XLINK)
+
+
+def _svg(figure: Figure, title: str) -> str:
+    """The figure as an element of a page: with the page's colours and font, short numbers, and no ids of its own."""
+    file = io.StringIO()
+    figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    root = ElementTree.fromstring(file.getvalue())
+    root.remove(root[0])  # a style for all of a document
+    for element in root.iter():
+        if re.fullmatch(r"[\w.]+_\d+", element.get("id", "")):  # a part's name; what is referred to has another form
+            del element.attrib["id"]
+        for name in {"d", "x", "y", "width", "height"} & element.attrib.keys():
+            element.set(name, _LONG_NUMBER.sub(r"\1", " ".join(element.attrib[name].split())))
+        style = re.sub(r"font(-family)?: [^;]*'[^;]*", f"font-size: {_FONT}px", element.get("style", ""))
+        if style:
+            element.set("style", re.sub(r"#\w{6}", lambda found: f"var({COLOURS[found[0]]})", style))
+        element.text, element.tail = (text if (text or "").strip() else None for text in (element.text, element.tail))
+    root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": title}
+    return ElementTree.tostring(root, encoding="unicode")

@@ -6,24 +6,24 @@ Texts may contain `code`, and limits of intervals in [brackets], which are kept 
 from __future__ import annotations
 
 import base64
-import html
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
-from fast_spatial.reporting.charts import STYLE as CHART_STYLE
-from fast_spatial.reporting.statistics import Interval
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from fast_spatial.reporting.charts import Chart
 from fast_spatial.runtime.text import aligned
-
-# The placeholder of a missing number.
-DASH = "–"
 
 
 @dataclass(frozen=True)
 class Text:
     """A paragraph."""
 
+    kind: ClassVar = "text"
     text: str
 
 
@@ -34,6 +34,7 @@ class Table:
     Rows whose first cell begins with a space belong to the row above.
     """
 
+    kind: ClassVar = "table"
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
     text_columns: int = 1
@@ -43,6 +44,7 @@ class Table:
 class Code:
     """Lines for a terminal."""
 
+    kind: ClassVar = "code"
     text: str
 
 
@@ -51,14 +53,26 @@ class Figure:
     """A chart and its caption."""
 
     caption: str
-    svg: str
+    chart: Chart
+
+
+@dataclass(frozen=True)
+class LegendEntry:
+    """What a line, a colour or a scale stands for: an SVG picture, or the name of a CSS class that colours a patch."""
+
+    text: str
+    svg: str = ""
+    patch: str = ""
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Charts side by side where there is room."""
+    """Charts, in so many columns where there is room, under one legend."""
 
+    kind: ClassVar = "figures"
     figures: Sequence[Figure]
+    columns: int
+    legend: Sequence[LegendEntry]
 
 
 @dataclass(frozen=True)
@@ -73,6 +87,7 @@ class Card:
 class Pictures:
     """Cards side by side where there is room."""
 
+    kind: ClassVar = "pictures"
     title: str
     cards: Sequence[Card]
 
@@ -89,19 +104,17 @@ class Section:
 
 
 def to_html(title: str, sections: Sequence[Section]) -> str:
-    """One self-contained HTML page."""
-    contents = "".join(f'<a href="#{_anchor(s.title)}">{_inline(s.title)}</a>' for s in sections)
-    body = "".join(
-        f'<section id="{_anchor(s.title)}"><h2>{_inline(s.title)}</h2>{"".join(map(_block_html, s.blocks))}</section>\n'
-        for s in sections
+    """One self-contained HTML page, from the template, the style and the script in templates/."""
+    environment = Environment(
+        loader=PackageLoader("fast_spatial.reporting"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    return (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<meta name="color-scheme" content="light dark">\n<title>{html.escape(title)}</title>\n'
-        f"<style>{_STYLE}{CHART_STYLE}</style>\n</head>\n<body>\n<header><h1>{_inline(title)}</h1>"
-        f"<nav>{contents}</nav></header>\n<main>\n{body}</main>\n</body>\n</html>\n"
-    )
+    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "separators": (",", ":")}
+    environment.filters |= {"inline": _inline, "anchor": _anchor, "jpeg": _jpeg}
+    return environment.get_template("report.html").render(title=title, sections=sections)
 
 
 def to_markdown(title: str, sections: Sequence[Section]) -> str:
@@ -112,45 +125,6 @@ def to_markdown(title: str, sections: Sequence[Section]) -> str:
         for block in section.blocks:
             lines += ["", _block_markdown(block)]
     return "\n".join(lines) + "\n"
-
-
-def percent(interval: Interval | None) -> str:
-    """A share in percent with its limits: "71.3 [70.9, 71.7]"."""
-    if interval is None:
-        return DASH
-    value, low, high = (f"{100 * v:.1f}" for v in interval)
-    return f"{value} [{low}, {high}]"
-
-
-def points(interval: Interval | None) -> str:
-    """A difference of shares in percentage points, with its limits, all with signs."""
-    if interval is None:
-        return DASH
-    value, low, high = (signed(100 * v, ".1f", plus=True) for v in interval)
-    return f"{value} [{low}, {high}]"
-
-
-def signed(value: float, layout: str = ".3g", *, plus: bool = False) -> str:
-    """A number with a typographic minus sign; a number that is shown as zero has no sign."""
-    text = format(abs(value), layout)
-    if float(text) == 0:
-        return text
-    return f"{'−' if value < 0 else '+' if plus else ''}{text}"
-
-
-def _block_html(block: Block) -> str:
-    match block:
-        case Text(text):
-            return f"<p>{_inline(text)}</p>"
-        case Code(text):
-            return f"<pre><code>{html.escape(text)}</code></pre>"
-        case Table():
-            return _table_html(block)
-        case Figures(figures):
-            shown = (f"<figure><figcaption>{_inline(f.caption)}</figcaption>{f.svg}</figure>" for f in figures)
-            return f'<div class="figures">{"".join(shown)}</div>'
-        case Pictures(title, cards):
-            return f'<h3>{_inline(title)}</h3><div class="cards">{"".join(map(_card_html, cards))}</div>'
 
 
 def _block_markdown(block: Block) -> str:
@@ -168,88 +142,14 @@ def _block_markdown(block: Block) -> str:
             return "\n".join([f"{title} (pictures in report.html):", "", *(f"- {card.caption}" for card in cards)])
 
 
-def _table_html(table: Table) -> str:
-    def cells(row: Sequence[str], tag: str) -> str:
-        kinds = ("" if i < table.text_columns else ' class="number"' for i in range(len(row)))
-        heads = (f' data-head="{html.escape(head)}"' if tag == "td" else "" for head in table.head)
-        return "".join(
-            f'<{tag}{kind}{head}><span class="cell">{_inline(cell.strip())}</span></{tag}>'
-            for cell, kind, head in zip(row, kinds, heads)
-        )
-
-    body = "".join(
-        f"<tr{' class=below' if row[0].startswith(' ') else ''}>{cells(row, 'td')}</tr>" for row in table.rows
-    )
-    head = f"<thead><tr>{cells(table.head, 'th')}</tr></thead>"
-    return f'<div class="scroll"><table>{head}<tbody>{body}</tbody></table></div>'
-
-
-def _card_html(card: Card) -> str:
-    pictures = "".join(
-        f'<img src="data:image/jpeg;base64,{base64.b64encode(path.read_bytes()).decode()}" alt="{html.escape(alt)}">'
-        for path, alt in card.pictures
-    )
-    return f"<figure>{pictures}<figcaption>{_inline(card.caption)}</figcaption></figure>"
-
-
-def _inline(text: str) -> str:
-    escaped = html.escape(text, quote=False)
-    escaped = re.sub(r"`([^`]+)`", r"<code>\1</code>", escaped)
-    return re.sub(r"\[[^\]]*\]", lambda m: f'<span class="interval">{m[0]}</span>', escaped)
+def _inline(text: str) -> Markup:
+    marked = re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text)))
+    return Markup(re.sub(r"\[[^\]]*\]", r'<span class="interval">\g<0></span>', marked))
 
 
 def _anchor(title: str) -> str:
     return re.sub(r"\W+", "-", title.lower()).strip("-")
 
 
-_STYLE = """
-:root { color-scheme: light dark; --page: #fff; --ink: #1b1d21; --quiet: #5c6068; --grid: #e6e8eb; --panel: #f5f6f8; }
-@media (prefers-color-scheme: dark) {
-  :root { --page: #14161a; --ink: #e6e8eb; --quiet: #a4a9b2; --grid: #30343b; --panel: #1d2026; }
-}
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1240px; padding: 1.2rem clamp(0.8rem, 3vw, 2.4rem) 4rem; background: var(--page);
-  color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.6rem; line-height: 1.25; margin: 0.4rem 0 0.8rem; }
-h2 { font-size: 1.2rem; margin: 2.6rem 0 0.6rem; padding-top: 0.8rem; border-top: 1px solid var(--grid); }
-h3 { font-size: 1rem; margin: 1.4rem 0 0.4rem; }
-p { max-width: 76ch; margin: 0.6rem 0; overflow-wrap: break-word; }
-a { color: inherit; }
-nav { display: flex; flex-wrap: wrap; gap: 0.2rem 1.1rem; font-size: 0.9rem; }
-code { font-size: 0.9em; overflow-wrap: anywhere; }
-pre { background: var(--panel); padding: 0.7rem 0.9rem; border-radius: 6px; }
-pre code { white-space: pre-wrap; }
-.scroll { overflow-x: auto; margin: 0.8rem 0; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.92rem; }
-th, td { padding: 0.24rem 0.7rem 0.24rem 0; text-align: left; vertical-align: top; }
-th { border-bottom: 1.5px solid var(--quiet); font-weight: 600; vertical-align: bottom; }
-td { border-top: 1px solid var(--grid); }
-tr.below td { border-top: none; color: var(--quiet); padding-top: 0; }
-tr.below td:first-child { padding-left: 1rem; }
-.number { text-align: right; }
-.interval { white-space: nowrap; color: var(--quiet); font-size: 0.92em; }
-.figures > figure { display: flex; flex-direction: column; justify-content: flex-end; }
-.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 350px), 1fr)); gap: 1.4rem 1.6rem;
-  margin: 1rem 0; }
-figure { margin: 0; min-width: 0; }
-figcaption { font-size: 0.9rem; line-height: 1.35; margin-bottom: 0.2rem; }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(158px, 1fr)); gap: 1rem; margin: 0.6rem 0; }
-.cards img { width: calc(50% - 2px); image-rendering: auto; vertical-align: top; background: #000; }
-.cards img + img { margin-left: 4px; }
-.cards figcaption { margin-top: 0.25rem; font-size: 0.82rem; }
-@media (max-width: 640px) {
-  body { font-size: 14px; }
-  .scroll { overflow-x: visible; }
-  table, tbody { display: block; }
-  thead { display: none; }
-  tr { display: grid; grid-template-columns: auto 1fr; border-top: 1px solid var(--grid); padding: 0.3rem 0; }
-  tr.below { border-top: none; padding-top: 0; }
-  td, tr.below td { border: none; padding: 0.05rem 0; min-width: 0; overflow-wrap: anywhere; }
-  td:first-child { grid-column: 1 / -1; font-weight: 600; }
-  tr.below td:first-child { padding-left: 0; font-weight: 400; }
-  td:not(:first-child) { display: contents; }
-  td:not(:first-child)::before { content: attr(data-head); color: var(--quiet); padding-right: 1rem; text-align: left; }
-  td > span.cell { text-align: left; }
-  .number > span.cell { text-align: right; }
-}
-"""
+def _jpeg(file: Path) -> str:
+    return f"data:image/jpeg;base64,{base64.b64encode(file.read_bytes()).decode()}"

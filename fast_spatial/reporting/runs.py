@@ -12,8 +12,8 @@ from fast_spatial.config.fields import from_json, identity
 from fast_spatial.config.modes import MODES, row_name
 from fast_spatial.config.train import TrainConfig
 from fast_spatial.errors import UserError
-from fast_spatial.evaluation import landscape
-from fast_spatial.evaluation.landscape import Landscape
+from fast_spatial.evaluation import landscape_files
+from fast_spatial.evaluation.landscape_files import Landscape
 from fast_spatial.runtime.run_files import CONFIG, ENVIRONMENT, EVALUATION, LOG, PLAN, RESULT, USAGE
 
 Content = TypeVar("Content")
@@ -43,6 +43,18 @@ class Run:
     result: dict[str, Any] | None
     landscape: Landscape | None
     problems: list[str]
+
+    @property
+    def data(self) -> str:
+        """The name of the data."""
+        return self.config.data.rstrip("/").split("/")[-1]
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The summary of the evaluation, which must exist."""
+        assert self.evaluation is not None
+        found: dict[str, Any] = self.evaluation["summary"]
+        return found
 
     @property
     def epochs_done(self) -> float:
@@ -167,7 +179,7 @@ def _read(folder: Path) -> Run:
         attempt(lambda: _lines(folder / LOG), []),
         attempt(evaluation, None),
         attempt(lambda: content(RESULT), None),
-        attempt(lambda: landscape.read(folder), None),
+        attempt(lambda: landscape_files.read(folder), None),
         problems,
     )
 

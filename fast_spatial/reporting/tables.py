@@ -1,14 +1,18 @@
-"""Two small Markdown tables: our results, and the published ones."""
+"""Numbers as text, and two small Markdown tables: our results, and the published ones."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fast_spatial.config.modes import MODES, PUBLISHED, row_name
-from fast_spatial.reporting.document import DASH
 from fast_spatial.runtime.text import aligned
 
+if TYPE_CHECKING:  # it needs SciPy, and `reproduce` needs only the tables
+    from fast_spatial.reporting.statistics import Interval
+
+# The placeholder of a missing number.
+DASH = "–"
 ATTACKS = ("natural", "random", "worst10", "grid")
 HEADS = ("Natural", "Random", "Worst-of-10", "Exhaustive (775)")
 
@@ -63,3 +67,27 @@ def published_table(rows: Sequence[tuple[str, float]]) -> str:
         if (mode, degrees) in known
     ]
     return aligned(lines)
+
+
+def percent(interval: Interval | None) -> str:
+    """A share in percent with its limits: "71.3 [70.9, 71.7]"."""
+    if interval is None:
+        return DASH
+    value, low, high = (f"{100 * v:.1f}" for v in interval)
+    return f"{value} [{low}, {high}]"
+
+
+def points(interval: Interval | None) -> str:
+    """A difference of shares in percentage points, with its limits, all with signs."""
+    if interval is None:
+        return DASH
+    value, low, high = (signed(100 * v, ".1f", plus=True) for v in interval)
+    return f"{value} [{low}, {high}]"
+
+
+def signed(value: float, layout: str = ".3g", *, plus: bool = False) -> str:
+    """A number with a typographic minus sign; a number that is shown as zero has no sign."""
+    text = format(abs(value), layout)
+    if float(text) == 0:
+        return text
+    return f"{'−' if value < 0 else '+' if plus else ''}{text}"

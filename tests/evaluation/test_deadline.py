@@ -24,7 +24,7 @@ from torch.multiprocessing.spawn import spawn
 
 from fast_spatial.config.commands import EvaluateConfig, LandscapeConfig
 from fast_spatial.errors import UserError
-from fast_spatial.evaluation import deadline, evaluate, inputs, landscape
+from fast_spatial.evaluation import deadline, evaluate, inputs, landscape, landscape_files
 from fast_spatial.evaluation.deadline import Deadline, TimeUp
 from fast_spatial.evaluation.evaluate import evaluate_checkpoint, grid_deviations
 from fast_spatial.evaluation.verdicts import Summary, judge_images
@@ -281,7 +281,7 @@ def map_views(
         checkpoint="planted.pt", data=str(data), out=str(out), views_per_forward=one_image, workers=1, **options
     )
     landscape.landscape(config, world, until)
-    return landscape.read(out)
+    return landscape_files.read(out)
 
 
 @pytest.mark.parametrize(("until", "per_class"), [(10, 4), (9, 3), (5, 1), (100, 5)])
@@ -336,6 +336,6 @@ def test_processes_agree_on_what_the_slowest_of_them_finished(planted, tmp_path)
     assert content["images"] == images
     assert content["summary"]["grid_top1_pct"] == summary.grid_top1_pct
     # The fast one judged all views of its 5 images, the slow one of 3 of them.
-    both = landscape.read(tmp_path / "map")
+    both = landscape_files.read(tmp_path / "map")
     assert both is not None
     assert both.about["images_per_class"] == 3

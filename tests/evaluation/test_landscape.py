@@ -18,7 +18,8 @@ from fast_spatial.config.commands import LandscapeConfig
 from fast_spatial.errors import UserError
 from fast_spatial.evaluation import landscape
 from fast_spatial.evaluation.forward import BatchedForward, ModuleJudge
-from fast_spatial.evaluation.landscape import judge_all_views, read, sample_positions
+from fast_spatial.evaluation.landscape import judge_all_views, sample_positions
+from fast_spatial.evaluation.landscape_files import Landscape, read
 from fast_spatial.kernels.limits import SpatialLimits
 from fast_spatial.kernels.spatial import GRID_ANGLES, GRID_IDENTITY, GRID_SHIFTS, GRID_VIEWS, grid, matrices
 from fast_spatial.kernels.warp import warp
@@ -193,7 +194,7 @@ def test_one_and_two_processes_see_the_same(trained, tmp_path):
 def test_views_within_limits(trained, tmp_path):
     correct = np.zeros((1, GRID_ANGLES, GRID_SHIFTS, GRID_SHIFTS), bool)
     correct[0, 14:17, 2, 2] = True
-    found = landscape.Landscape(tmp_path, {"degrees": 30.0, "translate_px": 24.0}, correct.astype(np.float32), correct)
+    found = Landscape(tmp_path, {"degrees": 30.0, "translate_px": 24.0}, correct.astype(np.float32), correct)
     assert found.angles_deg == pytest.approx([2 * i - 30 for i in range(31)])
     assert found.shifts_px == [-24, -12, 0, 12, 24]
     assert found.within(0, 0).tolist() == [[True]]

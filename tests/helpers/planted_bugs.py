@@ -136,10 +136,10 @@ BUGS = (
         "tests/reporting/test_report_of_runs.py",
     ),
     Bug(
-        "a chart upside down",
+        "a heat map upside down",
         "fast_spatial/reporting/charts.py",
-        "_Axis(y_low, y_high, _TOP + _PLOT_HEIGHT, _TOP)",
-        "_Axis(y_high, y_low, _TOP + _PLOT_HEIGHT, _TOP)",
+        "corners = (0, width or values.shape[1], values.shape[0], 0)",
+        "corners = (0, width or values.shape[1], 0, values.shape[0])",
         "tests/reporting/test_charts.py",
     ),
     Bug(

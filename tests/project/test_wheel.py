@@ -36,8 +36,9 @@ def test_it_owns_one_name_and_holds_every_module(wheel):
     for folder in ("kernels", "pipelines"):
         expected |= {f"fast_spatial/{path.relative_to(ROOT)}" for path in (ROOT / folder).rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == expected
-    recipes = {f"fast_spatial/config/recipes/{path.name}" for path in ROOT.glob("fast_spatial/config/recipes/*.toml")}
-    assert recipes and recipes <= {*names}
+    for pattern in ("fast_spatial/config/recipes/*.toml", "fast_spatial/reporting/templates/*"):
+        data = {str(path.relative_to(ROOT)) for path in ROOT.glob(pattern)}
+        assert data and data <= {*names}
 
 
 @pytest.mark.slow
