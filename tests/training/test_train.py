@@ -45,12 +45,12 @@ def records(out: Path) -> list[dict[str, Any]]:
 def test_the_log_has_a_record_per_epoch_and_evaluation(tmp_path):
     train(config_of(tmp_path, epochs="2", eval_every="1", lr="0.01"), ALONE)
     found = records(tmp_path)
-    assert [r["event"] for r in found] == ["train", "evaluation"] * 2
+    assert [r["event"] for r in found] == ["train", "chosen", "evaluation"] * 2
     assert {"epoch", "loss", "top1_pct", "lr", "images_per_sec", "data_wait_pct", "elapsed_sec", "gpu_hours"} <= set(
         found[0]
     )
-    assert {"top1_pct", "top5_pct", "loss", "attacked_top1_pct", "cost_pct"} <= set(found[1])
-    assert found[1]["attacked_top1_pct"] <= found[1]["top1_pct"]
+    assert {"top1_pct", "top5_pct", "loss", "attacked_top1_pct", "cost_pct"} <= set(found[2])
+    assert found[2]["attacked_top1_pct"] <= found[2]["top1_pct"]
     assert any((tmp_path / "tensorboard").iterdir())
     best = checkpoint.load(tmp_path / "best.pt")
     assert best["best_pct"] == max(r["attacked_top1_pct"] for r in found if r["event"] == "evaluation")
