@@ -11,6 +11,7 @@ from fast_spatial.config.recipes import recipe_as_typed
 from fast_spatial.reporting.document import Block, Table, Text
 from fast_spatial.reporting.runs import Row, Run, Spent
 from fast_spatial.reporting.tables import DASH
+from fast_spatial.runtime.text import duration
 
 _HEAD = ("trained as", "GPUs", "training", "evaluation", "GPU-hours", "price", "images/s", "kWh")
 
@@ -33,8 +34,8 @@ def _line(row: Row, run: Run, price: float) -> list[str]:
     return [
         row.name if len(row.runs) == 1 else f"{row.name}, seed {run.config.seed}",
         str(gpus or DASH),
-        _duration(run.log[-1]["elapsed_sec"]),
-        DASH if evaluate_sec is None else _duration(evaluate_sec),
+        duration(run.log[-1]["elapsed_sec"]),
+        DASH if evaluate_sec is None else duration(evaluate_sec),
         f"{gpu_hours:.2f}" if gpus else DASH,
         f"{price * gpu_hours:.2f}" if gpus and price else DASH,
         f"{statistics.median(rates):,.0f}" if rates else DASH,
@@ -84,12 +85,6 @@ def _gpus(run: Run) -> int:
     return int(run.starts[-1]["world_size"]) if run.starts and run.starts[-1].get("gpus") else 0
 
 
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
 def spent(rows: Sequence[Row], budgets: Sequence[Spent]) -> list[Block]:
     """The plans of budgets, and their results."""
     runs = {run.folder.resolve(): run for row in rows for run in row.runs}
@@ -98,7 +93,7 @@ def spent(rows: Sequence[Row], budgets: Sequence[Spent]) -> list[Block]:
         asked = budget.plan["budget"]
         limit = f", {100 * budget.used_sec / (3600 * asked['hours']):.0f} % of it" if asked.get("hours") else ""
         text = (
-            f"`{asked['asked']}`: {_duration(budget.used_sec)} were in use when this was written{limit}. Rows are "
+            f"`{asked['asked']}`: {duration(budget.used_sec)} were in use when this was written{limit}. Rows are "
             f"planned for equally many epochs; a training takes as many steps as its time allows, and its learning "
             f"rate is down at the last one, but where it says stopped."
         )

@@ -29,7 +29,7 @@ from fast_spatial.models.classifier import Classifier
 from fast_spatial.pipelines.dataset import ImageIndex
 from fast_spatial.pipelines.loader import Batch, Loader
 from fast_spatial.runtime import distributed
-from fast_spatial.runtime.device import dtype_of, seed_everything
+from fast_spatial.runtime.device import dtype_of, seed_everything, synchronized_time
 from fast_spatial.runtime.distributed import World
 from fast_spatial.runtime.files import write_json
 from fast_spatial.training.optim import set_lr
@@ -150,12 +150,10 @@ def measure_training(
 
 def _take_steps(step: TrainStep, batches: Iterator[Batch], count: int, device: torch.device) -> float:
     """Seconds of a number of steps."""
-    _wait(device)
-    start = time.perf_counter()
+    start = synchronized_time(device)
     for batch in itertools.islice(batches, count):
         step(batch)
-    _wait(device)
-    return time.perf_counter() - start
+    return synchronized_time(device) - start
 
 
 def measure_validation(config: TrainConfig, images: ImageIndex, world: World) -> Rate:
@@ -177,10 +175,9 @@ def measure_validation(config: TrainConfig, images: ImageIndex, world: World) ->
     )
     took_sec = []
     for _ in range(2):
-        start = time.perf_counter()
+        start = synchronized_time(device)
         validate(lambda: None)
-        _wait(device)
-        took_sec.append(time.perf_counter() - start)
+        took_sec.append(synchronized_time(device) - start)
     first_sec, warm_sec = took_sec
     return Rate(count / warm_sec, max(0.0, first_sec - warm_sec))
 
@@ -215,13 +212,11 @@ def measure_judging(config: TrainConfig, images: ImageIndex, world: World, *, se
     views = matrices_G23[torch.arange(size, device=device) % GRID_VIEWS][None]
     image = torch.randint(256, (1, side, side, 3), dtype=torch.uint8, device=device)
     passes.warped(image, views)
-    _wait(device)
-    warm, judged = time.perf_counter(), 0
-    while judged < 3 * size or time.perf_counter() - warm < seconds:
+    warm, took_sec, judged = synchronized_time(device), 0.0, 0
+    while judged < 3 * size or took_sec < seconds:
         passes.warped(image, views)
-        _wait(device)
         judged += size
-    took_sec = time.perf_counter() - warm
+        took_sec = synchronized_time(device) - warm
     return Rate(world.world_size * judged / took_sec, max(0.0, warm - start - took_sec * size / judged))
 
 
@@ -241,8 +236,3 @@ def _kind(config: TrainConfig) -> str:
 def _endless(loader: Loader) -> Iterator[Batch]:
     for epoch in itertools.count():
         yield from loader.epoch(epoch)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -89,8 +89,8 @@ def test_cost_is_of_the_logs(report):
     _, _, text = report
     cost = text.split("## Cost")[1]
     # Two GPUs: an hour of training, a quarter of evaluation, a tenth of landscape; 4 records of 0.25 kWh.
-    assert cells(cost, "standard") == ["2", "60 min", "15 min", "2.70", "6.75", "1,050", "1.000"]
-    assert cells(cost, "worst10, 40 degrees") == ["2", "60 min", "–", "2.00", "5.00", "1,050", "1.000"]
+    assert cells(cost, "standard") == ["2", "60.0 min", "15.0 min", "2.70", "6.75", "1,050", "1.000"]
+    assert cells(cost, "worst10, 40 degrees") == ["2", "60.0 min", "–", "2.00", "5.00", "1,050", "1.000"]
     assert "9.90 GPU-hours, evaluations and landscapes included, which come to 24.75 at 2.5 each" in cost
 
 

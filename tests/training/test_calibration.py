@@ -95,6 +95,7 @@ class PlantedClock:
         patch.setattr(owner, method, timed)
         clock = SimpleNamespace(perf_counter=lambda: self.now_sec, monotonic=lambda: self.now_sec)
         patch.setattr(calibration, "time", clock)
+        patch.setattr(calibration, "synchronized_time", lambda device: self.now_sec)
 
 
 @pytest.mark.parametrize(("first_sec", "cold_sec"), [(6.25, 6.0), (0.25, 0.0), (0.1, 0.0)])
