@@ -58,6 +58,7 @@ def reproduce(config: ReproduceConfig, raw: dict[str, str]) -> None:
     own = options_of(ReproduceConfig)
     flags = {name: value for name, value in raw.items() if name not in own}
     rows = requests(config, flags)
+    preflight.check_report_packages()
     if config.is_limited:
         with open_plan(_budget_request(config, raw, rows), STARTED) as active:
             if not config.plan_only:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import logging
 import os
@@ -53,6 +54,7 @@ def launch(task: str, config: Any, limit: TrainingDeadline | float | None = None
             worker.run(task, *map(json.loads, words[1:]))
         finally:
             distributed.stop()
+            gc.collect()  # a training is referred to by its loader's callbacks
     else:
         torchrun(config, rendezvous_id(task, config), preflight.local_processes(config), words)
     return time.monotonic() - start

@@ -5,9 +5,11 @@ Functions import modules that need torch or numba themselves, since the doctor m
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
+import sys
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -123,7 +125,18 @@ def check_check_data(config: CheckConfig) -> None:
 
 def check_report(config: ReportConfig) -> None:
     """Raise a UserError if this report could not be written."""
+    check_report_packages()
     check_writable("--out", str(Path(config.out or config.runs[0]) / REPORT))
+
+
+def check_report_packages() -> None:
+    """Raise a UserError if a package of the report is not installed; imports none of them."""
+    missing = [name for name in ("matplotlib", "jinja2", "scipy") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"the report needs packages that are not installed: {', '.join(missing)}",
+            f"install them: {sys.executable} -m pip install {' '.join(missing)}",
+        )
 
 
 def check_doctor(config: DoctorConfig) -> None:

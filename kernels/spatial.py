@@ -19,10 +19,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from fast_spatial.kernels import limits as _limits
-from fast_spatial.kernels.limits import SpatialLimits
-
-GRID_ANGLES, GRID_SHIFTS, GRID_VIEWS = _limits.GRID_ANGLES, _limits.GRID_SHIFTS, _limits.GRID_VIEWS
+from fast_spatial.kernels.limits import GRID_ANGLES, GRID_SHIFTS, GRID_VIEWS, SpatialLimits
 
 
 @njit(cache=True, nogil=True)

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from fast_spatial.evaluation.forward import BatchedForward
-from fast_spatial.kernels.limits import SpatialLimits
-from fast_spatial.kernels.spatial import GRID_IDENTITY, GRID_VIEWS, grid, matrices
+from fast_spatial.kernels.limits import GRID_VIEWS, SpatialLimits
+from fast_spatial.kernels.spatial import GRID_IDENTITY, grid, matrices
 
 
 def losses_of(logits_BVK: Tensor, labels_B: Tensor) -> Tensor:

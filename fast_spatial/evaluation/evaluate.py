@@ -36,9 +36,8 @@ from fast_spatial.evaluation.verdicts import (
     judge_images,
     summarize,
 )
-from fast_spatial.kernels.limits import NOMINAL_SIDE, SpatialLimits
+from fast_spatial.kernels.limits import GRID_VIEWS, NOMINAL_SIDE, SpatialLimits
 from fast_spatial.kernels.sampling import EVALUATION, Views, draw_matrices, pack_key
-from fast_spatial.kernels.spatial import GRID_VIEWS
 from fast_spatial.kernels.warp import warp
 from fast_spatial.models.surgery import has_blurpool
 from fast_spatial.pipelines.dataset import ImageIndex

@@ -34,8 +34,8 @@ from fast_spatial.evaluation.deadline import Deadline, TimeUp
 from fast_spatial.evaluation.forward import BatchedForward
 from fast_spatial.evaluation.inputs import Inputs
 from fast_spatial.evaluation.process import JudgingProcess
-from fast_spatial.kernels.limits import NOMINAL_SIDE, SpatialLimits
-from fast_spatial.kernels.spatial import GRID_IDENTITY, GRID_VIEWS, grid, matrices
+from fast_spatial.kernels.limits import GRID_VIEWS, NOMINAL_SIDE, SpatialLimits
+from fast_spatial.kernels.spatial import GRID_IDENTITY, grid, matrices
 from fast_spatial.kernels.warp import warp
 from fast_spatial.pipelines.dataset import ImageIndex
 from fast_spatial.pipelines.loader import Batch
@@ -131,7 +131,7 @@ def _judge_share(
     found: list[ImageLandscape] = []
     with process.working() as moved:
         batches = process.batches("landscape", size, order=order)
-        in_time = Deadline(until).guard(batches)  # created here: the start of the loader is no measure of a batch
+        in_time = Deadline(until).guard(batches)
         with suppress(TimeUp):
             for image in judge_all_views(process.passes, in_time, config.limits, side, moved=moved):
                 found.append(image)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fast_spatial.errors import UserError
-from fast_spatial.kernels.spatial import GRID_ANGLES, GRID_SHIFTS, GRID_VIEWS
+from fast_spatial.kernels.limits import GRID_ANGLES, GRID_SHIFTS, GRID_VIEWS
 from fast_spatial.runtime.run_files import LANDSCAPE, LANDSCAPE_ARRAYS
 
 _KEYS = {"degrees", "translate_px", "num_images", "images_per_class", "seconds", "gpus", "images", "samples"}

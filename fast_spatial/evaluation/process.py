@@ -17,6 +17,7 @@ from fast_spatial.data.placing import placement_of
 from fast_spatial.evaluation.folded import FoldedJudge
 from fast_spatial.evaluation.forward import FlipJudge, one_shape
 from fast_spatial.evaluation.inputs import Inputs
+from fast_spatial.pipelines.placement import Decoding, Placement
 from fast_spatial.runtime import distributed
 from fast_spatial.runtime.device import dtype_of, seed_everything
 from fast_spatial.runtime.distributed import World
@@ -70,7 +71,7 @@ class JudgingProcess:
             batch_size_per_process=size,
             order=order,
             threads=self._config.workers,
-            placement=placement_of(self._config, world, exact=True),
+            placement=self._placement(),
             on_gpu_failure=self._keep_failure,
             **random_views,
         )
@@ -81,6 +82,11 @@ class JudgingProcess:
             title=title,
             show=self._world.rank == 0,
         )
+
+    def _placement(self) -> Placement:
+        """Where images are decoded and warped: on the CPU after the GPU has failed to decode some."""
+        placement = placement_of(self._config, self._world, exact=True)
+        return dataclasses.replace(placement, decoding=Decoding("cpu")) if self.failures else placement
 
     @contextmanager
     def working(self) -> Iterator[Callable[[], None]]:

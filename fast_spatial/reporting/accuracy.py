@@ -10,11 +10,12 @@ import numpy as np
 
 from fast_spatial.config.modes import MODES, PUBLISHED
 from fast_spatial.evaluation.landscape_files import Landscape
-from fast_spatial.kernels.spatial import GRID_IDENTITY, GRID_VIEWS
+from fast_spatial.kernels.limits import GRID_VIEWS
+from fast_spatial.kernels.spatial import GRID_IDENTITY
 from fast_spatial.reporting.document import Block, Table, Text
 from fast_spatial.reporting.runs import Row, Run
 from fast_spatial.reporting.statistics import Interval, difference, mean, paired_difference, wilson
-from fast_spatial.reporting.tables import ATTACKS, DASH, HEADS, grid_images, grid_note, percent, points, signed
+from fast_spatial.reporting.tables import ATTACKS, DASH, HEADS, counts, grid_images, grid_note, percent, points, signed
 
 # ImageNet's validation images, the basis of the published percentages.
 PUBLISHED_IMAGES = 50_000
@@ -60,14 +61,14 @@ def _problems(run: Run) -> list[str]:
 
 def _protocol(judged: Sequence[Row]) -> Text:
     summaries = [run.summary for row in judged for run in row.judged]
-    counts = " or ".join(f"{count:,}" for count in sorted({summary["num_images"] for summary in summaries}))
+    judged_images = counts(summary["num_images"] for summary in summaries)
     limits = sorted({f"{s['degrees']:g} degrees and {s.get('translate_px', 24.0):.3g} px" for s in summaries})
     over_seeds = (
         ", or, where a row has several seeds, Student's t over their accuracies, which is about other seeds on "
     )
     return Text(
-        f"Top-1 accuracy in percent on {counts} validation images, attacked with rotations and translations of up to "
-        f"{' or '.join(limits)} (of a side of 224), and its 95 % interval in brackets: Wilson's over the images"
+        f"Top-1 accuracy in percent on {judged_images} validation images, attacked with rotations and translations of "
+        f"up to {' or '.join(limits)} (at image size 224), and its 95 % interval in brackets: Wilson's over the images"
         + (f"{over_seeds}the same images." if any(len(row.judged) > 1 for row in judged) else ".")
     )
 
@@ -154,7 +155,7 @@ def _against_each_other(judged: Sequence[Row]) -> list[Block]:
             Table([f"less {base.name}", *HEADS], lines),
         ]
     if other_images:
-        blocks.append(Text(f"Judged on other images than {base.name}, so not paired: {', '.join(other_images)}."))
+        blocks.append(Text(f"Judged on other images than {base.name}, so not paired: {'; '.join(other_images)}."))
     return blocks
 
 
@@ -210,14 +211,15 @@ def _loss_by_class(maps: dict[str, Landscape]) -> list[Block]:
     losses = {name: _losses_by_class(landscape) for name, landscape in maps.items()}
     names = sorted({name for found in losses.values() for name in found})
     hardest = sorted(names, key=lambda c: -sum(found[c][1] for found in losses.values() if c in found))
-    each = next(iter(maps.values())).about["images_per_class"]
+    each = counts(landscape.about["images_per_class"] for landscape in maps.values())
     lines = [
         [c, *(" / ".join(signed(v, ".2f") for v in found[c]) if c in found else DASH for found in losses.values())]
         for c in _some(hardest, names)
     ]
     text = (
-        f"Cross-entropy in nats by class, on the {each} {'image' if each == 1 else 'images'} of each that the "
-        f"subset holds: untouched / mean over all {GRID_VIEWS} views / mean of each image's worst view."
+        f"Cross-entropy in nats by class, on the images of each that the subset holds ({each}): untouched / mean over "
+        f"all {GRID_VIEWS} views / mean of each image's worst view"
+        + ("." if len(names) <= _MANY_CLASSES else f"; the ten hardest and the ten easiest of {len(names)} classes.")
     )
     return [Text(text), Table(["class", *losses], lines)]
 
@@ -226,6 +228,7 @@ class _OfClass(NamedTuple):
     images: int
     natural_pct: float
     grid_pct: float | None
+    grid_images: int
 
 
 def _by_class(run: Run) -> dict[str, _OfClass]:
@@ -237,14 +240,16 @@ def _by_class(run: Run) -> dict[str, _OfClass]:
     for name, of_class in verdicts.items():
         grid = [g for _, g in of_class if g is not None]
         natural_pct = 100 * sum(natural for natural, _ in of_class) / len(of_class)
-        found[name] = _OfClass(len(of_class), natural_pct, 100 * sum(grid) / len(grid) if grid else None)
+        found[name] = _OfClass(len(of_class), natural_pct, 100 * sum(grid) / len(grid) if grid else None, len(grid))
     return found
 
 
 def _natural_and_grid(found: _OfClass | None) -> str:
     if found is None:
         return DASH
-    return f"{found.natural_pct:.0f} / {DASH if found.grid_pct is None else f'{found.grid_pct:.0f}'}"
+    on_grid = DASH if found.grid_pct is None else f"{found.grid_pct:.0f}"
+    few = f" (of {found.grid_images})" if 0 < found.grid_images < found.images else ""
+    return f"{found.natural_pct:.0f} / {on_grid}{few}"
 
 
 def _losses_by_class(landscape: Landscape) -> dict[str, tuple[float, float, float]]:

@@ -53,7 +53,6 @@ _LOOKS: list[dict[str, Any]] = [
     for colour, dash, marker in zip(SERIES_COLOURS, _DASHES, "os^DvP")
 ]
 STYLES = len(_LOOKS)
-COLOUR_MAP = "cividis"
 # Of what is judged wrong; in report.css, too.
 SHADE = "#e58a1f80"
 
@@ -108,8 +107,9 @@ class Series:
 
     @property
     def look(self) -> dict[str, Any]:
-        """Matplotlib's options of the line and its markers."""
-        return _LOOKS[self.style % STYLES]
+        """Matplotlib's options of the line and its markers; after all looks, the markers change places."""
+        turns, number = divmod(self.style, STYLES)
+        return {**_LOOKS[number], "marker": _LOOKS[(number + turns) % STYLES]["marker"]}
 
 
 class AxesText(NamedTuple):
@@ -122,20 +122,24 @@ class AxesText(NamedTuple):
 
 @dataclass(frozen=True)
 class Scale:
-    """A range of values, shared by the charts that are compared. Values above `high` are shown as `high`."""
+    """A range of values, shared by the charts that are compared. Values above `high` are shown as `high`.
+
+    `colours` is a map of Matplotlib.
+    """
 
     high: float
     label: str
     clipped: bool = False
+    colours: str = "cividis"
 
 
 def scale_of(values: Sequence[NDArray[np.floating]], label: str) -> Scale:
-    """A scale from 0 to the 98th percentile of all values, rounded up."""
+    """A scale of losses, from 0 to the 98th percentile of all values, rounded up. As for accuracies, bright is good."""
     flat = np.concatenate([one.ravel() for one in values])
     highest = max(float(np.percentile(flat, 98)), 0.01)
     power = 10.0 ** math.floor(math.log10(highest))
     high = next(power * m for m in (1, 1.5, 2, 3, 4, 6, 8, 10) if power * m >= highest * 0.999)
-    return Scale(high, label, clipped=bool(flat.max() > high))
+    return Scale(high, label, clipped=bool(flat.max() > high), colours="cividis_r")
 
 
 def lines(title: str, text: AxesText, series: Sequence[Series], y_range: tuple[float, float] | None = None) -> Chart:
@@ -165,7 +169,7 @@ def dots(title: str, text: AxesText, series: Sequence[Series], y_range: tuple[fl
     with _drawing(HEIGHT) as (figure, axes):
         xs = series[0].xs
         middles = np.arange(len(xs))
-        beside = np.linspace(-0.25, 0.25, len(series)) if len(series) > 1 else [0.0]
+        beside = (np.arange(len(series)) - (len(series) - 1) / 2) * 0.5 / len(series)  # a gap before the next x
         for shift, one in zip(beside, series):
             look = {**one.look, "linestyle": "none", "elinewidth": 1.7, "markersize": 5.5}
             axes.errorbar(middles + shift, one.ys, yerr=np.abs(np.transpose(one.limits) - one.ys), **look)
@@ -187,7 +191,7 @@ def heat_map(title: str, values: NDArray[np.floating], scale: Scale, columns: Ce
     """Cells [rows, columns] coloured by value, the first row on top; `title` is for screen readers."""
     with _drawing(_MAP_HEIGHT) as (figure, axes):
         across, down = (np.arange(len(cells.numbers)) + 0.5 for cells in (columns, rows))
-        _colour(axes, values, COLOUR_MAP, scale.high)
+        _colour(axes, values, scale.colours, scale.high)
         axes.set(xlabel=columns.label, title=rows.label)
         axes.set_xticks(across[::5], columns.numbers[::5])
         axes.set_yticks(down, rows.numbers)
@@ -240,7 +244,7 @@ def key(style: int) -> str:
 def colour_bar(scale: Scale) -> str:
     """A legend's picture of a scale's colours."""
     with _drawing(26, width=170, margins=(16, 16, 16, 0)) as (figure, axes):
-        _colour(axes, np.arange(256)[None], COLOUR_MAP, 255)
+        _colour(axes, np.arange(256)[None], scale.colours, 255)
         high = f"{'≥ ' if scale.clipped else ''}{scale.high:.3g}"
         axes.set_xticks([0, 128, 256], ["0", f"{scale.high / 2:.3g}", high])
         axes.set_yticks([])

@@ -24,7 +24,10 @@ def cost(rows: Sequence[Row], price: float) -> list[Block]:
     lines = [_line(row, run, price) for row, run in runs]
     told = [i for i in range(len(_HEAD)) if any(line[i] != DASH for line in lines)]
     table = Table([_HEAD[i] for i in told], [[line[i] for i in told] for line in lines])
-    return [table, Text(" ".join(_notes([run for _, run in runs], price)))]
+    notes = _notes([run for _, run in runs], price)
+    if without := [str(run.folder) for row in rows for run in row.runs if not run.log]:
+        notes.append(f"Without a log, and so not in the table: {'; '.join(without)}.")
+    return [table, Text(" ".join(notes))]
 
 
 def _line(row: Row, run: Run, price: float) -> list[str]:
@@ -48,7 +51,7 @@ def _notes(runs: Sequence[Run], price: float) -> list[str]:
     if any(_gpus(run) for run in runs):
         total = sum(_gpu_hours(run) for run in runs)
         notes.append(
-            f"All of it took {total:.2f} GPU-hours, evaluations and landscapes included"
+            f"All of it took {total:.2f} GPU-hours, landscapes and the evaluations above included"
             + (f", which come to {price * total:.2f} at {price:g} each." if price else ".")
         )
         if not price:
@@ -57,7 +60,8 @@ def _notes(runs: Sequence[Run], price: float) -> list[str]:
         notes.append("These runs used no GPU: there are no GPU-hours, and nothing to price.")
     if any(_kwh(run) is not None for run in runs):
         notes.append(
-            "kWh is what the GPUs used while training, by NVML's counters; the rest of the machine is not in it."
+            "kWh is what the first machine's GPUs used while training, by NVML's counters; the rest of the machine is "
+            "not in it."
         )
     else:
         notes.append("No energy is in the logs: NVML gave none.")
@@ -98,10 +102,17 @@ def spent(rows: Sequence[Row], budgets: Sequence[Spent]) -> list[Block]:
             f"rate is down at the last one, but where it says stopped."
         )
         head = ["trained as", "recipe", "epochs planned", "epochs trained", "decisions on its pace"]
-        lines = [_planned(row, runs.get(Path(row["train"]["out"]).resolve())) for row in budget.plan["rows"]]
+        lines = [_planned(row, runs.get(_folder(budget, row))) for row in budget.plan["rows"]]
         blocks += [Text(text), Table(head, lines, text_columns=2)]
         blocks += [Text(f"Left out: {reason}.") for reason in budget.plan["left_out"]]
     return blocks
+
+
+def _folder(budget: Spent, row: dict[str, Any]) -> Path:
+    """The folder of a planned training, which may have been moved together with the plan."""
+    out = Path(row["train"]["out"])
+    inside = budget.folder.joinpath(*out.parts[-2:])  # ROW/seed_N in the folder of `reproduce`
+    return (inside if inside.is_dir() else budget.folder).resolve()
 
 
 def _planned(row: dict[str, Any], run: Run | None) -> list[str]:

@@ -77,12 +77,14 @@ def options(
             by_value.setdefault(_shown(name, values[name]), []).append(row)
         if list(by_value) == [_shown(name, value)]:
             continue
-        ours = [text if len(rows) == len(used) else f"{text} ({', '.join(rows)})" for text, rows in by_value.items()]
+        ours = [text if len(rows) == len(used) else f"{text} ({'; '.join(rows)})" for text, rows in by_value.items()]
         found.append((flag(name), _shown(name, value), "; ".join(ours)))
     return found
 
 
 def _shown(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, list):
         return ",".join(_shown(name, one) for one in value)
     if value in _IN_WORDS.get(name, {}):

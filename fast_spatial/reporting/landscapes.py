@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from fast_spatial.evaluation.landscape_files import Landscape
-from fast_spatial.kernels.spatial import GRID_VIEWS
+from fast_spatial.kernels.limits import GRID_VIEWS
 from fast_spatial.reporting.charts import Cells, Scale, colour_bar, heat_map, profiles, scale_of
 from fast_spatial.reporting.document import Block, Card, Figure, Figures, LegendEntry, Pictures, Text
 from fast_spatial.reporting.robustness import NO_LANDSCAPE, Mapped, mapped
 from fast_spatial.reporting.runs import Row, Run
-from fast_spatial.reporting.tables import signed
+from fast_spatial.reporting.tables import counts, signed
 
 _IMAGES = 3
 
@@ -21,13 +21,13 @@ def landscapes(rows: Sequence[Row]) -> list[Block]:
     found = mapped(rows)
     if not found:
         return [Text(NO_LANDSCAPE)]
-    limit = found[0].landscape.about["degrees"]
+    limit, images = found[0].landscape.about["degrees"], counts(one.landscape.about["num_images"] for one in found)
     return [
         Text(
-            f"Of the same {found[0].landscape.about['num_images']} images as the curves above. Models: columns are the "
-            "31 angles, rows the 5 horizontal translations tx (a positive one moves the content to the left). Over "
-            "the 5 vertical ones, ty, the first map takes the mean, the second demands that an image is right for all "
-            "five, and the third shows the mean loss."
+            f"Of the images of the curves above ({images}). Models: columns are the 31 angles, rows the 5 horizontal "
+            "translations tx (a positive one moves the content to the left). Over the 5 vertical ones, ty, the first "
+            "map takes the mean, the second demands that an image is right for all five, and the third shows the mean "
+            "loss."
         ),
         _model_maps(found),
         Text(
@@ -93,7 +93,7 @@ def _spread(samples: Sequence[dict[str, Any]], count: int) -> Sequence[dict[str,
 
 def _shifts(name: str, landscape: Landscape, *, reverse: bool = False) -> Cells:
     shifts = landscape.shifts_px[::-1] if reverse else landscape.shifts_px
-    return _cells(f"{name}, px at side 224", shifts, f"{name} {{}} px")
+    return _cells(f"{name}, px at image size 224", shifts, f"{name} {{}} px")
 
 
 def _cells(label: str, values: Sequence[float], name: str) -> Cells:
@@ -134,5 +134,5 @@ def _worst_caption(name: str, sample: dict[str, Any]) -> str:
     untouched, worst = (max(0.0, sample[f"{kind}_loss"]) for kind in ("untouched", "worst"))
     return (
         f"{verdict}; {signed(sample['degrees'])}°, tx {signed(sample['tx_px'])}, ty {signed(sample['ty_px'])} px; "
-        f"loss {untouched:.2f} to {worst:.2f}"
+        f"loss {untouched:.2f} to {worst:.2f} nats"
     )

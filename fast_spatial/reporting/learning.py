@@ -15,6 +15,7 @@ _CURVES = (
     ("train", "top1_pct", "Training accuracy, on the views trained on", _ACCURACY),
     ("evaluation", "top1_pct", "Validation accuracy, untouched images", _ACCURACY),
     ("evaluation", "attacked_top1_pct", "Validation accuracy under each row's training attack", _ACCURACY),
+    ("chosen", "untransformed_pct", "Training images whose worst view is the untouched one", "share of images, %"),
 )
 
 
@@ -25,6 +26,11 @@ def learning(rows: Sequence[Row]) -> list[Block]:
         series = _series(rows, event, name)
         if any(len(one.xs) > 1 for one in series):
             figures.append(Figure(caption, lines(caption, AxesText("epoch", y_label, "epoch {}"), series)))
+    if chosen := _chosen_rotations(rows):
+        caption = "Rotations of the worst views in the last epoch, untouched ones aside"
+        axes = AxesText("rotation, degrees", "share of views per degree, %", "{} degrees")
+        highest = max(y for one in chosen for y in one.ys)
+        figures.append(Figure(caption, lines(caption, axes, chosen, (0.0, highest))))
     if not figures:
         return [Text("No run here has finished two epochs.")]
     text = (
@@ -50,4 +56,17 @@ def _series(rows: Sequence[Row], event: str, name: str) -> list[Series]:
             records = [record for record in run.records(event) if record.get(name) is not None]
             if records:
                 found.append(Series(row.name, style, [r["epoch"] for r in records], [r[name] for r in records]))
+    return found
+
+
+def _chosen_rotations(rows: Sequence[Row]) -> list[Series]:
+    """The density of the rotations that each run's last epoch chose: a line for each run, over the bins' centers."""
+    found = []
+    for style, row in enumerate(rows):
+        for run in row.runs:
+            counts, limit = next(((r["degrees"], r["limit_degrees"]) for r in reversed(run.records("chosen"))), ([], 0))
+            if total := sum(counts):
+                width = 2 * limit / len(counts)
+                centers = [round((number + 0.5) * width - limit, 2) for number in range(len(counts))]
+                found.append(Series(row.name, style, centers, [100 * count / total / width for count in counts]))
     return found

@@ -9,13 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fast_spatial.evaluation.landscape_files import Landscape
-from fast_spatial.kernels.spatial import GRID_ANGLES, GRID_SHIFTS, GRID_VIEWS
+from fast_spatial.kernels.limits import GRID_ANGLES, GRID_SHIFTS, GRID_VIEWS
 from fast_spatial.reporting.charts import AxesText, Series, dots, lines
 from fast_spatial.reporting.document import Block, Figure, Figures, Table, Text
 from fast_spatial.reporting.learning import legend
 from fast_spatial.reporting.runs import Row
 from fast_spatial.reporting.statistics import Interval, mean, wilson
-from fast_spatial.reporting.tables import percent
+from fast_spatial.reporting.tables import counts, percent
 
 # The text for runs without any landscape.
 NO_LANDSCAPE = (
@@ -53,14 +53,14 @@ def curves(rows: Sequence[Row]) -> list[Block]:
     if not found:
         return [Text(NO_LANDSCAPE)]
     missing = [row.name for row in rows if row.name not in {one.name for one in found}]
-    left_out = f" Without such a pass up to the same limits, and so not shown: {', '.join(missing)}." if missing else ""
+    left_out = f" Without such a pass up to the same limits, and so not shown: {'; '.join(missing)}." if missing else ""
     return [
         Text(_subset(found) + left_out),
         Text(
             "An image counts as right within a limit if it is right on every view of the grid that stays within it, "
             f"the untouched one included; at both limits these are all {GRID_VIEWS} views. Bands and whiskers are 95 % "
-            "intervals: Wilson's, and Student's t for means over views. The subset has as many images of every class, "
-            "so they are a little too wide."
+            "intervals: Wilson's, and Student's t for means over several views. The subset has as many images of every "
+            "class, so they are a little too wide."
         ),
         Figures(_figures(found), 3, legend({one.name: one.style for one in found})),
         Text("The same in numbers: percent of images that are right on every view up to a limit."),
@@ -75,10 +75,10 @@ def _limits(one: Mapped) -> tuple[float, float]:
 def _subset(found: Sequence[Mapped]) -> str:
     about = found[0].landscape.about
     same = all(one.landscape.about["images"] == about["images"] for one in found)
-    counts = " or ".join(str(n) for n in sorted({one.landscape.about["num_images"] for one in found}))
+    images = counts(one.landscape.about["num_images"] for one in found)
     return (
         f"Survivors cannot tell how accuracy depends on the limits, so all {GRID_VIEWS} views of a fixed subset were "
-        f"judged: {counts} validation images, as many of every class, drawn once for all models and named in each "
+        f"judged: {images} validation images, as many of every class, drawn once for all models and named in each "
         f"run's `landscape.json`"
         + (". " if same else ", which are not the same for all rows here. ")
         + "Of several seeds, the first one's model is shown."
@@ -88,7 +88,7 @@ def _subset(found: Sequence[Mapped]) -> str:
 def _figures(found: Sequence[Mapped]) -> list[Figure]:
     """Curves over the limit of angles, and points over the three limits of translations."""
     angles = AxesText("angle limit, degrees", _ACCURACY, "up to {}°")
-    shifts = AxesText("translation limit, px at side 224", _ACCURACY, "up to {} px")
+    shifts = AxesText("translation limit, px at image size 224", _ACCURACY, "up to {} px")
     by_angle = (
         ("Right on every view: rotations alone", 0, True),
         ("Right on every view: rotations, all translations", _SHIFT_STEPS, True),
@@ -132,6 +132,6 @@ def _table(found: Sequence[Mapped]) -> Table:
 
 def _over_views(correct: NDArray[np.bool_], *, every: bool) -> Interval:
     """Accuracy over images, [N, views]: right on every view, or the mean share of the views."""
-    if every:
+    if every or correct.shape[1] == 1:
         return wilson(int(correct.all(axis=1).sum()), len(correct))
     return mean(correct.mean(axis=1).tolist()).clipped()

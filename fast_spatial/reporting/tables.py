@@ -50,7 +50,12 @@ def grid_note(judged: Iterable[tuple[str, dict[str, Any]]]) -> str:
         for name, found in judged
         if grid_images(found) < found["num_images"]
     )
-    return f"The grid met fewer images than the other attacks: {', '.join(few)}." if few else ""
+    return f"The grid met fewer images than the other attacks: {'; '.join(few)}." if few else ""
+
+
+def counts(numbers: Iterable[int]) -> str:
+    """Different numbers, ascending: "300", or "100 or 300"."""
+    return " or ".join(f"{number:,}" for number in sorted({*numbers}))
 
 
 def _count(images: int) -> str:

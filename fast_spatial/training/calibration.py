@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from fast_spatial.config.commands import CalibrateConfig, EvaluateConfig
@@ -23,6 +24,7 @@ from fast_spatial.evaluation.folded import FoldedJudge
 from fast_spatial.evaluation.forward import BatchedForward, default_judge_batch
 from fast_spatial.evaluation.validation import Validation
 from fast_spatial.kernels.limits import GRID_VIEWS, SpatialLimits
+from fast_spatial.kernels.sampling import Views, draw_warps
 from fast_spatial.kernels.spatial import grid, matrices
 from fast_spatial.models import classifier
 from fast_spatial.models.classifier import Classifier
@@ -110,8 +112,11 @@ def calibrate(config: CalibrateConfig, world: World, until: float) -> None:
 
 
 def _compile_operators() -> None:
-    """Compile the pipelines' operators, which are cached on disk: once per machine, not at every cold start."""
+    """Compile the pipelines' operators and the draws, which are cached on disk: once per machine, not in the plan."""
     import fast_spatial.pipelines.graph  # noqa: F401
+
+    none = np.empty(0, np.int64)
+    draw_warps(0, 0, none, none, Views(1))
 
 
 def measure_training(

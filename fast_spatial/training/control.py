@@ -54,9 +54,8 @@ class StepControl:
     Args:
         config: the options of the training.
         world: this process and its group.
-        run: the run's folder.
+        folder: the run's folder.
         timeline: the planned progress; new ends are added to it.
-        steps_per_epoch: optimizer steps per epoch.
         deadline: the deadline of a budget, or None.
         request: the stop signals of this process.
 
@@ -66,25 +65,34 @@ class StepControl:
         self,
         config: TrainConfig,
         world: World,
-        run: RunFolder,
+        folder: RunFolder,
         timeline: Timeline,
-        steps_per_epoch: int,
         deadline: TrainingDeadline | None,
         request: StopRequest,
     ) -> None:
-        self._config, self._world, self._run, self._timeline, self._request = config, world, run, timeline, request
+        self._config, self._world, self._folder, self._timeline, self._request = (
+            config,
+            world,
+            folder,
+            timeline,
+            request,
+        )
         self._agreement, self._divergence = StepAgreement(wishes=4), Divergence(world.device)
-        self._pacer = None if deadline is None else Pacer(deadline, config, timeline, steps_per_epoch)
+        self._deadline = deadline
+        self._pacer: Pacer | None = None
         # Rank 0 alone measures time, for saving as for the deadline: clocks of processes differ.
         leads = world.rank == 0
         self._is_due = CheckpointTimer(config.checkpoint_steps if leads else 0, config.checkpoint_sec if leads else 0)
 
     def begin(self, position: Position) -> None:
-        """With a deadline, plan the last step before the first one."""
-        done = position.steps_done
-        if self._pacer is None or self._config.schedule == "milestones" or done >= self._timeline.end:
+        """With a deadline, plan the last step before the first one. The time of steps begins here."""
+        if self._deadline is None:
             return
-        self._follow(NewEnd(done, distributed.broadcast(self._pacer.first_end(done), self._world.device)), position)
+        self._pacer = Pacer(self._deadline, self._config, self._timeline, position.steps_per_epoch)
+        done = position.steps_done
+        if self._config.schedule != "milestones" and done < self._timeline.end:
+            end = distributed.broadcast(self._pacer.first_end(done), self._world.device)
+            self._follow(NewEnd(done, end), position)
 
     def after_step(self, position: Position, losses: Tensor, side: int) -> Action:
         """Report the losses and image size of a step; returns what all processes do now."""
@@ -123,16 +131,16 @@ class StepControl:
             self._divergence.note(position.steps_done, *weights)
         first = self._divergence.first_step()
         if first is not None:
-            raise diverged(first, position.steps_per_epoch, self._run.out)
+            raise diverged(first, position.steps_per_epoch, self._folder.out)
 
     def stop_together(self, signal_number: int) -> NoReturn:
         """End all processes once the checkpoint is on disk: torchrun kills the others after the first exit."""
-        self._run.wait()
+        self._folder.wait()
         distributed.barrier()
         self._stop(signal_number)
 
     def _stop(self, signal_number: int) -> NoReturn:
-        self._run.wait()
+        self._folder.wait()
         if self._world.rank == 0:
             say(f"stopped by {signal.Signals(signal_number).name}; run the same command to resume")
         raise Stopped(signal_number)
@@ -142,6 +150,6 @@ class StepControl:
         if not new_end.end or new_end.start >= self._timeline.end:
             return
         segment = self._timeline.replan(*new_end)
-        self._run.log.note("segment", position.steps_done, **segment._asdict())
+        self._folder.log.note("segment", position.steps_done, **segment._asdict())
         if segment.start == segment.end and self._world.rank == 0:
             say(time_was_up(segment))

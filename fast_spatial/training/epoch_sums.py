@@ -21,8 +21,8 @@ _BINS = 12
 class ChosenViews:
     """How often worst-of-k chose the untransformed view, and each rotation and translation.
 
-    The draws of a view are a function of (seed, epoch, index). So a step keeps no more than the indices of its images
-    and of the chosen views, on the device, and nothing synchronizes it before the counts are read.
+    The draws of a view are a function of (seed, epoch, index). So a step keeps no more than the numbers of its images
+    and of the chosen views, which stay on the device until the counts are read.
 
     Args:
         views: the views of each image.

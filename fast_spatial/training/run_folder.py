@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
@@ -68,18 +69,19 @@ class RunFolder:
         self._damaged: list[Path] = []
         self._config, self._world, self._classes, self._identity = config, world, classes, about
         self._saver: Saver | None = None
+        self._opened = contextlib.ExitStack()
 
     def __enter__(self) -> RunFolder:
         gpus = self._world.world_size if self._world.device.type == "cuda" else 0
-        self.log = RunLog(self.out, rank=self._world.rank, gpus=gpus)
-        if self._world.rank == 0:
-            self._saver = Saver(self.out)
+        with contextlib.ExitStack() as opened:
+            self.log = opened.enter_context(contextlib.closing(RunLog(self.out, rank=self._world.rank, gpus=gpus)))
+            if self._world.rank == 0:  # only under the lock: it removes what a killed process left behind
+                self._saver = opened.enter_context(contextlib.closing(Saver(self.out)))
+            self._opened = opened.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if self._saver is not None:
-            self._saver.close()
-        self.log.close()
+        self._opened.close()
 
     def find_saved(self) -> dict[str, Any] | None:
         """The newest intact checkpoint of this run, or None.

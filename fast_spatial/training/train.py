@@ -107,7 +107,7 @@ class Training:
         )
         about = identity_of(config, dtype, self._train_images, self._val_images, self.timeline)
         self.folder = RunFolder(config, world, self._train_images.classes, about)
-        self._control = StepControl(config, world, self.folder, self.timeline, steps_per_epoch, deadline, request)
+        self._control = StepControl(config, world, self.folder, self.timeline, deadline, request)
         self._is_timed = deadline is not None and config.schedule != "milestones"
 
     def run(self) -> None:
@@ -121,15 +121,18 @@ class Training:
         with self.folder:
             self._resume()
             self._control.begin(self.position)
-            with profile(self._config.profile if self._world.rank == 0 else 0, self.folder.out) as profiler:
-                while self.position.steps_in_epoch(self.timeline.end) > 0:
-                    self._train_epoch(profiler)
+            profiled_steps = self._config.profile if self._world.rank == 0 else 0
+            while self.position.steps_in_epoch(self.timeline.end) > 0:
+                with profile(profiled_steps, self.folder.out) as profiler:
+                    stop = self._train_epoch(profiler)
+                profiled_steps = 0  # a trace is of the first epoch's steps
+                self._finish_epoch(stop)
             self.folder.wait()
             distributed.barrier()
             self._say_results()
 
-    def _train_epoch(self, profiler: torch.profiler.profile | None) -> None:
-        """Train the rest of an epoch, or up to the end of the training, and evaluate."""
+    def _train_epoch(self, profiler: torch.profiler.profile | None) -> int:
+        """Train the rest of an epoch, or up to the end of the training; returns the signal to stop for, or 0."""
         config, before, lr, stop = self._config, self.position, 0.0, 0
         bar = self._bar()
         batches = iter(bar)
@@ -153,7 +156,7 @@ class Training:
         stop = self._control.after_epoch(self.position) or stop
         if self.position != before:
             self._record_epoch(bar, lr)
-        self._finish_epoch(stop)
+        return stop
 
     def _finish_epoch(self, stop: int) -> None:
         """Evaluate if it is time to, and go to the next epoch.

@@ -237,7 +237,9 @@ def test_cold_starts_are_provided_for_in_every_task(monkeypatch):
         assert row.fixed_sec == pytest.approx(row.after_sec + 17.0)
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(89, "89 s"), (540, "9.0 min"), (7200, "2.0 h"), (86400 * 3, "3 days")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(89, "89 s"), (540, "9.0 min"), (7200, "2.0 h"), (3600 * 59, "2.5 days")]
+)
 def test_durations_are_said_in_fitting_units(seconds, text):
     assert duration(seconds) == text
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from fast_spatial.evaluation.attack import GridSurvivors, losses_of, take_views, verdicts, worst_view
 from fast_spatial.evaluation.forward import BatchedForward, Judge, ModuleJudge, even_pass, largest_pass
 from fast_spatial.evaluation.verdicts import ImageVerdict, add_grid, judge_grid, judge_images, summarize
-from fast_spatial.kernels.limits import SpatialLimits
+from fast_spatial.kernels.limits import GRID_VIEWS, SpatialLimits
 from fast_spatial.kernels.sampling import EVALUATION, Views, draw_matrices, pack_key
-from fast_spatial.kernels.spatial import GRID_IDENTITY, GRID_VIEWS, grid, matrices
+from fast_spatial.kernels.spatial import GRID_IDENTITY, grid, matrices
 from fast_spatial.kernels.warp import warp
 from fast_spatial.pipelines.loader import Batch
 

@@ -20,8 +20,8 @@ from fast_spatial.evaluation import landscape
 from fast_spatial.evaluation.forward import BatchedForward, ModuleJudge
 from fast_spatial.evaluation.landscape import judge_all_views, sample_positions
 from fast_spatial.evaluation.landscape_files import Landscape, read
-from fast_spatial.kernels.limits import SpatialLimits
-from fast_spatial.kernels.spatial import GRID_ANGLES, GRID_IDENTITY, GRID_SHIFTS, GRID_VIEWS, grid, matrices
+from fast_spatial.kernels.limits import GRID_ANGLES, GRID_SHIFTS, GRID_VIEWS, SpatialLimits
+from fast_spatial.kernels.spatial import GRID_IDENTITY, grid, matrices
 from fast_spatial.kernels.warp import warp
 from fast_spatial.models import classifier
 from fast_spatial.pipelines.dataset import read_index

@@ -11,8 +11,8 @@ from PIL import Image
 
 from fast_spatial.config.fields import to_json
 from fast_spatial.config.train import TrainConfig
-from fast_spatial.kernels.limits import SpatialLimits
-from fast_spatial.kernels.spatial import GRID_IDENTITY, GRID_VIEWS, grid
+from fast_spatial.kernels.limits import GRID_VIEWS, SpatialLimits
+from fast_spatial.kernels.spatial import GRID_IDENTITY, grid
 
 IMAGES = 50
 STARTED = {
@@ -49,6 +49,10 @@ def write_run(out: Path, mode: str, *, degrees: float = 30.0, seed: int = 0, epo
         rate = 900.0 + 100 * epoch
         train = {"loss": 2.0 / epoch, "top1_pct": 30.0 * epoch, "lr": 0.1, "images_per_sec": rate, "data_wait_pct": 1.0}
         records.append({"event": "train", "epoch": epoch, **train, **shared})
+        if mode == "worst10":
+            bins = {"degrees": [30, 20, 10, 10, 20, 30], "tx_px": [20] * 6, "ty_px": [20] * 6}
+            limits = {"limit_degrees": degrees, "limit_px": 0.8 * degrees}
+            records.append({"event": "chosen", "epoch": epoch, "untransformed_pct": 20.0 / epoch, **bins, **limits})
         attacked = None if mode in ("nocrop", "standard") else 20.0 * epoch
         scores = {"top1_pct": 40.0 * epoch, "top5_pct": 90.0, "loss": 1.0 / epoch, "attacked_top1_pct": attacked}
         records.append({"event": "evaluation", "epoch": epoch, **scores, "cost_pct": 5.0, **shared})

@@ -14,8 +14,8 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch.nn.functional import affine_grid, grid_sample
 
-from fast_spatial.kernels.limits import SpatialLimits
-from fast_spatial.kernels.spatial import GRID_IDENTITY, GRID_VIEWS, grid, matrices, write_matrix
+from fast_spatial.kernels.limits import GRID_VIEWS, SpatialLimits
+from fast_spatial.kernels.spatial import GRID_IDENTITY, grid, matrices, write_matrix
 from fast_spatial.kernels.warp import warp, warp_reference
 from fast_spatial.kernels.warp_cpu import warp_image
 from fast_spatial.pipelines import ops

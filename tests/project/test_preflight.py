@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shlex
 import sys
@@ -609,3 +610,14 @@ def test_a_batch_of_one_image_of_many_pixels_is_taken(data, started):
     words = [*TRAIN[: TRAIN.index("--global-batch-size")], "--global-batch-size", "1"]
     assert commands.main([*words, "--image-size", "64"]) == 0
     assert len(started) == 1
+
+
+@pytest.mark.parametrize("command", [["report", "OUT"], ["reproduce", "--data", "digits", "--out", "OUT"]])
+def test_a_missing_package_of_the_report_is_named_before_anything_starts(tmp_path, monkeypatch, capsys, command):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "jinja2" else find_spec(name))
+    out = tmp_path / "out"
+    assert commands.main([word.replace("OUT", str(out)) for word in command]) == 2
+    said = capsys.readouterr().err
+    assert "not installed: jinja2" in said and "pip install jinja2" in said
+    assert not out.exists()

@@ -156,8 +156,9 @@ def test_dots_stand_beside_each_other_at_their_limit(count):
 
 def test_every_cell_has_the_colour_of_its_value_and_the_pointer_its_number():
     values = np.array([[(7 * r + 3 * c) % 11 for c in range(31)] for r in range(5)], dtype=float)
-    chart = heat_map("t", values, Scale(10.0, "loss, nats"), ANGLES, SHIFTS)
-    expected = matplotlib.colormaps[charts.COLOUR_MAP](values / 10.0, bytes=True)
+    scale = Scale(10.0, "loss, nats", colours="cividis_r")
+    chart = heat_map("t", values, scale, ANGLES, SHIFTS)
+    expected = matplotlib.colormaps[scale.colours](values / 10.0, bytes=True)
     assert (picture(parsed(chart.svg), 5, 31) == expected).all()
     assert chart.values.texts[4][30] == f"{values[4, 30]:.3f} nats"
     across, down = (ticks(parsed(chart.svg), axis) for axis in ("x", "y"))
@@ -187,8 +188,10 @@ def test_a_panel_shows_its_losses_and_where_they_are_wrong():
 
 
 def test_a_scale_ends_near_the_largest_values():
-    assert scale_of([np.array([0.0, 2.9]), np.array([0.1])], "nats") == Scale(3.0, "nats", clipped=False)
-    assert scale_of([np.r_[np.ones(99), 50.0]], "nats") == Scale(1.0, "nats", clipped=True)
+    assert scale_of([np.array([0.0, 2.9]), np.array([0.1])], "nats") == Scale(
+        3.0, "nats", clipped=False, colours="cividis_r"
+    )
+    assert scale_of([np.r_[np.ones(99), 50.0]], "nats") == Scale(1.0, "nats", clipped=True, colours="cividis_r")
     assert {"0", "0.5", "≥ 1"} <= ticks(parsed(colour_bar(Scale(1.0, "nats", clipped=True))), "x").keys()
 
 

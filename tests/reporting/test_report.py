@@ -68,7 +68,7 @@ def test_a_grid_without_a_result_is_a_dash_and_one_on_few_images_is_noted():
     assert [line.split("|")[5].strip() for line in table[2:]] == ["20.0", "–"]
     named = [("standard", few), ("worst10", none), ("nocrop", {"num_images": 300})]
     assert grid_note(named) == (
-        "The grid met fewer images than the other attacks: 7,000 of 50,000 (standard), none of 300 (worst10)."
+        "The grid met fewer images than the other attacks: 7,000 of 50,000 (standard); none of 300 (worst10)."
     )
     assert grid_note(named[2:]) == ""
 

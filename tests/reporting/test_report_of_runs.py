@@ -19,8 +19,8 @@ import pytest
 from fast_spatial.config.modes import PUBLISHED
 from fast_spatial.config.train import TrainConfig
 from fast_spatial.errors import UserError
-from fast_spatial.kernels.limits import SpatialLimits
-from fast_spatial.kernels.spatial import GRID_VIEWS, grid
+from fast_spatial.kernels.limits import GRID_VIEWS, SpatialLimits
+from fast_spatial.kernels.spatial import grid
 from fast_spatial.reporting import deviations
 from fast_spatial.reporting.document import Code, Section, Table, Text, to_html, to_markdown
 from fast_spatial.reporting.report import write_report
@@ -91,7 +91,7 @@ def test_cost_is_of_the_logs(report):
     # Two GPUs: an hour of training, a quarter of evaluation, a tenth of landscape; 4 records of 0.25 kWh.
     assert cells(cost, "standard") == ["2", "60.0 min", "15.0 min", "2.70", "6.75", "1,050", "1.000"]
     assert cells(cost, "worst10, 40 degrees") == ["2", "60.0 min", "–", "2.00", "5.00", "1,050", "1.000"]
-    assert "9.90 GPU-hours, evaluations and landscapes included, which come to 24.75 at 2.5 each" in cost
+    assert "9.90 GPU-hours, landscapes and the evaluations above included, which come to 24.75 at 2.5 each" in cost
 
 
 def test_robustness_is_of_the_landscape(report):
@@ -139,7 +139,7 @@ def test_the_page_stands_alone_and_is_well_formed(report):
     for chart in re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL):
         ElementTree.fromstring(chart)
     values = [json.loads(found) for found in re.findall(r"data-values='(.*?)'", page)]
-    assert len(values) == 4 + 6 + 2 * 3 + 2
+    assert len(values) == 6 + 6 + 2 * 3 + 2
     for found in values:
         assert [len(found["columns"])] * len(found["rows"]) == [len(row) for row in found["texts"]]
         assert (len(found["columns"]), len(found["rows"])) == (len(found["xs"]), len(found["ys"]))

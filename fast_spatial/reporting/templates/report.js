@@ -20,6 +20,9 @@ for (const chart of document.querySelectorAll("[data-values]")) {
   };
   chart.addEventListener("pointermove", show);
   chart.addEventListener("pointerdown", show);
-  chart.addEventListener("pointerleave", () => (tip.hidden = true));
+  chart.addEventListener("pointerleave", (event) => {
+    if (event.pointerType !== "touch") tip.hidden = true; // a finger leaves when it lifts
+  });
 }
+document.getElementById("pointing").hidden = false;
 addEventListener("scroll", () => (tip.hidden = true), { passive: true });
