@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import logging
 import math
 import os
 import re
@@ -28,6 +29,7 @@ from fast_spatial.kernels.host import cache_folder
 # fonts takes seconds, and the text of a chart is drawn by the reader's browser.
 os.environ.setdefault("MPLCONFIGDIR", str(cache_folder() / "matplotlib"))
 os.environ.setdefault("MPL_IGNORE_SYSTEM_FONTS", "1")
+logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # it announces a wait of five seconds
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, ListedColormap

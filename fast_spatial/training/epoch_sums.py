@@ -122,8 +122,11 @@ class EpochSums:
             "chosen": None if self._chosen is None else self._chosen.state(self._device),
         }
 
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Restore `state_dict`; on one process only, since the sums cover all processes."""
-        self._tally.load(saved["tally"])
-        if self._chosen is not None and saved.get("chosen"):  # missing in runs of earlier versions
-            self._chosen.load(saved["chosen"])
+    def load_state_dict(self, saved: dict[str, Any], *, leads: bool) -> None:
+        """Restore `state_dict` on all processes. One of them `leads` and takes the sums, which cover all of them."""
+        if not saved.get("chosen"):  # of an earlier version: counts of the rest of an epoch would mislead
+            self._chosen = None
+        if leads:
+            self._tally.load(saved["tally"])
+            if self._chosen is not None:
+                self._chosen.load(saved["chosen"])

@@ -204,8 +204,8 @@ class Training:
             if "segments" in saved:  # missing in runs of earlier versions
                 self.timeline.segments[:] = [Segment(*segment) for segment in saved["segments"]]
             self._sums = self._new_sums()
-            if self.position.step and self._world.rank == 0:  # the saved sums cover all processes
-                self._sums.load_state_dict(saved)
+            if self.position.step:
+                self._sums.load_state_dict(saved, leads=self._world.rank == 0)
         self.folder.begin(saved, self.position)
         if self._world.rank == 0:
             self._describe(saved)

@@ -188,5 +188,5 @@ def test_a_reproduction_takes_a_recipe_and_judges_as_it_says():
 
 def test_the_installed_package_brings_its_recipes():
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
-    assert project["tool"]["setuptools"]["package-data"] == {"fast_spatial.config": ["recipes/*.toml"]}
+    assert project["tool"]["setuptools"]["package-data"]["fast_spatial.config"] == ["recipes/*.toml"]
     assert {path.name for path in recipes.FOLDER.iterdir()} == {f"{name}.toml" for name in recipes.names()}

@@ -118,6 +118,9 @@ def test_a_training_is_resumed_to_the_same_bits(capfd):
     assert "resumed after 93 steps" in capfd.readouterr().out
     whole = read(DATA / "whole.json")
     log = lines("runs/training/log.jsonl")
+    chosen = [record["epoch"] for record in log if record["event"] == "chosen"]
+    assert chosen == [record["epoch"] for record in log if record["event"] == "train"][-len(chosen) :]
+    log = [record for record in log if record["event"] != "chosen"]  # earlier versions did not count them
     assert [record["event"] for record in log] == [record["event"] for record in whole["log"]]
     saved = torch.load("runs/training/last.pt", weights_only=True)
     assert saved["steps"] == 132

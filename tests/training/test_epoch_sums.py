@@ -15,7 +15,7 @@ from fast_spatial.kernels.limits import SpatialLimits
 from fast_spatial.kernels.sampling import TRAINING, Views, draw_matrices, draw_warps, pack_key
 from fast_spatial.runtime import distributed
 from fast_spatial.runtime.distributed import World
-from fast_spatial.training.epoch_sums import ChosenViews, as_record
+from fast_spatial.training.epoch_sums import ChosenViews, EpochSums, as_record
 from fast_spatial.training.state import Position
 from fast_spatial.training.train import train
 
@@ -70,6 +70,13 @@ def test_counts_go_on_from_saved_ones():
     resumed.load(chosen(range(12), [1] * 12).state(CPU))
     resumed.add(torch.arange(12, 20), torch.ones(8, dtype=torch.int64))
     assert resumed.state(CPU) == whole.state(CPU) == whole.state(CPU)
+
+
+def test_an_epoch_that_an_earlier_version_began_has_no_counts():
+    sums = EpochSums(VIEWS, SEED, EPOCH, CPU)
+    sums.load_state_dict({"tally": [6.0, 3.0, 12.0]}, leads=True)
+    assert sums.means(over_ranks=False) == {"loss": 0.5, "top1": 0.25}
+    assert sums.chosen() is None and sums.state_dict()["chosen"] is None
 
 
 def test_a_position_knows_its_epoch():
