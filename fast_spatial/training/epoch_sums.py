@@ -39,7 +39,7 @@ class ChosenViews:
 
     def add(self, index: Tensor, choice: Tensor) -> None:
         """Add a step: positions of the images in the split, int64 [B], and of their chosen views, int64 [B]."""
-        self._steps.append((index, choice))
+        self._steps.append((index.clone(), choice))  # a copy: `index` may be a column of a larger array
 
     def state(self, device: torch.device) -> list[int]:
         """The counts over all processes, for `load`; a collective call, which synchronizes the device."""
