@@ -70,13 +70,8 @@ class StepControl:
         deadline: TrainingDeadline | None,
         request: StopRequest,
     ) -> None:
-        self._config, self._world, self._folder, self._timeline, self._request = (
-            config,
-            world,
-            folder,
-            timeline,
-            request,
-        )
+        self._config, self._world, self._folder = config, world, folder
+        self._timeline, self._request = timeline, request
         self._agreement, self._divergence = StepAgreement(wishes=4), Divergence(world.device)
         self._deadline = deadline
         self._pacer: Pacer | None = None
