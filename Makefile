@@ -33,7 +33,7 @@ lint: install
 	$(VENV)/bin/hadolint Dockerfile
 
 reproduce: install
-	$(RUN) launch.py reproduce --data digits --out $(OUT)
+	$(RUN) launch.py reproduce --data digits --in-process --out $(OUT)
 
 clean:
 	rm -rf $(VENV) runs

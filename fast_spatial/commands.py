@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from fast_spatial.config.rows import DECIDED, RowRequest, requests
 from fast_spatial.config.train import TrainConfig
 from fast_spatial.errors import UserError
 from fast_spatial.launcher import set_environment, show_error
+from fast_spatial.reproduce import planned_rows, requested_rows, run_rows
 
 # The time of a budget starts here.
 STARTED = time.monotonic()
@@ -46,7 +47,7 @@ def train(config: TrainConfig, raw: dict[str, str]) -> None:
     if not config.is_limited:
         launcher.launch("train", config)
         return
-    request = _budget_request(config, raw, [RowRequest(config.mode, raw)])
+    request = BudgetRequest(config, _plan_flags(raw), [RowRequest(config.mode, raw)])
     with open_plan(request, STARTED) as active:
         if not config.plan_only:
             (row,) = active.plan.rows
@@ -57,30 +58,25 @@ def reproduce(config: ReproduceConfig, raw: dict[str, str]) -> None:
     """Train and judge rows of the published table, within a budget if there is one."""
     own = options_of(ReproduceConfig)
     flags = {name: value for name, value in raw.items() if name not in own}
-    rows = requests(config, flags)
+    requested = requests(config, flags)
     preflight.check_report_packages()
-    if config.is_limited:
-        with open_plan(_budget_request(config, raw, rows), STARTED) as active:
-            if not config.plan_only:
-                from fast_spatial import reproduce as reproduction
-
-                reproduction.reproduce(config, reproduction.planned_rows(active.plan), active)
+    if not config.is_limited:
+        rows = requested_rows(requested)
+        for row in rows:
+            preflight.check_train(row.train)
+        run_rows(config, rows)
         return
-    trainings = [row.configure({}) for row in rows]  # wrong flags are refused before torch is imported
-    from fast_spatial import reproduce as reproduction
-
-    for training in trainings:
-        preflight.check_train(training)
-    reproduction.reproduce(config, reproduction.plan(config, flags))
+    request = BudgetRequest(config, _plan_flags(raw), requested, judged=True, may_drop=not config.rows)
+    with open_plan(request, STARTED) as active:
+        if not config.plan_only:
+            run_rows(config, planned_rows(active.plan), active)
 
 
-def _budget_request(
-    config: TrainConfig | ReproduceConfig, raw: dict[str, str], rows: Sequence[RowRequest]
-) -> BudgetRequest:
+def _plan_flags(raw: dict[str, str]) -> dict[str, str]:
+    """The given values that decide a budget's plan."""
     known = options_of(ReproduceConfig, TrainConfig)
     kept = ("recipe", "eval_every", "exclude")
-    flags = {name: value for name, value in raw.items() if name in kept or decides_numbers(known[name])}
-    return BudgetRequest(config, flags, rows)
+    return {name: value for name, value in raw.items() if name in kept or decides_numbers(known[name])}
 
 
 def report(config: ReportConfig, _: dict[str, str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import traceback
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from fast_spatial.budget.active_plan import ActivePlan
 from fast_spatial.budget.planning import Plan
 from fast_spatial.config.commands import EvaluateConfig, LandscapeConfig, ReproduceConfig
 from fast_spatial.config.modes import DIGITS, row_name
-from fast_spatial.config.rows import requests
+from fast_spatial.config.rows import RowRequest
 from fast_spatial.config.train import LaunchOptions, TrainConfig
 from fast_spatial.errors import UserError
 from fast_spatial.reporting.tables import grid_note, published_table, results_table
@@ -37,15 +38,14 @@ class Row:
         return Path(self.train.out) / RESULT
 
 
-def plan(config: ReproduceConfig, train_flags: dict[str, str]) -> list[Row]:
+def requested_rows(requests: Iterable[RowRequest]) -> list[Row]:
     """The rows without a budget, under the requested recipe.
 
     Raises:
         UserError: on an invalid training option.
 
     """
-    rows = requests(config, train_flags)
-    return [_row(row.name, row.configure({})) for row in rows]
+    return [_row(request.name, request.configure({})) for request in requests]
 
 
 def planned_rows(plan: Plan) -> list[Row]:
@@ -69,7 +69,7 @@ def _row(name: str, train: TrainConfig, grid_per_class: int = 0) -> Row:
     return Row(name, train, evaluate)
 
 
-def reproduce(config: ReproduceConfig, rows: list[Row], active: ActivePlan | None = None) -> None:
+def run_rows(config: ReproduceConfig, rows: list[Row], active: ActivePlan | None = None) -> None:
     """Train and judge the unfinished rows, then print and write the table and the report.
 
     If a row fails, the others still run.

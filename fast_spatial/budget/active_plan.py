@@ -43,12 +43,16 @@ class BudgetRequest:
         config: the options of the command.
         flags: the given values that decide the plan; a restart must give the same ones.
         rows: the requested rows, in order of execution.
+        judged: whether the rows are also evaluated, and their landscapes mapped.
+        may_drop: whether rows may be left out if the budget is too small for all.
 
     """
 
     config: TrainConfig | ReproduceConfig
     flags: dict[str, str]
     rows: Sequence[RowRequest]
+    judged: bool = False
+    may_drop: bool = False
 
     @property
     def out(self) -> Path:
@@ -280,14 +284,13 @@ def _resume(request: BudgetRequest, budget: Budget, usage: UsageMeter, saved: di
 
 
 def _plan(request: BudgetRequest, measured: dict[str, Any], start_sec: float) -> Plan:
-    named = request.config.rows if isinstance(request.config, ReproduceConfig) else None
     return make_plan(
         request.rows,
         request.recipes(),
         measured,
         start_sec=start_sec,
-        judged=named is not None,
-        may_drop=named == (),
+        judged=request.judged,
+        may_drop=request.may_drop,
         keep_eval_every="eval_every" in request.flags,
     )
 

@@ -110,6 +110,8 @@ class EvaluateConfig(JudgeOptions):
         if self.grid_per_class and (self.grid_images or not self.grid):
             other = "--grid-images" if self.grid else "--no-grid"
             raise UserError(f"--grid-per-class {self.grid_per_class} conflicts with {other}", "remove one of them")
+        if self.grid_images and not self.grid:
+            raise UserError(f"--grid-images {self.grid_images} conflicts with --no-grid", "remove one of them")
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,10 @@ class LaunchOptions:
         0, "restarts of all processes after one has failed", section="processes", minimum=0, identity=False
     )
     in_process: bool = option(
-        False, "run in this process, without torchrun; for a debugger", section="processes", identity=False
+        False,
+        "run in this process, without torchrun: for a debugger, or for many short tasks",
+        section="processes",
+        identity=False,
     )
     stall_minutes: float = option(
         20.0,

@@ -220,7 +220,7 @@ def evaluate_checkpoint(config: EvaluateConfig, world: World, until: float | Non
 def _judge_share(config: EvaluateConfig, inputs: Inputs, world: World, until: float | None) -> _Share:
     """Judge this process's share of the images: first without the grid, then the grid, as far as time allows."""
     process = JudgingProcess(config, inputs, world, flip=config.flip)
-    meets, size = _meets(config, inputs), config.batch_size_per_process
+    size = config.batch_size_per_process
     order = None if until is None else inputs.images.balanced_order()
     verdicts: list[ImageVerdict] = []
     finished = False
@@ -240,18 +240,11 @@ def _judge_share(config: EvaluateConfig, inputs: Inputs, world: World, until: fl
                 verdicts += judge_images(process.passes, batch)
                 moved()
             # Every process judges the grid on its own images, so that no verdicts have to be exchanged.
-            right = [verdict.index for verdict in verdicts if verdict.natural and verdict.index in meets]
+            right = [verdict.index for verdict in verdicts if verdict.natural and verdict.index in inputs.on_grid]
             if right:
                 judge_grid(survivors, process.batches("grid", size, order=np.array(right), alone=True))
             finished = True
     return _Share(verdicts, survivors.take_verdicts(), finished, process.failures)
-
-
-def _meets(config: EvaluateConfig, inputs: Inputs) -> set[int]:
-    """Positions of the images that meet the grid."""
-    if not config.grid:
-        return set()
-    return set(range(len(inputs.images))) if inputs.on_grid is None else inputs.on_grid
 
 
 def _merge(config: EvaluateConfig, inputs: Inputs, shares: list[_Share]) -> tuple[list[ImageVerdict], Coverage]:
@@ -259,7 +252,7 @@ def _merge(config: EvaluateConfig, inputs: Inputs, shares: list[_Share]) -> tupl
     images = inputs.images
     found = sorted((verdict for share in shares for verdict in share.verdicts), key=lambda verdict: verdict.index)
     grid = [verdict for share in shares for verdict in share.grid]
-    coverage = coverage_of(images, _meets(config, inputs), found, grid)
+    coverage = coverage_of(images, inputs.on_grid, found, grid)
     if all(share.finished for share in shares) and not (coverage.complete and len(found) == len(images)):
         raise RuntimeError(
             f"{len(found)} verdicts, {len(grid)} of the grid, for {len(images)} images: one is missing or there twice"
@@ -274,7 +267,7 @@ def _summary(config: EvaluateConfig, inputs: Inputs, found: list[ImageVerdict], 
     rounds, cut = coverage.rounds, coverage.grid_rounds
     left_out = inputs.images.left_out.names
     limited = config.max_images or config.allow_partial_classes or config.grid_images or left_out
-    few = len(_meets(config, inputs)) < len(inputs.images)
+    few = len(inputs.on_grid) < len(inputs.images)
     return summarize(
         found,
         config.limits,

@@ -17,11 +17,11 @@ from fast_spatial.pipelines.dataset import ImageIndex
 
 
 class Inputs(NamedTuple):
-    """A model in evaluation mode, the images, the positions of those that meet the grid (None: all), and image size."""
+    """A model in evaluation mode, the images, the positions of those that meet the grid, and the image size."""
 
     model: Classifier
     images: ImageIndex
-    on_grid: set[int] | None
+    on_grid: set[int]
     side: int
 
 
@@ -55,11 +55,13 @@ def load_model_and_images(config: EvaluateConfig) -> Inputs:
     return Inputs(model.eval(), images, _on_grid(config, images), config.image_size or weights.side or 224)
 
 
-def _on_grid(config: EvaluateConfig, images: ImageIndex) -> set[int] | None:
+def _on_grid(config: EvaluateConfig, images: ImageIndex) -> set[int]:
+    if not config.grid:
+        return set()
     if config.grid_images:
         return _positions_of(Path(config.grid_images), images)
     if not config.grid_per_class:
-        return None
+        return set(range(len(images)))
     try:
         return set(images.balanced_positions(config.grid_per_class).tolist())
     except ValueError as error:

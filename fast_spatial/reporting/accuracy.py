@@ -64,7 +64,8 @@ def _protocol(judged: Sequence[Row]) -> Text:
     judged_images = counts(summary["num_images"] for summary in summaries)
     limits = sorted({f"{s['degrees']:g} degrees and {s.get('translate_px', 24.0):.3g} px" for s in summaries})
     over_seeds = (
-        ", or, where a row has several seeds, Student's t over their accuracies, which is about other seeds on "
+        ", or, where a row has several seeds, Student's t over their accuracies (none if they are equal), which is "
+        "about other seeds on "
     )
     return Text(
         f"Top-1 accuracy in percent on {judged_images} validation images, attacked with rotations and translations of "

@@ -55,6 +55,8 @@ _LOOKS: list[dict[str, Any]] = [
     for colour, dash, marker in zip(SERIES_COLOURS, _DASHES, "os^DvP")
 ]
 STYLES = len(_LOOKS)
+# Opacity of bands; a placeholder, too.
+_BAND = 0.14
 # Of what is judged wrong; in report.css, too.
 SHADE = "#e58a1f80"
 
@@ -144,7 +146,14 @@ def scale_of(values: Sequence[NDArray[np.floating]], label: str) -> Scale:
     return Scale(high, label, clipped=bool(flat.max() > high), colours="cividis_r")
 
 
-def lines(title: str, text: AxesText, series: Sequence[Series], y_range: tuple[float, float] | None = None) -> Chart:
+def lines(
+    title: str,
+    text: AxesText,
+    series: Sequence[Series],
+    y_range: tuple[float, float] | None = None,
+    *,
+    level: float | None = None,
+) -> Chart:
     """Lines over numbers; limits become bands.
 
     Args:
@@ -152,14 +161,17 @@ def lines(title: str, text: AxesText, series: Sequence[Series], y_range: tuple[f
         text: texts of the axes.
         series: at least one, with at least one finite value.
         y_range: by default that of the values.
+        level: the y value of a thin line for comparison.
 
     """
     with _drawing(HEIGHT) as (figure, axes):
+        if level is not None:
+            axes.axhline(level, color=_QUIET, linewidth=1)
         for one in series:
             axes.plot(one.xs, one.ys, **one.look, markevery=math.ceil(len(one.xs) / 16))
             if one.limits:
                 low, high = np.transpose(one.limits)
-                axes.fill_between(one.xs, low, high, color=one.look["color"], alpha=0.14, linewidth=0, clip_on=False)
+                axes.fill_between(one.xs, low, high, color=one.look["color"], alpha=_BAND, linewidth=0, clip_on=False)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
         _label(axes, text, y_range)
         xs = sorted({x for one in series for x in one.xs})
@@ -291,7 +303,7 @@ def _values_at(
                 if x == at and math.isfinite(y):
                     here.setdefault(one.name, []).append(_with_unit(text.y, y, *limits))
         found.append("\n".join(f"{name}: {', '.join(values)}" for name, values in here.items()))
-    columns = [text.x_value.format(f"{x:.4g}") for x in xs]
+    columns = [text.x_value.format(f"{x:.4g}".replace("-", "−")) for x in xs]
     return Values(*_places(axes, places, axes.get_ylim()[:1]), columns, [""], [found])
 
 
@@ -306,10 +318,10 @@ def _colour(
 
 
 def _with_unit(label: str, value: float, *limits: float) -> str:
-    """A value and its limits, with the unit at the label's end."""
+    """A value and its limits, if they are known, with the unit at the label's end."""
     unit = label.rpartition(", ")[2]
-    shown = [f"{one:.1f}" if unit == "%" else f"{one:.3f}" for one in (value, *limits)]
-    return f"{shown[0]}{f' [{shown[1]}, {shown[2]}]' if limits else ''} {unit}"
+    shown = [f"{one:.1f}" if unit == "%" else f"{one:.3f}" for one in (value, *limits) if not math.isnan(one)]
+    return f"{shown[0]}{f' [{shown[1]}, {shown[2]}]' if shown[1:] else ''} {unit}"
 
 
 def _places(
@@ -343,6 +355,7 @@ def _svg(figure: Figure, title: str) -> str:
             element.set(name, _LONG_NUMBER.sub(r"\1", " ".join(element.attrib[name].split())))
         style = re.sub(r"font(-family)?: [^;]*'[^;]*", f"font-size: {_FONT}px", element.get("style", ""))
         if style:
+            style = style.replace(f"opacity: {_BAND}", "opacity: var(--band)")
             element.set("style", re.sub(r"#\w{6}", lambda found: f"var({COLOURS[found[0]]})", style))
         element.text, element.tail = (text if (text or "").strip() else None for text in (element.text, element.tail))
     root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": title}

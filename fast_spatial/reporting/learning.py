@@ -28,9 +28,9 @@ def learning(rows: Sequence[Row]) -> list[Block]:
             figures.append(Figure(caption, lines(caption, AxesText("epoch", y_label, "epoch {}"), series)))
     if chosen := _chosen_rotations(rows):
         caption = "Rotations of the worst views in the last epoch, untouched ones aside"
-        axes = AxesText("rotation, degrees", "share of views per degree, %", "{} degrees")
-        highest = max(y for one in chosen for y in one.ys)
-        figures.append(Figure(caption, lines(caption, axes, chosen, (0.0, highest))))
+        axes = AxesText("rotation, degrees", "times as often as drawn", "{} degrees")
+        highest = max(1.0, *(y for one in chosen for y in one.ys))
+        figures.append(Figure(caption, lines(caption, axes, chosen, (0.0, highest), level=1.0)))
     if not figures:
         return [Text("No run here has finished two epochs.")]
     text = (
@@ -60,7 +60,10 @@ def _series(rows: Sequence[Row], event: str, name: str) -> list[Series]:
 
 
 def _chosen_rotations(rows: Sequence[Row]) -> list[Series]:
-    """The density of the rotations that each run's last epoch chose: a line for each run, over the bins' centers."""
+    """How often each run's last epoch chose a rotation, as a multiple of how often it was drawn, over bins' centers.
+
+    All rotations between the limits are drawn equally often, so a choice without preference has the value 1 everywhere.
+    """
     found = []
     for style, row in enumerate(rows):
         for run in row.runs:
@@ -68,5 +71,5 @@ def _chosen_rotations(rows: Sequence[Row]) -> list[Series]:
             if total := sum(counts):
                 width = 2 * limit / len(counts)
                 centers = [round((number + 0.5) * width - limit, 2) for number in range(len(counts))]
-                found.append(Series(row.name, style, centers, [100 * count / total / width for count in counts]))
+                found.append(Series(row.name, style, centers, [len(counts) * count / total for count in counts]))
     return found

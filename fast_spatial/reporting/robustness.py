@@ -132,6 +132,6 @@ def _table(found: Sequence[Mapped]) -> Table:
 
 def _over_views(correct: NDArray[np.bool_], *, every: bool) -> Interval:
     """Accuracy over images, [N, views]: right on every view, or the mean share of the views."""
-    if every or correct.shape[1] == 1:
+    if every or correct.shape[1] == 1 or correct.all() or not correct.any():  # equal shares have no spread
         return wilson(int(correct.all(axis=1).sum()), len(correct))
     return mean(correct.mean(axis=1).tolist()).clipped()

@@ -19,7 +19,7 @@ Z = float(special.ndtri(_TAIL))
 
 
 class Interval(NamedTuple):
-    """An estimate and its 95 % interval."""
+    """An estimate and its 95 % interval, whose limits are NaN if nothing is known of the spread."""
 
     value: float
     low: float
@@ -27,7 +27,7 @@ class Interval(NamedTuple):
 
     def clipped(self) -> Interval:
         """The interval within [0, 1], the range of a proportion."""
-        return self._replace(low=max(0.0, self.low), high=min(1.0, self.high))
+        return self._replace(low=max(self.low, 0.0), high=min(self.high, 1.0))  # NaN comes first, and stays
 
 
 def wilson(right: int, count: int) -> Interval:
@@ -47,9 +47,9 @@ def wilson(right: int, count: int) -> Interval:
 
 
 def mean(values: Sequence[float]) -> Interval:
-    """The mean of independent values, by Student's t. A single value has NaN limits."""
+    """The mean of independent values, by Student's t. A single value, or equal ones, have NaN limits."""
     value = statistics.fmean(values)
-    if len(values) < 2:
+    if len({*values}) < 2:  # rounded to whole images, equal values do not mean that there is no spread
         return Interval(value, math.nan, math.nan)
     quantile = float(special.stdtrit(len(values) - 1, _TAIL))
     half = quantile * statistics.stdev(values) / math.sqrt(len(values))
@@ -85,7 +85,7 @@ def _combined(first: Interval, second: Interval, *, correlation: float) -> Inter
     value = first.value - second.value
 
     def half(one: float, other: float) -> float:
-        return math.sqrt(max(0.0, one**2 - 2 * correlation * one * other + other**2))
+        return math.sqrt(max(one**2 - 2 * correlation * one * other + other**2, 0.0))  # NaN comes first, and stays
 
     below = half(first.value - first.low, second.high - second.value)
     above = half(first.high - first.value, second.value - second.low)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fast_spatial.config.modes import MODES, PUBLISHED, row_name
@@ -75,19 +76,20 @@ def published_table(rows: Sequence[tuple[str, float]]) -> str:
 
 
 def percent(interval: Interval | None) -> str:
-    """A share in percent with its limits: "71.3 [70.9, 71.7]"."""
-    if interval is None:
-        return DASH
-    value, low, high = (f"{100 * v:.1f}" for v in interval)
-    return f"{value} [{low}, {high}]"
+    """A share in percent with its limits, if they are known: "71.3 [70.9, 71.7]"."""
+    return _with_limits(interval, lambda value: f"{100 * value:.1f}")
 
 
 def points(interval: Interval | None) -> str:
-    """A difference of shares in percentage points, with its limits, all with signs."""
+    """A difference of shares in percentage points, with its limits, if they are known; all with signs."""
+    return _with_limits(interval, lambda value: signed(100 * value, ".1f", plus=True))
+
+
+def _with_limits(interval: Interval | None, show: Callable[[float], str]) -> str:
     if interval is None:
         return DASH
-    value, low, high = (signed(100 * v, ".1f", plus=True) for v in interval)
-    return f"{value} [{low}, {high}]"
+    limits = "" if math.isnan(interval.low) else f" [{show(interval.low)}, {show(interval.high)}]"
+    return show(interval.value) + limits
 
 
 def signed(value: float, layout: str = ".3g", *, plus: bool = False) -> str:

@@ -280,6 +280,7 @@ def test_what_is_not_given_has_its_default():
             ["--grid-per-class 5", "--grid-images", "remove one"],
         ),
         (EvaluateConfig, {"grid_per_class": "5", "grid": "false"}, ["--grid-per-class 5", "--no-grid", "remove one"]),
+        (EvaluateConfig, {"grid_images": "f", "grid": "false"}, ["--grid-images f", "--no-grid", "remove one"]),
         (EvaluateConfig, {"image_size": "-1"}, ["--image-size -1", "at least 0"]),
         (EvaluateConfig, {"seed": "2147483648"}, ["--seed 2147483648", "2147483647"]),
         (EvaluateConfig, {"degrees": "500"}, ["--degrees 500", "180"]),

@@ -12,9 +12,10 @@ import pytest
 from fast_spatial.config import recipes
 from fast_spatial.config.commands import ReproduceConfig
 from fast_spatial.config.fields import as_typed, flag, identity, parse
+from fast_spatial.config.rows import requests
 from fast_spatial.config.train import TrainConfig
 from fast_spatial.errors import UserError
-from fast_spatial.reproduce import plan
+from fast_spatial.reproduce import requested_rows
 from fast_spatial.training.schedule import side_starts
 
 RUN = {"data": "d", "out": "o", "mode": "worst10"}
@@ -181,7 +182,8 @@ def test_a_recipe_that_is_not_there_is_refused_with_those_that_are():
 
 
 def test_a_reproduction_takes_a_recipe_and_judges_as_it_says():
-    rows = plan(ReproduceConfig(data="d", out="o", rows=("standard",)), {"recipe": "fast", "eval_flip": "true"})
+    config = ReproduceConfig(data="d", out="o", rows=("standard",))
+    rows = requested_rows(requests(config, {"recipe": "fast", "eval_flip": "true"}))
     (row,) = rows
     assert (row.train.epochs, row.train.eval_size, row.evaluate.flip) == (16, 224, True)
 

@@ -54,8 +54,7 @@ def plant(patch: pytest.MonkeyPatch, data: Path, clock_step: float = 1.0) -> Non
     images = read_index(data, "val")
 
     def load_model_and_images(config: EvaluateConfig) -> inputs.Inputs:
-        chosen = images.balanced_positions(config.grid_per_class).tolist()
-        return inputs.Inputs(planted.eval(), images, set(chosen) if config.grid_per_class else None, SIDE)
+        return inputs.Inputs(planted.eval(), images, inputs._on_grid(config, images), SIDE)
 
     for module in (evaluate, inputs):
         patch.setattr(module, "load_model_and_images", load_model_and_images)

@@ -10,12 +10,13 @@ import torch
 
 from fast_spatial import launcher, preflight
 from fast_spatial.config.commands import EvaluateConfig, ReproduceConfig
+from fast_spatial.config.rows import requests
 from fast_spatial.config.train import TrainConfig
 from fast_spatial.data.images import load_split
 from fast_spatial.errors import UserError
 from fast_spatial.evaluation.evaluate import evaluate_checkpoint
 from fast_spatial.pipelines.dataset import LeftOut, read_exclusions, read_index
-from fast_spatial.reproduce import plan
+from fast_spatial.reproduce import requested_rows
 from fast_spatial.runtime import distributed
 from fast_spatial.runtime.distributed import World
 from fast_spatial.training.train import train
@@ -191,5 +192,5 @@ def test_an_evaluation_that_leaves_images_out_is_partial(capfd, lines, images):
 
 def test_the_rows_of_a_table_are_trained_and_judged_without_what_is_excluded():
     config = ReproduceConfig(data="digits", out="table", rows=("random:30",))
-    (row,) = plan(config, {"exclude": "exclude.txt"})
+    (row,) = requested_rows(requests(config, {"exclude": "exclude.txt"}))
     assert row.train.exclude == row.evaluate.exclude == "exclude.txt"

@@ -19,6 +19,7 @@ from fast_spatial import commands, launcher, preflight, reproduce
 from fast_spatial.config.commands import EvaluateConfig, ReproduceConfig
 from fast_spatial.config.fields import from_json, parse, to_json
 from fast_spatial.config.recipes import train_config
+from fast_spatial.config.rows import requests
 from fast_spatial.config.train import TrainConfig
 from fast_spatial.evaluation.inputs import load_model_and_images
 from fast_spatial.models import checkpoint, classifier
@@ -445,7 +446,7 @@ def test_a_good_evaluation_is_started(data, ours, started):
 
 def test_what_is_judged(data, ours, plain):
     classifier, images, on_grid, side = load_model_and_images(evaluation(ours))
-    assert (len(images), images.labels.tolist(), on_grid, side) == (6, [0, 0, 1, 1, 2, 2], None, 32)
+    assert (len(images), images.labels.tolist(), on_grid, side) == (6, [0, 0, 1, 1, 2, 2], {*range(6)}, 32)
     assert not classifier.training
     assert load_model_and_images(evaluation(ours, image_size="64"))[3] == 64
     assert load_model_and_images(evaluation(plain, arch=ARCH))[3] == 224
@@ -527,7 +528,7 @@ def test_a_class_that_our_checkpoint_was_not_trained_on_is_named(refuse, ours):
 
 def test_a_pilot_run_on_the_first_classes_is_judged_on_these(data, started):
     config = parse(ReproduceConfig, {"data": "data", "out": "runs", "rows": "standard"})
-    (row,) = reproduce.plan(config, {"max_classes": "2", "global_batch_size": "4"})
+    (row,) = reproduce.requested_rows(requests(config, {"max_classes": "2", "global_batch_size": "4"}))
     Path(row.train.out).mkdir(parents=True)
     make_checkpoint(Path(row.evaluate.checkpoint), CLASSES[:2])
     assert load_model_and_images(row.evaluate)[1].labels.tolist() == [0, 0, 1, 1]

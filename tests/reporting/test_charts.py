@@ -131,6 +131,15 @@ def test_bands_enclose_their_line():
         assert min(ys) < y < max(ys)
 
 
+def test_a_level_is_a_line_at_its_height():
+    plain, marked = (parsed(lines("t", TEXT, ROWS, (0.0, 100.0), level=level).svg) for level in (None, 35.0))
+    before, after = ({path.attrib["d"] for path in root.iter(f"{SVG}path")} for root in (plain, marked))
+    (added,) = after - before
+    (_, (_, of_40), (_, of_0)), *_ = strokes(marked, SERIES_COLOURS[1])
+    height = of_0 + 35 / 40 * (of_40 - of_0)
+    assert [float(y) for _, y in re.findall(r"[ML] (\S+) (\S+)", added)] == pytest.approx([height] * 2, abs=0.2)
+
+
 def test_gaps_stay_gaps_and_seeds_share_a_line_of_the_pointer():
     seeds = [Series("row", 0, (1, 2, 3), (1.0, math.nan, 2.0)), Series("row", 0, (1, 3), (2.0, 1.0))]
     chart = lines("t", AxesText("epoch", "loss, nats", "epoch {}"), seeds)
@@ -235,6 +244,8 @@ def test_every_colour_is_the_pages():
     for mode in modes():
         assert {*COLOURS.values()} <= mode.keys()
     assert f"background: {SHADE};" in STYLE
+    assert "fill-opacity: var(--band)" in all_charts()[0].svg
+    assert STYLE.count("--band: ") == len(modes()) == 2
 
 
 def test_series_are_told_apart_without_colours():

@@ -16,10 +16,11 @@ from fast_spatial.config import recipes
 from fast_spatial.config.commands import EvaluateConfig, LandscapeConfig, ReproduceConfig
 from fast_spatial.config.fields import parse, to_json
 from fast_spatial.config.modes import row_name, split_row
+from fast_spatial.config.rows import requests
 from fast_spatial.config.train import TrainConfig
 from fast_spatial.errors import UserError
 from fast_spatial.reporting.tables import grid_note, published_table, results_table
-from fast_spatial.reproduce import Row, plan
+from fast_spatial.reproduce import Row, requested_rows
 
 KEYS = [
     *("mode", "degrees", "seed", "epochs"),
@@ -31,6 +32,10 @@ KEYS = [
 def result(mode: str, degrees: float, *values: float, seed: int = 0) -> dict[str, Any]:
     names = ("natural_top1_pct", "random_top1_pct", "worst10_top1_pct", "grid_top1_pct")
     return {"mode": mode, "degrees": degrees, "seed": seed, **dict(zip(names, values, strict=True))}
+
+
+def plan(config: ReproduceConfig, train_flags: dict[str, str]) -> list[Row]:
+    return requested_rows(requests(config, train_flags))
 
 
 def rows_of(text: str) -> list[tuple[str, float]]:
@@ -238,7 +243,7 @@ def run(config: ReproduceConfig, rows: list[reproduce.Row], launch: Any) -> None
     """A reproduction whose tasks a stand-in runs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launcher, "launch", launch)
-        reproduce.reproduce(config, rows)
+        reproduce.run_rows(config, rows)
 
 
 class FakeLaunch:

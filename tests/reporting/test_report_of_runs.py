@@ -68,9 +68,9 @@ def test_the_markdown_is_the_stored_one(report):
 def test_accuracies_have_their_intervals(report):
     _, _, text = report
     assert cells(text, "standard")[:4] == [shown(wilson(right, 50)) for right in (45, 30, 20, 5)]
-    seeds = [mean([a / 50, b / 50]) for a, b in ((40, 42), (35, 35), (30, 30), (20, 22))]
-    clipped = [Interval(v, max(0.0, low), min(1.0, high)) for v, low, high in seeds]
-    assert cells(text, "random, 30 degrees (2 seeds)") == [shown(interval) for interval in clipped]
+    natural, grid = (mean([a / 50, b / 50]) for a, b in ((40, 42), (20, 22)))
+    seeds = [shown(natural._replace(high=1.0)), "70.0", "60.0", shown(grid)]  # equal seeds know no spread
+    assert cells(text, "random, 30 degrees (2 seeds)") == seeds
 
 
 def test_rows_are_compared_on_the_same_images(report):
@@ -153,10 +153,22 @@ def test_the_page_and_the_markdown_say_the_same(report):
         assert f'{value} <span class="interval">{interval}</span>' in page
 
 
-def test_the_pointer_reads_the_landscapes(report):
-    _, page, _ = report
+def values_of(page: str) -> dict[str, dict[str, Any]]:
+    """The pointer's values of each figure, by its caption."""
     shown = re.findall(r"data-values='(.*?)'><figcaption>(.*?)</figcaption>", page)
-    values = {re.sub("<.*?>", "", caption): json.loads(found) for found, caption in shown}
+    return {re.sub("<.*?>", "", caption): json.loads(found) for found, caption in shown}
+
+
+def test_rotations_are_compared_with_how_often_they_were_drawn(report):
+    found = values_of(report[1])["Rotations of the worst views in the last epoch, untouched ones aside"]
+    shown = [text.removeprefix("worst10, 40 degrees: ") for text in found["texts"][0]]
+    times = [1.5, 1.0, 0.5, 0.5, 1.0, 1.5]  # of 120 counts in 6 bins
+    assert shown == [f"{one:.3f} times as often as drawn" for one in times]
+    assert (found["columns"][0], found["columns"][-1]) == ("−33.33 degrees", "33.33 degrees")  # middles of bins
+
+
+def test_the_pointer_reads_the_landscapes(report):
+    values = values_of(report[1])
     curve = values["Right on every view: rotations alone"]
     first = dict(zip(curve["columns"], curve["texts"][0]))["up to 10°"]
     assert first == "standard: 25.0 [4.6, 69.9] %\nrandom, 30 degrees: 100.0 [51.0, 100.0] %"

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from fast_spatial.reporting.statistics import Interval, difference, mean, paired_difference, wilson
+from fast_spatial.reporting.tables import percent, points
 
 RUNS = 4000
 # Three standard errors of a share of 95 % over so many simulations.
@@ -58,7 +59,11 @@ def test_intervals_hold_their_estimate_and_stay_inside():
             assert found.high - found.low > 0
     assert paired_difference(0, 10, 0, 0).high == 1.0
     assert mean([0.5]).value == 0.5
-    assert math.isnan(mean([0.5]).low)
+    for unknown in (mean([0.5]), mean([0.7, 0.7, 0.7])):
+        assert math.isnan(unknown.low) and math.isnan(unknown.clipped().low) and math.isnan(unknown.clipped().high)
+        assert math.isnan(difference(unknown, wilson(1, 2)).low) and math.isnan(difference(wilson(1, 2), unknown).high)
+        assert percent(unknown) == f"{100 * unknown.value:.1f}"
+        assert points(unknown) == f"+{100 * unknown.value:.1f}"
     for wrong in ((-1, 3), (4, 3), (0, 0)):
         with pytest.raises(ValueError, match="no proportion"):
             wilson(*wrong)
