@@ -37,7 +37,8 @@ def digits(content: dict[str, Any]) -> str:
     return (
         f"{results_table(rows, 'ours, digits')}\n\n{published}\n\n"
         f"(Top-1 accuracy in percent, evaluated at 30 degrees and 24 px. Ours: mean of {seeds} seeds ± half their "
-        f"range, {minutes:.0f} minutes per seed on {content['hardware']}.{note and ' ' + note})"
+        f"range, {minutes:.0f} minutes of training and evaluation per seed on {content['hardware']}."
+        f"{note and ' ' + note})"
     )
 
 

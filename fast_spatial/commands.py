@@ -107,7 +107,6 @@ def recipes(_config: RecipesConfig, _: dict[str, str]) -> None:
 
 def bench(config: BenchConfig, _: dict[str, str]) -> None:
     """Run benchmarks in a separate process."""
-    set_environment()
     command = [sys.executable, "-m", "benchmarks.bench", json.dumps(to_json(config))]
     raise SystemExit(subprocess.run(command, check=False).returncode)
 
@@ -212,6 +211,7 @@ COMMANDS = {
 
 def main(argv: list[str]) -> int:
     """Run a command line. A UserError is printed as two lines, with exit status 2."""
+    set_environment()
     try:
         dispatch(COMMANDS, argv, renamed=RENAMED)
     except UserError as error:

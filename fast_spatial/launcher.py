@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import faulthandler
 import gc
 import json
 import logging
@@ -30,6 +31,8 @@ SHUTDOWN_SEC = 120
 def launch(task: str, config: Any, limit: TrainingDeadline | float | None = None) -> float:
     """Check a task's configuration, then run it in this process or through torchrun; returns the wall-clock seconds.
 
+    In this process, an error that ends it (a crash, the watchdog) ends the tasks that would follow, too.
+
     Args:
         task: a key of `worker.TASKS`.
         config: the task's configuration.
@@ -50,6 +53,8 @@ def launch(task: str, config: Any, limit: TrainingDeadline | float | None = None
     if config.in_process:
         from fast_spatial.runtime import distributed
 
+        faulthandler.enable(all_threads=True)
+        gc.collect()  # the memory of a task that has failed: until now, its error referred to it
         try:
             worker.run(task, *map(json.loads, words[1:]))
         finally:
@@ -93,7 +98,6 @@ def torchrun(config: LaunchOptions, job: str, processes: int, words: list[str]) 
     # Each start of the processes gets its own store. In a store that agents share, restarted processes may find stale
     # addresses of the previous processes.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    set_environment()
     try:
         run.main([*options, "-m", "fast_spatial.worker", *words])
     except ChildFailedError as error:
@@ -140,7 +144,7 @@ def show_error(error: UserError, advice: str = "") -> None:
 
 
 def set_environment() -> None:
-    """Set the environment variables that child processes inherit."""
+    """Set the environment variables of this process and its children; before torch is imported, which reads some."""
     os.environ[COMMAND_VARIABLE] = shlex.join(sys.argv)
     os.environ.update(environment_of_children())
     # Threads that spin at torch's barriers would take CPU time from the loader's threads.

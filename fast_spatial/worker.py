@@ -1,4 +1,4 @@
-"""The module that torchrun starts: one process of a task.
+"""One process of a task: the module that torchrun starts.
 
 torchrun -m fast_spatial.worker TASK CONFIGURATION LIMIT
 

@@ -33,7 +33,8 @@ def environment_of_children() -> dict[str, str]:
     """This process's environment, with PYTHONPATH extended so that child processes find the package."""
     # Symbolic links are not resolved: in a checkout, kernels/ in the package is a link to the folder beside it.
     root = str(Path(__file__).absolute().parents[2])
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
+    others = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, dict.fromkeys([root, *others])))}
 
 
 def keep_compiled_kernels() -> None:

@@ -240,7 +240,7 @@ class _Planner:
     def _end_sec(self, rows: int) -> float:
         policy = self.policy
         report_sec = policy.report_sec + rows * policy.report_row_sec if self.judged else 0.0
-        return float(policy.end_sec + policy.end_share * self.measured["left_sec"] + report_sec)
+        return float(policy.end_sec + policy.end_share * max(0.0, self.measured["left_sec"]) + report_sec)
 
     def _judging(self, trainings: Sequence[TrainConfig]) -> _Judging:
         """The number of images for the grid and the landscape, the same in all rows."""
@@ -252,7 +252,7 @@ class _Planner:
         grid_per_class, grid_share = 0, self.policy.grid_share
         full_sec = sum(self._grid_sec(config, of_class) for config in trainings)
         if full_sec > grid_share * left_sec:
-            grid_per_class = min(int(of_class * grid_share * left_sec / full_sec), fewest) or -1
+            grid_per_class = min(max(0, int(of_class * grid_share * left_sec / full_sec)), fewest) or -1
             few = f"{grid_per_class} images of every class" if grid_per_class > 0 else "none"
             left_out.append(
                 f"the grid of {GRID_VIEWS} views for all {self.measured['val_images']:,} images, about "
@@ -260,7 +260,7 @@ class _Planner:
             )
         wanted = min(fewest, max(1, DEFAULT_IMAGES // classes))
         round_sec = len(trainings) * self._landscape_sec(1)
-        landscape_per_class = min(wanted, int(self.policy.landscape_share * left_sec / round_sec))
+        landscape_per_class = min(wanted, max(0, int(self.policy.landscape_share * left_sec / round_sec)))
         if landscape_per_class < wanted:
             left_out.append(
                 f"landscapes of {wanted} images of every class, about "

@@ -218,7 +218,7 @@ def write(
     bits = np.packbits(correct, axis=1)
     write_atomically(out / LANDSCAPE_ARRAYS, lambda file: np.savez_compressed(file, loss=loss, correct=bits))
     paths = [images.relative_path(index) for index in range(len(found))]
-    classes = [Path(path).parent.name for path in paths]
+    classes = [Path(path).parts[1] for path in paths]  # a class may have subfolders
     outputs = dict(zip(images.labels.tolist(), classes))
     content = {
         "config": to_json(config),

@@ -236,7 +236,7 @@ def _by_class(run: Run) -> dict[str, _OfClass]:
     assert run.evaluation is not None
     verdicts: dict[str, list[tuple[bool, bool | None]]] = {}
     for image in run.evaluation["images"]:
-        verdicts.setdefault(image["path"].split("/")[-2], []).append((image["natural"], image["grid"]))
+        verdicts.setdefault(image["path"].split("/")[1], []).append((image["natural"], image["grid"]))
     found = {}
     for name, of_class in verdicts.items():
         grid = [g for _, g in of_class if g is not None]

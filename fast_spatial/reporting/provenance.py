@@ -41,9 +41,7 @@ def repeating(rows: Sequence[Row]) -> list[Block]:
     runs = [run for row in rows for run in row.runs]
     starts = [start for run in runs for start in run.starts]
     commands = _distinct(todays_command(start["command"]) for start in starts if start.get("command"))
-    blocks: list[Block] = [
-        Code("\n".join(commands)) if commands else Text("The command is not known: nothing was started by launch.py.")
-    ]
+    blocks: list[Block] = [Code("\n".join(commands)) if commands else Text("The command is not known.")]
     if not starts:
         return [*blocks, Text("No run here has an `environment.jsonl`, so what it ran on is not known.")]
     continued = sum(len(run.starts) - 1 for run in runs if run.starts)

@@ -59,8 +59,8 @@ def curves(rows: Sequence[Row]) -> list[Block]:
         Text(
             "An image counts as right within a limit if it is right on every view of the grid that stays within it, "
             f"the untouched one included; at both limits these are all {GRID_VIEWS} views. Bands and whiskers are 95 % "
-            "intervals: Wilson's, and Student's t for means over several views. The subset has as many images of every "
-            "class, so they are a little too wide."
+            "intervals: Wilson's, and Student's t for means over several views, unless all are right or all wrong. The "
+            "subset has as many images of every class, so they are a little too wide."
         ),
         Figures(_figures(found), 3, legend({one.name: one.style for one in found})),
         Text("The same in numbers: percent of images that are right on every view up to a limit."),

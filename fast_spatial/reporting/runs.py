@@ -67,7 +67,7 @@ class Run:
         return self.epochs_done if self.records("segment") else self.config.epochs
 
     def records(self, event: str) -> list[dict[str, Any]]:
-        """The log's records of "train" or "evaluation"."""
+        """The log's records of an event: "train", "chosen", "evaluation", or "segment"."""
         return [record for record in self.log if record.get("event") == event]
 
 

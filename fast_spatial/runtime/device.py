@@ -60,7 +60,7 @@ def seed_everything(seed: int, *, deterministic: bool) -> None:
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(deterministic)
 
 
 def seed_step(seed: int, epoch: int, step: int, rank: int) -> None:

@@ -44,7 +44,12 @@ class StopRequest:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Record stop signals instead of ending the process; only in its main thread."""
+    """Record stop signals instead of ending the process; only in its main thread.
+
+    Raises:
+        Stopped: at the end, if a signal came too late to be obeyed before, so that no other work begins.
+
+    """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
@@ -58,6 +63,7 @@ def stop_requests() -> Iterator[StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    request.obey()
 
 
 def stop_with_parent() -> None:

@@ -53,6 +53,7 @@ def train(config: TrainConfig, world: World, deadline: TrainingDeadline | None =
         except UserError as error:
             if request.signal_number or os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
                 say(f"{error}")  # the launcher reports only the error that ends it
+            request.obey()
             raise
 
 
@@ -108,6 +109,7 @@ class Training:
         about = identity_of(config, dtype, self._train_images, self._val_images, self.timeline)
         self.folder = RunFolder(config, world, self._train_images.classes, about)
         self._control = StepControl(config, world, self.folder, self.timeline, deadline, request)
+        self._steps_to_profile = config.profile if world.rank == 0 else 0
         self._is_timed = deadline is not None and config.schedule != "milestones"
 
     def run(self) -> None:
@@ -121,11 +123,9 @@ class Training:
         with self.folder:
             self._resume()
             self._control.begin(self.position)
-            profiled_steps = self._config.profile if self._world.rank == 0 else 0
             while self.position.steps_in_epoch(self.timeline.end) > 0:
-                with profile(profiled_steps, self.folder.out) as profiler:
+                with self._profile() as profiler:
                     stop = self._train_epoch(profiler)
-                profiled_steps = 0  # a trace is of the first epoch's steps
                 self._finish_epoch(stop)
             self.folder.wait()
             distributed.barrier()
@@ -148,7 +148,8 @@ class Training:
                 self._show(bar, lr=lr, side=batch.side)
             if profiler is not None:
                 profiler.step()
-            if (save or stop) and self.position.step < self.position.steps_per_epoch:  # else `_finish_epoch` does
+            # After the last step of the epoch or of the training, `_finish_epoch` saves and stops.
+            if (save or stop) and self.position.step < self.position.steps_in_epoch(self.timeline.end):
                 self._save()
                 if stop:
                     self._control.stop_together(stop)
@@ -236,6 +237,15 @@ class Training:
             wait=clock_of(self._world.device),
         )
 
+    def _profile(self) -> contextlib.AbstractContextManager[torch.profiler.profile | None]:
+        """The profiler of the first epoch with enough steps left, on rank 0; None in others."""
+        left = self.position.steps_in_epoch(self.timeline.end) - self.position.step
+        steps = self._steps_to_profile
+        if not steps or left < PROFILE_AFTER_STEPS + steps:
+            return contextlib.nullcontext()
+        self._steps_to_profile = 0
+        return profile(steps, self.folder.out)
+
     def _show(self, bar: Bar, *, lr: float, side: int) -> None:
         """Show the means of the epoch so far, of this process's images."""
         means = self._sums.means(over_ranks=False)
@@ -308,11 +318,8 @@ def check_profile(config: TrainConfig, steps_per_epoch: int) -> None:
 
 
 @contextlib.contextmanager
-def profile(steps: int, out: Path) -> Iterator[torch.profiler.profile | None]:
-    """Trace `steps` steps after the tenth into OUT/profile.json; yields the profiler, or None if `steps` is 0."""
-    if not steps:
-        yield None
-        return
+def profile(steps: int, out: Path) -> Iterator[torch.profiler.profile]:
+    """Trace `steps` steps after the tenth into OUT/profile.json."""
     schedule = torch.profiler.schedule(wait=PROFILE_AFTER_STEPS - 1, warmup=1, active=steps, repeat=1)
     with torch.profiler.profile(
         schedule=schedule, on_trace_ready=lambda p: p.export_chrome_trace(str(out / PROFILE))

@@ -157,6 +157,15 @@ def test_a_budget_that_is_too_small_for_anything_is_refused():
         planned("imagenet", 1 / 60, rows="standard")
 
 
+def test_what_measuring_overran_is_asked_for_in_full():
+    asked = []
+    for left_sec in (-1, -61):
+        with pytest.raises(UserError, match="the budget is too small: 0 s are left") as refused:
+            planned("digits", left_sec / 3600, rows="standard")
+        asked += map(int, re.findall(r"give at least (\d+) s more", str(refused.value.advice)))
+    assert asked[1] == asked[0] + 60
+
+
 @pytest.mark.parametrize(("gpus", "compile", "said"), [(1, "auto", True), (1, "false", False), (0, "auto", False)])
 def test_a_budget_that_compilers_used_up_says_so(monkeypatch, gpus, compile, said):
     monkeypatch.setitem(DIGITS, "gpus", gpus)

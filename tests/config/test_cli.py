@@ -463,6 +463,20 @@ def test_a_command_that_was_renamed_is_refused_with_its_new_name(capsys):
     assert refused(capsys, "check", "--data", "d")[0] == "launch.py: check: renamed to check-data"
 
 
+def test_every_command_is_known_to_its_tasks_and_sets_the_environment_once(monkeypatch, capsys):
+    """Also to those that run in this process."""
+    for name in ("FAST_SPATIAL_COMMAND", "OMP_WAIT_POLICY", "PYTHONPATH"):
+        monkeypatch.setenv(name, "before")
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    monkeypatch.setattr(sys, "argv", ["launch.py", "recipes", "a b"])
+    for _ in range(2):
+        assert commands.main(["recipes"]) == 0
+    assert os.environ["FAST_SPATIAL_COMMAND"] == "launch.py recipes 'a b'"
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    folder, *others = os.environ["PYTHONPATH"].split(os.pathsep)
+    assert (Path(folder) / "fast_spatial" / "commands.py").is_file() and others == ["before"]
+
+
 def test_the_recipes_are_listed(capsys):
     assert commands.main(["recipes"]) == 0
     assert "fast: A short recipe" in capsys.readouterr().out

@@ -237,6 +237,18 @@ def test_anything_else_is_not(tmp_path, key, value):
     assert "published, ImageNet" in text
 
 
+def test_images_in_subfolders_are_of_their_class(tmp_path):
+    run = write_run(tmp_path / "run", "worst10")
+    write_evaluation(run, {"natural": 3, "random": 3, "worst10": 3, "grid": 3}, images=4)
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    for number, image in enumerate(evaluation["images"]):
+        image["path"] = f"val/{'cat' if number < 3 else 'dog'}/day/{number}.jpg"
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    text = report_of(run)
+    assert cells(text, "cat")[0] == "3" and cells(text, "dog")[0] == "1"
+    assert "| day" not in text
+
+
 # --- rows and gaps
 
 

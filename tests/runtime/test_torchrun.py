@@ -29,7 +29,6 @@ def test_the_time_to_shut_down_is_named_where_torchrun_knows_it(monkeypatch, kno
 
     monkeypatch.setattr(run, "get_args_parser", parser)
     monkeypatch.setattr(run, "main", asked.extend)
-    monkeypatch.setattr(launcher, "set_environment", lambda: None)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     launcher.torchrun(TrainConfig(data="d", mode="standard", out="o"), "job", 2, ["train", "{}", "null"])

@@ -137,6 +137,21 @@ def test_a_stopped_run_is_saved_where_it_was_and_continues_to_the_bit(whole, tmp
     assert_equal(numbers(tmp_path), numbers(whole))
 
 
+@pytest.mark.parametrize("how", [signal.SIGTERM, Crash()], ids=["stopped", "crashed"])
+def test_a_run_that_ends_within_an_epoch_keeps_its_record_if_interrupted_in_the_last_step(tmp_path, monkeypatch, how):
+    budget = tmp_path / "budget"
+    budget.mkdir()
+    (budget / "log.jsonl").write_text('{"event": "segment", "start": 0, "progress": 0.0, "end": 6}\n')
+    flags = {"recipe": "digits_linear", "eval_every": "0", "checkpoint_every": "1", "replay": str(budget)}
+    run(tmp_path / "whole", **flags)
+    distributed.stop()
+    interrupted(monkeypatch, tmp_path / "parts", 6, how, **flags)
+    run(tmp_path / "parts", **flags)
+    found = numbers(tmp_path / "parts")
+    assert_equal(found, numbers(tmp_path / "whole"))
+    assert [record["epoch"] for record in found[1] if record["event"] == "train"] == [1.0, 1.5]
+
+
 def test_what_a_network_draws_itself_is_a_function_of_the_position(tmp_path, monkeypatch):
     """SqueezeNet has dropout."""
     network = {"arch": "squeezenet1_1", "epochs": "1", "mode": "random", "eval_every": "0"}
@@ -458,17 +473,30 @@ def test_a_log_goes_back_to_where_the_checkpoint_was_saved(tmp_path):
     assert records[1]["elapsed_sec"] >= 100
 
 
-@pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_is_remembered_and_handlers_come_back(number):
-    before = signal.getsignal(number)
+def work(number: signal.Signals, *, fails: bool = False) -> None:
+    """Work that gets a signal at its end."""
     with stop_requests() as request:
         assert request.signal_number == 0
         os.kill(os.getpid(), number)
         assert request.signal_number == number
-        with pytest.raises(Stopped) as ended:
+        with pytest.raises(Stopped):
             request.obey()
-        assert ended.value.code == 128 + number
+        if fails:
+            raise Crash
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_is_remembered_and_stops_what_would_follow_and_handlers_come_back(number):
+    before = signal.getsignal(number)
+    with pytest.raises(Stopped) as ended:
+        work(number)
+    assert ended.value.code == 128 + number
     assert signal.getsignal(number) is before
+
+
+def test_a_signal_does_not_hide_an_error():
+    with pytest.raises(Crash):
+        work(signal.SIGINT, fails=True)
 
 
 def test_a_signal_that_is_ignored_stays_so():

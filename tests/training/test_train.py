@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ from fast_spatial.models import checkpoint, classifier, memory
 from fast_spatial.pipelines.loader import Loader
 from fast_spatial.runtime import distributed
 from fast_spatial.runtime.distributed import World
-from fast_spatial.training.train import train
+from fast_spatial.training.train import Training, train
 
 ALONE = World(0, 0, 1, torch.device("cpu"))
 
@@ -67,6 +68,19 @@ def test_a_profile_has_named_ranges(tmp_path):
     train(config_of(tmp_path, epochs="1", global_batch_size="4", max_train_images="60", profile="2"), ALONE)
     events = json.loads((tmp_path / "profile.json").read_text())["traceEvents"]
     assert {"score", "forward", "backward", "optimizer"} <= {event.get("name") for event in events}
+
+
+def test_a_resumed_run_is_profiled_in_an_epoch_that_is_long_enough(tmp_path):
+    """The first one has two steps left."""
+    flags = {"global_batch_size": "4", "max_train_images": "60", "checkpoint_every": "13", "eval_every": "0"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Training, "_finish_epoch", lambda *_: signal.default_int_handler(signal.SIGINT, None))
+        with pytest.raises(KeyboardInterrupt):
+            train(config_of(tmp_path, epochs="2", **flags), ALONE)
+    distributed.stop()
+    train(config_of(tmp_path, epochs="2", profile="2", **flags), ALONE)
+    assert json.loads((tmp_path / "environment.jsonl").read_text().splitlines()[1])["steps_before"] == 13
+    assert (tmp_path / "profile.json").is_file()
 
 
 def test_the_memory_estimate_counts_what_a_real_forward_pass_saves():
