@@ -158,7 +158,7 @@ def test_a_budget_that_is_too_small_for_anything_is_refused():
 
 
 def test_what_measuring_overran_is_asked_for_in_full():
-    asked = []
+    asked: list[int] = []
     for left_sec in (-1, -61):
         with pytest.raises(UserError, match="the budget is too small: 0 s are left") as refused:
             planned("digits", left_sec / 3600, rows="standard")

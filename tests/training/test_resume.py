@@ -145,7 +145,7 @@ def test_a_run_that_ends_within_an_epoch_keeps_its_record_if_interrupted_in_the_
     flags = {"recipe": "digits_linear", "eval_every": "0", "checkpoint_every": "1", "replay": str(budget)}
     run(tmp_path / "whole", **flags)
     distributed.stop()
-    interrupted(monkeypatch, tmp_path / "parts", 6, how, **flags)
+    interrupted(monkeypatch, tmp_path / "parts", STEPS_PER_EPOCH + 1 + 2, how, **flags)
     run(tmp_path / "parts", **flags)
     found = numbers(tmp_path / "parts")
     assert_equal(found, numbers(tmp_path / "whole"))
