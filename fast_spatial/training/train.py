@@ -53,7 +53,6 @@ def train(config: TrainConfig, world: World, deadline: TrainingDeadline | None =
         except UserError as error:
             if request.signal_number or os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
                 say(f"{error}")  # the launcher reports only the error that ends it
-            request.obey()
             raise
 
 
